@@ -1,0 +1,105 @@
+"""Every field there is, named once, with its unit and the paper's symbol: recipes start here.
+
+The values are the paper's where it states them (arXiv 2410.07348) and the field's usual choice
+where it does not. A recipe file calls `get_config` of this module and changes what makes it itself.
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    c = ConfigDict()
+    c.seed = 0  # of the initial parameters and of the order of the training rows
+
+    c.model = m = ConfigDict()
+    m.num_layers = 12
+    m.hidden_size = 768  # D
+    m.num_heads = 12  # query heads; the head width is hidden_size / num_heads
+    m.num_kv_heads = 12  # fewer than num_heads is grouped-query attention
+    m.vocab_size = 65536  # V
+    m.moe_every = 1  # every n-th layer is MoE++, the layers between are one dense SwiGLU
+    m.dense_ffn_size = 2048  # width of those dense layers
+    m.tied_embeddings = False  # the output matrix is the embedding matrix
+    m.rope_theta = 10_000.0
+    m.norm_eps = 1e-6
+    m.init_std = 0.01  # of every matrix (the released value); constants are N(0, 1), norms 1
+    m.dtype = "bfloat16"  # of the arithmetic; parameters and router are float32
+    m.remat = "none"  # what backward recomputes: "none", "dots" (all but products), "full"
+    m.loss_chunk = 256  # tokens of a sequence whose logits exist at once
+
+    c.moe = e = ConfigDict()
+    e.n_ffn = 8  # E, FFN experts
+    e.n_const = 2  # J, constant experts
+    e.n_copy = 1
+    e.n_zero = 1  # (n_const, n_copy, n_zero) = (0, 0, 0) is the vanilla MoE
+    e.ffn_size = 2048  # F, width of one FFN expert
+    e.top_k = 2  # K, experts a token
+    e.tau = 0.75  # tau, the share that a zero-computation expert has of an FFN expert's weight
+    e.gamma = 1.1  # gamma, the capacity factor
+    e.group_size = 2048  # S, consecutive tokens of one sequence that share a capacity
+    e.dispatch = "capacity"  # in training: "capacity" (drops) or "dropless" (exact)
+    e.eval_dispatch = "dropless"  # in evaluation and generation
+    e.router_layers = 1  # 1 matrix, or 2 with tanh between (8 N wide)
+    e.logit_norm = False  # divide the router's logits by their standard deviation ...
+    e.logit_norm_std = 1.0  # ... over this
+    e.residual = "logits"  # gating residual from the layer before: "logits", "detached", "none"
+    e.score = "softmax"  # of the logits
+    e.gate = "renormalise_nonzero"  # also "raw", "renormalise_all", "softmax_selected"
+    e.input_scale = 1.0  # multiplies the experts' input, not the router's (the authors' option: K)
+    e.balance = "heterogeneous"  # the balance loss: "heterogeneous" or "none"
+    e.balance_weight = 0.01  # beta; the loss has the customary factor N, mean over the layers
+    e.z_weight = 0.0  # weight of the router's z-loss, mean over the layers
+
+    c.data = d = ConfigDict()
+    d.corpus = "default"  # or a local text file, or a folder of *.txt files
+    d.dir = "data"  # where prepared data sets and tokenizers are kept
+    d.tokenizer = ""  # a SentencePiece .model file; empty: train one of model.vocab_size pieces
+    d.seq_len = 2048  # L, tokens
+    d.eval_fraction = 0.02  # share of the documents held out, chosen by their hash
+
+    c.optim = o = ConfigDict()
+    o.lr = 5e-4  # maximum; the cosine ends at lr * final_lr_ratio
+    o.final_lr_ratio = 0.1
+    o.initial_lr = 1e-7  # where the linear warm-up starts
+    o.warmup_steps = 2000
+    o.beta1 = 0.9
+    o.beta2 = 0.95
+    o.eps = 1e-8
+    o.weight_decay = 0.1  # of matrices; norms and constants are not decayed
+    o.clip_norm = 1.0  # of the global gradient norm
+
+    c.train = t = ConfigDict()
+    t.steps = 24_000  # 100 B tokens in batches of 4 M
+    t.batch_size = 2048  # sequences an optimizer step
+    t.accumulate = 1  # parts that the batch is worked through in
+    t.log_every = 10  # steps
+    t.eval_every = 1000  # steps
+    t.eval_batches = 16  # batches of held-out text in such an evaluation; 0 is all of it
+    t.save_every = 1000  # steps
+    t.keep = 2  # newest checkpoints kept, beside the best
+
+    c.mesh = h = ConfigDict()  # tokens are split over all three axes; -1 is "the rest"
+    h.data = -1  # replicas
+    h.fsdp = 1  # parameters and optimizer state are sharded
+    h.expert = 1  # FFN experts are sharded; divides n_ffn
+
+    c.generate = g = ConfigDict()
+    g.max_new_tokens = 128
+    g.temperature = 0.0  # 0 is greedy
+    g.top_k = 0  # 0 is off
+    g.top_p = 1.0  # 1 is off
+    g.seed = 0
+    return c
+
+
+def variant(c: ConfigDict, name: str) -> ConfigDict:
+    """The recipe itself ("moepp"), or its vanilla twin with no zero-computation expert ("moe").
+
+    The twin has no gating residual either and balances all its experts alike (tau = 1).
+    """
+    if name == "moepp":
+        return c
+    if name == "moe":
+        c.moe.update(n_const=0, n_copy=0, n_zero=0, tau=1.0, residual="none")
+        return c
+    raise ValueError(f"no variant {name!r} of this recipe: write :moepp or :moe, or nothing")

@@ -1,0 +1,343 @@
+"""The configuration: a ConfigDict at the edge (`configs/`), frozen dataclasses inside.
+
+`Config.parse` is the one door between them. It refuses unknown, missing, ill-typed and
+contradictory fields before anything is compiled or written, each with one `ConfigError` that names
+the field, its value and what would be right. What the fields mean is said once, in
+`configs/base.py`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import math
+from collections.abc import Mapping
+from typing import Any, get_type_hints
+
+import ml_collections
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be run; the message names the field, its value and the remedy."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    num_layers: int
+    hidden_size: int
+    num_heads: int
+    num_kv_heads: int
+    vocab_size: int
+    moe_every: int
+    dense_ffn_size: int
+    tied_embeddings: bool
+    rope_theta: float
+    norm_eps: float
+    init_std: float
+    dtype: str
+    remat: str
+    loss_chunk: int
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_heads
+
+
+@dataclasses.dataclass(frozen=True)
+class MoEConfig:
+    n_ffn: int
+    n_const: int
+    n_copy: int
+    n_zero: int
+    ffn_size: int
+    top_k: int
+    tau: float
+    gamma: float
+    group_size: int
+    dispatch: str
+    eval_dispatch: str
+    router_layers: int
+    logit_norm: bool
+    logit_norm_std: float
+    residual: str
+    score: str
+    gate: str
+    input_scale: float
+    balance: str
+    balance_weight: float
+    z_weight: float
+
+    @property
+    def num_experts(self) -> int:
+        """N, all kinds counted."""
+        return self.n_ffn + self.n_const + self.n_copy + self.n_zero
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    corpus: str
+    dir: str
+    tokenizer: str
+    seq_len: int
+    eval_fraction: float
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimConfig:
+    lr: float
+    final_lr_ratio: float
+    initial_lr: float
+    warmup_steps: int
+    beta1: float
+    beta2: float
+    eps: float
+    weight_decay: float
+    clip_norm: float
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    steps: int
+    batch_size: int
+    accumulate: int
+    log_every: int
+    eval_every: int
+    eval_batches: int
+    save_every: int
+    keep: int
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    data: int
+    fsdp: int
+    expert: int
+
+
+@dataclasses.dataclass(frozen=True)
+class GenerateConfig:
+    max_new_tokens: int
+    temperature: float
+    top_k: int
+    top_p: float
+    seed: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    seed: int
+    model: ModelConfig
+    moe: MoEConfig
+    data: DataConfig
+    optim: OptimConfig
+    train: TrainConfig
+    mesh: MeshConfig
+    generate: GenerateConfig
+
+    @classmethod
+    def parse(cls, fields: ml_collections.ConfigDict | Mapping[str, Any]) -> Config:
+        """The validated configuration.
+
+        Raises:
+          ConfigError: a field is unknown, missing, of another type, out of range or contradicts
+            another one.
+        """
+        if isinstance(fields, ml_collections.ConfigDict):
+            fields = fields.to_dict()
+        config = _build(cls, fields, prefix="")
+        _check(config)
+        return config
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    def to_json(self) -> str:
+        return json.dumps(self.to_dict(), indent=2) + "\n"
+
+
+def differences(a: Mapping[str, Any], b: Mapping[str, Any], prefix: str = "") -> dict[str, tuple]:
+    """The leaves in which two nested dictionaries differ: dotted name -> (value in a, in b)."""
+    found: dict[str, tuple] = {}
+    for key in sorted(a.keys() | b.keys()):
+        x, y = a.get(key), b.get(key)
+        if isinstance(x, Mapping) and isinstance(y, Mapping):
+            found |= differences(x, y, f"{prefix}{key}.")
+        elif x != y:
+            found[f"{prefix}{key}"] = (x, y)
+    return found
+
+
+def _build(cls: type, fields: Any, prefix: str) -> Any:
+    if not isinstance(fields, Mapping):
+        raise ConfigError(f"config.{prefix[:-1]} = {fields!r} must be a group of fields")
+    types = get_type_hints(cls)
+    for name in fields:
+        if name not in types:
+            near = difflib.get_close_matches(str(name), types, n=1)
+            hint = f"did you mean {prefix}{near[0]}?" if near else f"there are {', '.join(types)}"
+            raise ConfigError(f"unknown field config.{prefix}{name} = {fields[name]!r}: {hint}")
+    values = {}
+    for name, kind in types.items():
+        if name not in fields:
+            raise ConfigError(f"config.{prefix}{name} is missing: configs/base.py has a value")
+        value = fields[name]
+        if dataclasses.is_dataclass(kind):
+            values[name] = _build(kind, value, f"{prefix}{name}.")
+        else:
+            values[name] = _typed(f"config.{prefix}{name}", value, kind)
+    return cls(**values)
+
+
+def _typed(name: str, value: Any, kind: type) -> Any:
+    if kind is float and type(value) is int:
+        value = float(value)
+    if type(value) is not kind:
+        raise ConfigError(f"{name} = {value!r} must be of type {kind.__name__}")
+    if kind is float and not math.isfinite(value):
+        raise ConfigError(f"{name} = {value!r} must be finite")
+    return value
+
+
+_CHOICES = {
+    "model.dtype": ("float32", "bfloat16", "float16"),
+    "model.remat": ("none", "dots", "full"),
+    "moe.dispatch": ("capacity", "dropless"),
+    "moe.eval_dispatch": ("capacity", "dropless"),
+    "moe.router_layers": (1, 2),
+    "moe.residual": ("logits", "detached", "none"),
+    "moe.score": ("softmax",),
+    "moe.gate": ("renormalise_nonzero", "renormalise_all", "raw", "softmax_selected"),
+    "moe.balance": ("heterogeneous", "none"),
+}
+
+# The smallest value that each of these fields may have.
+_AT_LEAST = {
+    "seed": 0,
+    "model.num_layers": 1,
+    "model.hidden_size": 1,
+    "model.num_heads": 1,
+    "model.num_kv_heads": 1,
+    "model.vocab_size": 4,
+    "model.moe_every": 1,
+    "model.dense_ffn_size": 1,
+    "model.loss_chunk": 1,
+    "moe.n_ffn": 1,
+    "moe.n_const": 0,
+    "moe.n_copy": 0,
+    "moe.n_zero": 0,
+    "moe.ffn_size": 1,
+    "moe.top_k": 1,
+    "moe.group_size": 1,
+    "moe.balance_weight": 0,
+    "moe.z_weight": 0,
+    "data.seq_len": 2,
+    "optim.initial_lr": 0,
+    "optim.warmup_steps": 0,
+    "optim.weight_decay": 0,
+    "train.steps": 1,
+    "train.batch_size": 1,
+    "train.accumulate": 1,
+    "train.log_every": 1,
+    "train.eval_every": 1,
+    "train.eval_batches": 0,
+    "train.save_every": 1,
+    "train.keep": 1,
+    "generate.max_new_tokens": 1,
+    "generate.temperature": 0,
+    "generate.top_k": 0,
+    "generate.seed": 0,
+}
+
+# name: (lower bound, upper bound), the lower one excluded.
+_WITHIN = {
+    "model.rope_theta": (0, math.inf),
+    "model.norm_eps": (0, 1),
+    "model.init_std": (0, math.inf),
+    "moe.tau": (0, 1),
+    "moe.gamma": (0, math.inf),
+    "moe.logit_norm_std": (0, math.inf),
+    "moe.input_scale": (0, math.inf),
+    "data.eval_fraction": (0, 0.5),
+    "optim.lr": (0, math.inf),
+    "optim.final_lr_ratio": (0, 1),
+    "optim.beta1": (0, 1),
+    "optim.beta2": (0, 1),
+    "optim.eps": (0, 1),
+    "optim.clip_norm": (0, math.inf),
+    "generate.top_p": (0, 1),
+}
+
+
+def _check(c: Config) -> None:
+    def value(name: str) -> Any:
+        node: Any = c
+        for part in name.split("."):
+            node = getattr(node, part)
+        return node
+
+    def require(holds: bool, name: str, remedy: str) -> None:
+        if not holds:
+            raise ConfigError(f"config.{name} = {value(name)!r} {remedy}")
+
+    for name, choices in _CHOICES.items():
+        require(value(name) in choices, name, f"must be one of {', '.join(map(repr, choices))}")
+    for name, least in _AT_LEAST.items():
+        require(value(name) >= least, name, f"must be at least {least}")
+    for name, (low, high) in _WITHIN.items():
+        bounds = f"greater than {low}" + (f" and at most {high}" if high < math.inf else "")
+        require(low < value(name) <= high, name, f"must be {bounds}")
+
+    m, e, t = c.model, c.moe, c.train
+    require(
+        m.hidden_size % m.num_heads == 0,
+        "model.num_heads",
+        f"must divide config.model.hidden_size = {m.hidden_size}",
+    )
+    require(
+        m.head_dim % 2 == 0,
+        "model.num_heads",
+        f"makes heads {m.head_dim} wide, and rotary positions need an even width",
+    )
+    require(
+        m.num_heads % m.num_kv_heads == 0,
+        "model.num_kv_heads",
+        f"must divide config.model.num_heads = {m.num_heads}",
+    )
+    require(
+        m.num_layers % m.moe_every == 0,
+        "model.moe_every",
+        f"must divide config.model.num_layers = {m.num_layers}",
+    )
+    pool = f"{e.n_ffn} FFN + {e.n_const} constant + {e.n_copy} copy + {e.n_zero} zero"
+    require(
+        e.top_k <= e.num_experts,
+        "moe.top_k",
+        f"is more than the {e.num_experts} experts there are ({pool}): choose fewer a token",
+    )
+    require(
+        c.data.seq_len % e.group_size == 0,
+        "moe.group_size",
+        f"must divide config.data.seq_len = {c.data.seq_len}: a group never spans two sequences",
+    )
+    require(
+        c.data.seq_len % min(m.loss_chunk, c.data.seq_len) == 0,
+        "model.loss_chunk",
+        f"must divide config.data.seq_len = {c.data.seq_len}",
+    )
+    require(
+        t.batch_size % t.accumulate == 0,
+        "train.accumulate",
+        f"must divide config.train.batch_size = {t.batch_size}",
+    )
+    for axis in ("data", "fsdp", "expert"):
+        require(
+            value(f"mesh.{axis}") >= 1 or value(f"mesh.{axis}") == -1,
+            f"mesh.{axis}",
+            "must be at least 1, or -1 for all devices that the other axes leave",
+        )
+    require(
+        c.mesh.expert == -1 or e.n_ffn % c.mesh.expert == 0,
+        "mesh.expert",
+        f"must divide the FFN experts, config.moe.n_ffn = {e.n_ffn}",
+    )

@@ -1,0 +1,50 @@
+"""The MoE++ layer as pure functions of arrays (arXiv 2410.07348): jax and jaxtyping, nothing else.
+
+The letters of the shapes, here and wherever a name ends in them (`x_GSD`):
+
+  G  groups: runs of S consecutive tokens of one sequence, which share a capacity
+  S  tokens of a group
+  T  tokens of a device, G S
+  D  width of the model
+  N  experts of all kinds, in this order: E FFN, J constant, copy, zero
+  E  FFN experts
+  J  constant experts
+  K  experts that a token chooses
+  C  slots that one FFN expert has for one group
+  F  width of an FFN expert
+  R  rows of a buffer of tokens on their way to the FFN experts
+
+Data flows one way: router.route -> dispatch -> exchange -> experts -> dispatch.combine.
+`layer.local` composes them for the tokens of one device; `layer.sharded` runs that under shard_map
+on a mesh; `layer.MoEPP` is the Flax module. What varies between models is a function chosen when
+the `layer.MoE` is built, never a flag tested in traced code.
+"""
+
+from moepp_jax.moe.dispatch import capacity
+from moepp_jax.moe.experts import Pool, swiglu
+from moepp_jax.moe.grouped import Blocked, ragged_swiglu
+from moepp_jax.moe.layer import MoE, MoEPP, init, local, sharded
+from moepp_jax.moe.losses import Statistics, heterogeneous_balance, summarise
+from moepp_jax.moe.paths import dropless, with_capacity
+from moepp_jax.moe.router import Router, Routing, route
+
+__all__ = [
+    "Blocked",
+    "MoE",
+    "MoEPP",
+    "Pool",
+    "Router",
+    "Routing",
+    "Statistics",
+    "capacity",
+    "dropless",
+    "heterogeneous_balance",
+    "init",
+    "local",
+    "ragged_swiglu",
+    "route",
+    "sharded",
+    "summarise",
+    "swiglu",
+    "with_capacity",
+]

@@ -1,0 +1,187 @@
+"""Where each assignment goes: capacities and slots (integers), then rows gathered and combined.
+
+An assignment is one of a token's K choices; assignment t K + k is choice k of token t.
+"""
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from moepp_jax.moe.experts import Pool
+
+
+def capacity(pool: Pool, tau: float, gamma: float, tokens: int, top_k: int) -> tuple[int, ...]:
+    """Slots that each of the N experts has for a group: the heterogeneous capacity (eq. 8).
+
+    C_FFN = ceil(gamma tau A / (tau N_FFN + N_ZC)) and C_ZC = ceil(gamma A / (tau N_FFN + N_ZC))
+    with A = K S assignments in the group (GShard's convention; with the A = S that the paper
+    writes, K = 2 would drop at least 45 % of all assignments). No expert is given more than S,
+    since a token chooses an expert once.
+
+    Args:
+      tau: weight of an FFN expert relative to a zero-computation expert, in (0, 1].
+      gamma: capacity factor, > 0.
+      tokens: S, tokens of a group.
+      top_k: K.
+    """
+    share = gamma * top_k * tokens / (tau * pool.n_ffn + pool.n_zero_computation)
+    # A product such as 1.1 * 10 must not gain a slot from its last bit.
+    ffn, zero_computation = (min(math.ceil(round(s, 6)), tokens) for s in (tau * share, share))
+    return (ffn,) * pool.n_ffn + (zero_computation,) * pool.n_zero_computation
+
+
+class Plan(NamedTuple):
+    """Place of every assignment in its expert's queue, and whether there was room for it."""
+
+    slot: Int[Array, "G S K"]
+    kept: Bool[Array, "G S K"]
+
+
+def queue(experts_GSK: Int[Array, "G S K"], num_experts: int) -> Int[Array, "G S K"]:
+    """How many earlier tokens of the group chose the same expert.
+
+    Queues are in token order, all choices of a token before those of the next: a later token never
+    takes an earlier one's place, so the layer stays causal when it drops.
+    """
+    one_hot = experts_GSK[..., None] == jnp.arange(num_experts)
+    chosen_GSN = jnp.any(one_hot, axis=2).astype(jnp.int32)
+    before_GSN = jnp.cumsum(chosen_GSN, axis=1) - chosen_GSN
+    return jnp.sum(jnp.where(one_hot, before_GSN[:, :, None, :], 0), axis=-1)
+
+
+def assign(experts_GSK: Int[Array, "G S K"], capacity_N: tuple[int, ...]) -> Plan:
+    """Gives the assignments their slots; those past an expert's capacity are dropped."""
+    slot = queue(experts_GSK, len(capacity_N))
+    room = jnp.asarray(np.array(capacity_N, np.int32))[experts_GSK]
+    return Plan(slot, slot < room)
+
+
+class Rows(NamedTuple):
+    """A buffer's two sides: which assignment fills each row, and which row each assignment has.
+
+    An empty row names assignment T K, an assignment without a row names row R.
+    """
+
+    assignment: Int[Array, " R"]
+    row: Int[Array, "T K"]
+
+
+def capacity_rows(experts_GSK: Int[Array, "G S K"], plan: Plan, n_ffn: int, slots: int) -> Rows:
+    """Rows of a buffer (E, G, C): the order in which the exchange and the experts read it."""
+    G, S, K = experts_GSK.shape
+    group = jnp.arange(G)[:, None, None]
+    row = (experts_GSK * G + group) * slots + plan.slot
+    row = jnp.where(plan.kept & (experts_GSK < n_ffn), row, n_ffn * G * slots)
+    return _rows(row.reshape(G * S, K), n_ffn * G * slots)
+
+
+def sorted_rows(experts_TK: Int[Array, "T K"], n_ffn: int) -> tuple[Rows, Int[Array, " E"]]:
+    """Rows sorted by expert, then token, with no gaps; and how many each FFN expert has.
+
+    Experts from n_ffn on get no row. The buffer has T K rows, the most there can be.
+    """
+    place = queue(experts_TK[None], n_ffn)[0]
+    counts_E = jnp.sum(experts_TK[..., None] == jnp.arange(n_ffn), axis=(0, 1), dtype=jnp.int32)
+    starts_E = jnp.cumsum(counts_E) - counts_E
+    size = experts_TK.size
+    is_ffn = experts_TK < n_ffn
+    row = jnp.where(is_ffn, starts_E[jnp.where(is_ffn, experts_TK, 0)] + place, size)
+    return _rows(row, size), counts_E
+
+
+def device_rows(experts_TK: Int[Array, "T K"], n_ffn: int, devices: int) -> tuple[Rows, Array]:
+    """Rows (devices, T K): for each device those of its experts, sorted, then empty ones.
+
+    Also the counts (devices, E / devices) of rows per expert.
+    """
+    size = experts_TK.size
+    rows, counts_E = sorted_rows(experts_TK, n_ffn)
+    counts = counts_E.reshape(devices, -1)
+    before = jnp.cumsum(counts.sum(1)) - counts.sum(1)
+    device = jnp.minimum(experts_TK // (n_ffn // devices), devices - 1)
+    row = jnp.where(rows.row < size, device * size + rows.row - before[device], devices * size)
+    return _rows(row, devices * size), counts
+
+
+def _rows(row_TK: Int[Array, "T K"], size: int) -> Rows:
+    """Inverts row numbers by an integer scatter: floats are only ever gathered."""
+    assignments = jnp.arange(row_TK.size, dtype=jnp.int32)
+    empty = jnp.full((size,), row_TK.size, jnp.int32)
+    return Rows(empty.at[row_TK.reshape(-1)].set(assignments, mode="drop"), row_TK)
+
+
+@jax.custom_vjp
+def gather(x_TD: Float[Array, "T D"], rows: Rows) -> Float[Array, "R D"]:
+    """The token of every row. Empty rows hold some token; nothing reads what comes of them.
+
+    The gradient is a gather too: each token sums the rows that its assignments have.
+    """
+    return x_TD[_token(rows)]
+
+
+def _gather_fwd(x_TD, rows):
+    return gather(x_TD, rows), rows
+
+
+def _gather_bwd(rows, d_RD):
+    ones = jnp.ones(rows.row.shape, jnp.float32)
+    return _weighted_sum(d_RD, ones, rows), None
+
+
+gather.defvjp(_gather_fwd, _gather_bwd)
+
+
+@jax.custom_vjp
+def combine(
+    y_RD: Float[Array, "R D"], gates_TK: Float[Array, "T K"], rows: Rows
+) -> Float[Array, "T D"]:
+    """Every token's sum of its rows, weighed by its gates; assignments without a row add nothing.
+
+    Sums in float32. The gradients are gathers and products.
+    """
+    return _weighted_sum(y_RD, gates_TK, rows)
+
+
+def _combine_fwd(y_RD, gates_TK, rows):
+    return _weighted_sum(y_RD, gates_TK, rows), (y_RD, gates_TK, rows)
+
+
+def _combine_bwd(saved, d_TD):
+    y_RD, gates_TK, rows = saved
+    filled = rows.assignment < gates_TK.size
+    gate_R = gates_TK.reshape(-1)[jnp.where(filled, rows.assignment, 0)]
+    gate_R = jnp.where(filled, gate_R, 0.0)
+    d_y = (gate_R[:, None] * d_TD[_token(rows)]).astype(y_RD.dtype)
+    has_row = rows.row < y_RD.shape[0]
+    products = [
+        jnp.sum(d_TD.astype(jnp.float32) * y_RD[_clip(rows.row[:, k], y_RD)], axis=-1)
+        for k in range(gates_TK.shape[1])
+    ]
+    d_gates = jnp.where(has_row, jnp.stack(products, axis=1), 0.0).astype(gates_TK.dtype)
+    return d_y, d_gates, None
+
+
+combine.defvjp(_combine_fwd, _combine_bwd)
+
+
+def _weighted_sum(y_RD, weights_TK, rows: Rows):
+    weights_TK = jnp.where(rows.row < y_RD.shape[0], weights_TK, 0.0)
+    # One term for each choice fuses; a (T, K, D) intermediate costs three times as much.
+    terms = [
+        weights_TK[:, k, None] * y_RD[_clip(rows.row[:, k], y_RD)]
+        for k in range(weights_TK.shape[1])
+    ]
+    return sum(terms).astype(y_RD.dtype)
+
+
+def _token(rows: Rows):
+    T, K = rows.row.shape
+    return jnp.minimum(rows.assignment // K, T - 1)
+
+
+def _clip(row, y_RD):
+    return jnp.minimum(row, y_RD.shape[0] - 1)

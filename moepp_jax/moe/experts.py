@@ -1,0 +1,75 @@
+"""The experts: the pool, FFN experts over stacked parameters, and the three that cost nothing."""
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+
+class Pool(NamedTuple):
+    """How many experts of each kind there are. They are numbered in this order."""
+
+    n_ffn: int
+    n_const: int = 0
+    n_copy: int = 0
+    n_zero: int = 0
+
+    @property
+    def n_zero_computation(self) -> int:
+        return self.n_const + self.n_copy + self.n_zero
+
+    @property
+    def size(self) -> int:
+        """N, all kinds."""
+        return self.n_ffn + self.n_zero_computation
+
+    @property
+    def first_zero(self) -> int:
+        """The number of the first zero expert (N where there is none)."""
+        return self.size - self.n_zero
+
+
+def swiglu(
+    params: Mapping[str, Float[Array, "..."]], x_EBD: Float[Array, "E B D"]
+) -> Float[Array, "E B D"]:
+    """W_out (SiLU(W_gate x) * W_up x), every expert on its own rows.
+
+    Args:
+      params: "w_in" (E, 2, F, D), the gate's matrix and then the linear one, and "w_out" (E, D, F).
+    """
+    h = jnp.einsum("ebd,ehfd->ebhf", x_EBD, params["w_in"])
+    a = jax.nn.silu(h[:, :, 0]) * h[:, :, 1]
+    return jnp.einsum("ebf,edf->ebd", a, params["w_out"])
+
+
+def zero_computation(
+    x_GSD: Float[Array, "G S D"],
+    experts_GSK: Int[Array, "G S K"],
+    gates_GSK: Float[Array, "G S K"],
+    kept_GSK: Bool[Array, "G S K"],
+    params: Mapping[str, Float[Array, "..."]],
+    pool: Pool,
+) -> Float[Array, "G S D"]:
+    """What zero, copy and constant experts add to the output (eq. 3 to 5), on the token's device.
+
+    Zero adds nothing, copy adds g x, constant j adds g (a1 x + a2 v_j) with
+    [a1, a2] = softmax(W_c,j x). All of them together are x times one number a token, plus a
+    product with the J constant vectors: nothing is moved and nothing is stored.
+
+    Args:
+      params: "w" (J, 2, D), row 0 weighs x and row 1 weighs v, and "v" (J, D); unread if J = 0.
+    """
+    gates = jnp.where(kept_GSK, gates_GSK, 0.0)
+    copies = (experts_GSK >= pool.n_ffn + pool.n_const) & (experts_GSK < pool.first_zero)
+    scale_GS = jnp.sum(jnp.where(copies, gates, 0.0), axis=-1)
+    if pool.n_const == 0:
+        return (scale_GS[..., None] * x_GSD).astype(x_GSD.dtype)
+    constants = experts_GSK[..., None] == pool.n_ffn + jnp.arange(pool.n_const)
+    gates_GSJ = jnp.sum(jnp.where(constants, gates[..., None], 0.0), axis=2)
+    mix_GSJ2 = jnp.einsum("gsd,jcd->gsjc", x_GSD, params["w"]).astype(jnp.float32)
+    mix_GSJ2 = gates_GSJ[..., None] * jax.nn.softmax(mix_GSJ2, axis=-1)
+    scale_GS += jnp.sum(mix_GSJ2[..., 0], axis=-1)
+    constant_GSD = jnp.einsum("gsj,jd->gsd", mix_GSJ2[..., 1].astype(x_GSD.dtype), params["v"])
+    return (scale_GS[..., None] * x_GSD + constant_GSD).astype(x_GSD.dtype)
