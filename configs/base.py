@@ -38,7 +38,7 @@ def get_config() -> ConfigDict:
     e.gamma = 1.1  # gamma, the capacity factor
     e.group_size = 2048  # S, consecutive tokens of one sequence that share a capacity
     e.dispatch = "capacity"  # in training: "capacity" (drops) or "dropless" (exact)
-    e.eval_dispatch = "dropless"  # in evaluation and generation
+    e.eval_dispatch = "dropless"  # in evaluation; generation is always dropless
     e.router_layers = 1  # 1 matrix, or 2 with tanh between (8 N wide)
     e.logit_norm = False  # divide the router's logits by their standard deviation ...
     e.logit_norm_std = 1.0  # ... over this

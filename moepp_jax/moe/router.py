@@ -79,7 +79,8 @@ def divided_by_deviation(std: float) -> Callable[[Float[Array, "G S N"]], Float[
     """Divides by (the unbiased standard deviation over the experts / std); the mean stays."""
 
     def normalise(logits):
-        return logits / (jnp.std(logits, axis=-1, ddof=1, keepdims=True) / std)
+        variance = jnp.var(logits, axis=-1, ddof=1, keepdims=True)
+        return logits * (std * jax.lax.rsqrt(variance + 1e-12))  # equal logits stay finite
 
     return normalise
 

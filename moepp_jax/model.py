@@ -1,0 +1,350 @@
+"""The language model: RMSNorm, rotary attention and MoE++ in pre-norm layers, scanned over depth.
+
+Shapes: B sequences, L tokens, D width, H heads of width W, M places in the key-value cache,
+V vocabulary; the letters of `moepp_jax.moe` besides.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Bool, Float, Int
+
+from moepp_jax import mesh as mesh_lib
+from moepp_jax import moe as moe_lib
+from moepp_jax.config import Config, ModelConfig, MoEConfig
+from moepp_jax.moe import router as router_lib
+
+_PROJECT = {1: router_lib.linear, 2: router_lib.two_layer}
+_RESIDUAL = {
+    "logits": router_lib.add_logits,
+    "detached": router_lib.add_detached,
+    "none": router_lib.no_residual,
+}
+_SCORE = {"softmax": router_lib.softmax}
+_GATE = {
+    "renormalise_nonzero": router_lib.renormalise_nonzero,
+    "renormalise_all": router_lib.renormalise_all,
+    "raw": router_lib.raw,
+    "softmax_selected": router_lib.softmax_selected,
+}
+_REMAT = {
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+
+
+class Cache(NamedTuple):
+    """Keys and values of the tokens so far, for every layer (stacked as the layers are)."""
+
+    keys: Float[Array, "*stack B M H W"]
+    values: Float[Array, "*stack B M H W"]
+
+
+class Output(NamedTuple):
+    """What the model computes before the vocabulary.
+
+    Attributes:
+      hidden: after the final norm.
+      statistics: of every MoE layer's routing, leading axes (layer, group).
+      router_logits: of every MoE layer.
+      states: the input of every layer: the stack of residual streams.
+      cache: the cache with these tokens in it, if one was given.
+    """
+
+    hidden: Float[Array, "B L D"]
+    statistics: moe_lib.Statistics
+    router_logits: Float[Array, "layers B L N"]
+    states: Float[Array, "layers B L D"]
+    cache: Cache | None
+
+
+def pool_of(c: MoEConfig) -> moe_lib.Pool:
+    return moe_lib.Pool(c.n_ffn, c.n_const, c.n_copy, c.n_zero)
+
+
+def moe_of(c: MoEConfig, dispatch: str, platform: str) -> moe_lib.MoE:
+    """The layer that a configuration asks for, with the dropless kernel that the platform has."""
+    norm = router_lib.divided_by_deviation(c.logit_norm_std)
+    router = moe_lib.Router(
+        select=router_lib.top_k(c.top_k),
+        project=_PROJECT[c.router_layers],
+        residual=_RESIDUAL[c.residual],
+        normalise=norm if c.logit_norm else router_lib.as_they_are,
+        score=_SCORE[c.score],
+        gate=_GATE[c.gate],
+    )
+    if dispatch == "capacity":
+        path = moe_lib.with_capacity(c.tau, c.gamma)
+    else:
+        tpu = platform == "tpu"
+        path = moe_lib.dropless(moe_lib.ragged_swiglu if tpu else moe_lib.Blocked(moe_lib.swiglu))
+    return moe_lib.MoE(pool_of(c), router, path, c.input_scale)
+
+
+def build(config: Config, mesh: Mesh | None = None, dispatch: str | None = None) -> LanguageModel:
+    """The model of a configuration.
+
+    Args:
+      mesh: where it runs; None is one device.
+      dispatch: "capacity" or "dropless"; by default that of training.
+    """
+    dispatch = dispatch or config.moe.dispatch
+    platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
+    return LanguageModel(
+        config.model,
+        moe_of(config.moe, dispatch, platform),
+        ffn_size=config.moe.ffn_size,
+        group_size=config.moe.group_size if dispatch == "capacity" else None,
+        mesh=mesh,
+    )
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * scale, in float32."""
+
+    eps: float
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
+        scale = self.param("norm", nn.initializers.ones, (x.shape[-1],), jnp.float32)
+        y = x.astype(jnp.float32)
+        y *= jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.eps)
+        return (y * scale).astype(x.dtype)
+
+
+def rotate(
+    x_BLHW: Float[Array, "B L H W"], positions_BL: Int[Array, "B L"], theta: float
+) -> Float[Array, "B L H W"]:
+    """Rotary position embedding, rotate-half convention: pairs are (i, i + W/2)."""
+    W = x_BLHW.shape[-1]
+    frequency = theta ** (-jnp.arange(0, W, 2, dtype=jnp.float32) / W)
+    angle = positions_BL[..., None, None].astype(jnp.float32) * frequency
+    sin, cos = jnp.sin(angle), jnp.cos(angle)
+    a, b = jnp.split(x_BLHW.astype(jnp.float32), 2, axis=-1)
+    rotated = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
+    return rotated.astype(x_BLHW.dtype)
+
+
+class Attention(nn.Module):
+    """Multi-head or grouped-query attention with rotary positions.
+
+    The mask (B, 1, L, M) says what each token may see: of these L tokens, or with a cache, of its
+    M places, into which these tokens' keys and values are put from place `start` on.
+    """
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, x_BLD, positions_BL, mask_B1LM, cache: Cache | None, start):
+        c = self.config
+        D, H, KV, W = c.hidden_size, c.num_heads, c.num_kv_heads, c.head_dim
+        matrix = nn.initializers.normal(c.init_std)
+
+        def project(name, heads):
+            w = self.param(name, matrix, (heads, W, D), jnp.float32).astype(x_BLD.dtype)
+            return jnp.einsum("bld,hwd->blhw", x_BLD, w)
+
+        q = rotate(project("q", H), positions_BL, c.rope_theta)
+        k = rotate(project("k", KV), positions_BL, c.rope_theta)
+        v = project("v", KV)
+        if cache is not None:
+            k = jax.lax.dynamic_update_slice_in_dim(cache.keys, k, start, axis=1)
+            v = jax.lax.dynamic_update_slice_in_dim(cache.values, v, start, axis=1)
+            cache = Cache(k, v)
+        y = jax.nn.dot_product_attention(q, k, v, mask=mask_B1LM)
+        o = self.param("o", matrix, (D, H, W), jnp.float32).astype(x_BLD.dtype)
+        return jnp.einsum("blhw,dhw->bld", y, o), cache
+
+
+class DenseFFN(nn.Module):
+    """One SwiGLU for all tokens: an expert function with a single expert."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, x_BLD):
+        c = self.config
+        matrix = nn.initializers.normal(c.init_std)
+        D, F = c.hidden_size, c.dense_ffn_size
+        params = {
+            "w_in": self.param("w_in", matrix, (1, 2, F, D), jnp.float32),
+            "w_out": self.param("w_out", matrix, (1, D, F), jnp.float32),
+        }
+        params = jax.tree.map(lambda p: p.astype(x_BLD.dtype), params)
+        return moe_lib.swiglu(params, x_BLD.reshape(1, -1, D)).reshape(x_BLD.shape)
+
+
+class Block(nn.Module):
+    """What the model repeats: moe_every - 1 dense layers, then one MoE++ layer."""
+
+    config: ModelConfig
+    moe: moe_lib.MoE
+    ffn_size: int
+    group_size: int | None
+    mesh: Mesh | None
+
+    @nn.compact
+    def __call__(self, carry, cache: Cache | None, positions_BL, mask_B1LM, start):
+        x, previous_BLN = carry
+        c, L = self.config, x.shape[1]
+        states, caches = [], []
+        for i in range(c.moe_every):
+            states.append(x)
+            prefix = "" if i == c.moe_every - 1 else f"dense_{i}_"
+            attention = Attention(c, name=prefix + "attention")
+            h = RMSNorm(c.norm_eps, name=prefix + "attention_norm")(x)
+            mine = None if cache is None else jax.tree.map(lambda a, i=i: a[i], cache)
+            h, mine = attention(h, positions_BL, mask_B1LM, mine, start)
+            caches.append(mine)
+            x += h
+            h = RMSNorm(c.norm_eps, name=prefix + "ffn_norm")(x)
+            if i < c.moe_every - 1:
+                x += DenseFFN(c, name=prefix + "dense")(h)
+        moe = moe_lib.MoEPP(
+            self.moe,
+            ffn_size=self.ffn_size,
+            group_size=self.group_size or L,
+            mesh=self.mesh,
+            init_std=c.init_std,
+            dtype=x.dtype,
+            name="moe",
+        )
+        y, logits_BLN, stats = moe(h, previous_BLN)
+        x += y
+        caches = None if cache is None else jax.tree.map(lambda *a: jnp.stack(a), *caches)
+        return (x, logits_BLN), (caches, stats, logits_BLN, jnp.stack(states))
+
+
+class LanguageModel(nn.Module):
+    """Tokens to hidden states; `token_losses` and `logits` take them to the vocabulary.
+
+    Attributes:
+      group_size: tokens that share a capacity; None, for dropless dispatch, is the sequence.
+      mesh: the MoE++ layers run under shard_map on it, or on this device if None.
+    """
+
+    config: ModelConfig
+    moe: moe_lib.MoE
+    ffn_size: int
+    group_size: int | None = None
+    mesh: Mesh | None = None
+
+    @nn.compact
+    def __call__(
+        self,
+        tokens_BL: Int[Array, "B L"],
+        positions_BL: Int[Array, "B L"],
+        mask_BLM: Bool[Array, "B L M"],
+        cache: Cache | None = None,
+        start: Int[Array, ""] | int = 0,
+    ) -> Output:
+        """Runs all layers.
+
+        Args:
+          positions_BL: of the tokens in their documents, for the rotary embedding.
+          mask_BLM: what each token may see; M is L, or with a cache the number of its places.
+          cache: keys and values so far; those of these tokens are put in from place `start` on.
+        """
+        c = self.config
+        dtype = jnp.dtype(c.dtype)
+        matrix = nn.initializers.normal(c.init_std)
+        embedding = self.param("embedding", matrix, (c.vocab_size, c.hidden_size), jnp.float32)
+        if not c.tied_embeddings:
+            self.param("output", matrix, (c.vocab_size, c.hidden_size), jnp.float32)
+        # Gathered whole: looked up in its shards, the tokens would come split by width.
+        whole = self._constrain(embedding.astype(dtype), P())
+        x = self._constrain(whole[tokens_BL], mesh_lib.BATCH)
+        no_logits = jnp.zeros((*tokens_BL.shape, self.moe.pool.size), jnp.float32)
+
+        block = Block
+        if c.remat != "none":
+            block = nn.remat(Block, policy=_REMAT[c.remat], prevent_cse=False)
+        blocks = nn.scan(
+            block,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
+            length=c.num_layers // c.moe_every,
+        )(c, self.moe, self.ffn_size, self.group_size, self.mesh, name="layers")
+        (x, _), (cache, stats, logits, states) = blocks(
+            (x, self._constrain(no_logits, mesh_lib.BATCH)),
+            cache,
+            positions_BL,
+            mask_BLM[:, None],
+            jnp.asarray(start),
+        )
+        hidden = RMSNorm(c.norm_eps, name="final")(x)
+        return Output(hidden, stats, logits, states.reshape(c.num_layers, *x.shape), cache)
+
+    def _constrain(self, x, spec: P):
+        if self.mesh is None:
+            return x
+        return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, spec))
+
+
+def init(model: LanguageModel, key: Array) -> dict[str, Any]:
+    """Fresh parameters, a plain nested dictionary."""
+    size = 1 if model.mesh is None else model.mesh.size
+    L = model.group_size or 1
+    tokens = jnp.zeros((size, L), jnp.int32)
+    return model.init(key, tokens, tokens, jnp.ones((size, L, L), bool))["params"]
+
+
+def empty_cache(c: ModelConfig, batch: int, places: int) -> Cache:
+    """An empty key-value cache, stacked as the model scans: (blocks, moe_every, ...)."""
+    stack = (c.num_layers // c.moe_every, c.moe_every)
+    shape = (*stack, batch, places, c.num_kv_heads, c.head_dim)
+    return Cache(jnp.zeros(shape, jnp.dtype(c.dtype)), jnp.zeros(shape, jnp.dtype(c.dtype)))
+
+
+def packed_mask(segments_BL: Int[Array, "B L"]) -> Bool[Array, "B L L"]:
+    """Causal, and within a document: tokens see the earlier ones of their own segment."""
+    L = segments_BL.shape[1]
+    same = segments_BL[:, :, None] == segments_BL[:, None, :]
+    return same & jnp.tril(jnp.ones((L, L), bool))
+
+
+def output_matrix(params: dict[str, Any]) -> Float[Array, "V D"]:
+    """The matrix of the vocabulary's logits: its own, or the embedding where they are tied."""
+    return params.get("output", params["embedding"])
+
+
+def logits(params: dict[str, Any], hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
+    """Float32 logits. For many tokens use `token_losses`, which never holds them all."""
+    w = output_matrix(params).astype(hidden.dtype)
+    return jnp.einsum("...d,vd->...v", hidden, w, preferred_element_type=jnp.float32)
+
+
+def token_losses(
+    params: dict[str, Any],
+    hidden_BLD: Float[Array, "B L D"],
+    targets_BL: Int[Array, "B L"],
+    chunk: int,
+) -> Float[Array, "B L"]:
+    """Cross-entropy of every target in nats, `chunk` tokens of each sequence at a time.
+
+    A chunk's logits are recomputed in the gradient, so (B, chunk, V) of them exist at most.
+    """
+    B, L, D = hidden_BLD.shape
+    chunk = min(chunk, L)
+
+    @jax.checkpoint
+    def losses(hidden, targets):
+        z = logits(params, hidden)
+        at_target = jnp.take_along_axis(z, targets[..., None], axis=-1)[..., 0]
+        return jax.nn.logsumexp(z, axis=-1) - at_target
+
+    def step(_, part):
+        return None, losses(*part)
+
+    parts = (
+        hidden_BLD.reshape(B, L // chunk, chunk, D).swapaxes(0, 1),
+        targets_BL.reshape(B, L // chunk, chunk).swapaxes(0, 1),
+    )
+    return jax.lax.scan(step, None, parts)[1].swapaxes(0, 1).reshape(B, L)

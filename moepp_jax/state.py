@@ -1,0 +1,126 @@
+"""The state of training, and the one step that changes it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from moepp_jax import mesh as mesh_lib
+from moepp_jax import model as model_lib
+from moepp_jax import moe, optim
+from moepp_jax.config import Config, MoEConfig
+
+Batch = dict[str, jax.Array]
+Metrics = dict[str, jax.Array]
+
+
+@flax.struct.dataclass
+class State:
+    step: jax.Array
+    params: dict[str, Any]
+    opt_state: optax.OptState
+
+
+def initializer(config: Config) -> Callable[[jax.Array], State]:
+    """A function key -> fresh State, to be jitted or only shaped."""
+    # Parameters do not depend on the mesh, so the model that declares them runs on one device.
+    model = model_lib.build(config)
+    optimizer = optim.make_optimizer(config)
+
+    def make(key):
+        params = model_lib.init(model, key)
+        return State(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+
+    return make
+
+
+def abstract_state(config: Config, mesh: Mesh) -> State:
+    """Shapes, types and shardings of the state, with nothing allocated."""
+    shapes = jax.eval_shape(initializer(config), jax.random.key(config.seed))
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        shapes,
+        mesh_lib.shardings(shapes, mesh),
+    )
+
+
+def init_state(config: Config, mesh: Mesh) -> State:
+    """A fresh state, each part made on the devices that hold it; the same on every mesh."""
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(config, mesh))
+    return jax.jit(initializer(config), out_shardings=shardings)(jax.random.key(config.seed))
+
+
+def auxiliary_losses(stats: moe.Statistics, c: MoEConfig) -> tuple[jax.Array, jax.Array]:
+    """The balance loss and the z-loss, unweighted, each the mean over the layers.
+
+    Loads and probabilities are averaged over all tokens of the batch before they are multiplied.
+    """
+    stats = jax.tree.map(lambda a: a.mean(axis=1), stats)
+    balance = jnp.zeros(())
+    if c.balance == "heterogeneous":
+        pool = model_lib.pool_of(c)
+        balance = moe.heterogeneous_balance(stats.load, stats.prob, pool, c.tau).mean()
+    return balance, stats.z.mean()
+
+
+def loss_function(config: Config, model: model_lib.LanguageModel) -> Callable:
+    """loss(params, batch, total) -> (loss, metrics), for a part of a batch with `total` targets.
+
+    Cross-entropy is divided by the targets of the whole batch, so that parts add up to it.
+    """
+
+    def loss(params, batch: Batch, total, parts: int):
+        mask = model_lib.packed_mask(batch["segments"])
+        out = model.apply({"params": params}, batch["tokens"], batch["positions"], mask)
+        nll = model_lib.token_losses(params, out.hidden, batch["targets"], config.model.loss_chunk)
+        cross_entropy = jnp.sum(nll * batch["loss_mask"]) / total
+        balance, z = (a / parts for a in auxiliary_losses(out.statistics, config.moe))
+        stats = jax.tree.map(lambda a: a.mean(axis=(0, 1)), out.statistics)
+        summary = moe.summarise(stats, model_lib.pool_of(config.moe))
+        metrics = {"loss": cross_entropy, "balance_loss": balance, "z_loss": z}
+        metrics |= {name: value / parts for name, value in summary.items()}
+        weighted = config.moe.balance_weight * balance + config.moe.z_weight * z
+        return cross_entropy + weighted, metrics
+
+    return loss
+
+
+def make_train_step(config: Config, mesh: Mesh) -> Callable[[State, Batch], tuple[State, Metrics]]:
+    """The jitted step: (state, batch) -> (state, metrics). The state that goes in is donated.
+
+    The batch's arrays are (batch_size, seq_len): tokens, targets, segments, positions, loss_mask.
+    """
+    optimizer = optim.make_optimizer(config)
+    lr = optim.schedule(config)
+    parts = config.train.accumulate
+    gradient = jax.grad(loss_function(config, model_lib.build(config, mesh)), has_aux=True)
+
+    def accumulated(params, batch, total):
+        def part(carry, batch):
+            return jax.tree.map(jnp.add, carry, gradient(params, batch, total, parts)), None
+
+        # Every parts-th sequence, not a run of them: a device's sequences stay on the device.
+        split = {k: v.reshape(-1, parts, v.shape[1]).swapaxes(0, 1) for k, v in batch.items()}
+        first = jax.eval_shape(gradient, params, {k: v[0] for k, v in split.items()}, total, parts)
+        zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), first)
+        return jax.lax.scan(part, zeros, split)[0]
+
+    def step(state: State, batch: Batch):
+        total = jnp.maximum(jnp.sum(batch["loss_mask"]), 1.0)
+        if parts == 1:
+            grads, metrics = gradient(state.params, batch, total, parts)
+        else:
+            grads, metrics = accumulated(state.params, batch, total)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        metrics |= {"grad_norm": optax.global_norm(grads), "lr": lr(state.step)}
+        return State(state.step + 1, params, opt_state), metrics
+
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(config, mesh))
+    return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
