@@ -69,7 +69,7 @@ def get_config() -> ConfigDict:
     o.clip_norm = 1.0  # of the global gradient norm
 
     c.train = t = ConfigDict()
-    t.steps = 24_000  # 100 B tokens in batches of 4 M
+    t.steps = 23_842  # 100 B tokens in batches of 4 M
     t.batch_size = 2048  # sequences an optimizer step
     t.accumulate = 1  # parts that the batch is worked through in
     t.log_every = 10  # steps

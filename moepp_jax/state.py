@@ -22,7 +22,13 @@ Metrics = dict[str, jax.Array]
 
 @flax.struct.dataclass
 class State:
-    step: jax.Array
+    """What a checkpoint holds: arrays, or their shapes and shardings in the same places.
+
+    Attributes:
+      step: optimizer steps done, which is also the next batch's number.
+    """
+
+    step: Any
     params: dict[str, Any]
     opt_state: optax.OptState
 

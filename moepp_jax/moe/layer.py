@@ -61,7 +61,7 @@ def local(
     r = route(x_GSD, previous_GSN, params["router"], moe.router, moe.pool.first_zero)
     x_GSD = x_GSD * jnp.asarray(moe.input_scale, x_GSD.dtype)
     y, kept = moe.path(x_GSD, r.experts, r.gates, params["ffn"], moe.pool, axis)
-    y += zero_computation(x_GSD, r.experts, r.gates, kept, params.get("const"), moe.pool)
+    y += zero_computation(x_GSD, r.experts, r.gates, kept, params.get("const", {}), moe.pool)
     return y, r.logits, losses.statistics(r, kept)
 
 

@@ -1,0 +1,14 @@
+"""The vanilla twin 0.6B/8E of configs/moepp_0p6b.py: the same without zero-computation experts.
+
+    python -m moepp_jax.main train --config=configs/moe_0p6b.py --workdir=gs://.../moe_0p6b
+
+Expected (paper, table 3): 44.3 on average over nine tasks.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import base, moepp_0p6b
+
+
+def get_config() -> ConfigDict:
+    return base.variant(moepp_0p6b.get_config(), "moe")

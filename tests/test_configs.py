@@ -1,0 +1,116 @@
+"""Every recipe builds, and the paper's have the paper's parameter counts."""
+
+import importlib
+from pathlib import Path
+
+import jax
+import pytest
+
+from moepp_jax import flops, mesh, model, state
+from moepp_jax.config import Config
+
+# Billions of parameters, total and active at most (paper, table 2).
+PAPER = {
+    "moepp_0p6b": (0.582, 0.242),
+    "moepp_1b": (1.035, 0.242),
+    "moepp_2b": (1.941, 0.242),
+    "moepp_7b": (7.676, 1.334),
+}
+FILES = sorted(
+    p.stem
+    for p in (Path(__file__).parents[1] / "configs").glob("*.py")
+    if p.stem not in ("__init__", "base")
+)
+
+
+def recipe(name: str) -> Config:
+    return Config.parse(importlib.import_module(f"configs.{name}").get_config())
+
+
+def count(config: Config) -> int:
+    m = model.build(config)
+    declared = jax.eval_shape(lambda: model.init(m, jax.random.key(0)))
+    return sum(leaf.size for leaf in jax.tree.leaves(declared))
+
+
+def test_all_recipes_are_found():
+    vanilla = {name.replace("moepp", "moe") for name in PAPER}
+    assert set(FILES) == set(PAPER) | vanilla | {"tiny"}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_builds_and_is_counted(name):
+    config = recipe(name)
+    assert flops.parameters(config).total == count(config)
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_paper_sizes(name):
+    total, active = flops.parameters(recipe(name))
+    assert total / 1e9 == pytest.approx(PAPER[name][0], rel=1e-3)
+    assert active / 1e9 == pytest.approx(PAPER[name][1], abs=1e-3)  # given to three digits
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_every_parameter_and_moment_has_its_place(name):
+    config = recipe(name)
+    devices = mesh.make_mesh(config)
+    abstract = state.abstract_state(config, devices)
+    specs = {
+        mesh.path_of(path): leaf.sharding.spec
+        for path, leaf in jax.tree_util.tree_leaves_with_path(abstract.params)
+    }
+    assert any("expert" in spec for spec in specs.values())
+    for path, leaf in jax.tree_util.tree_leaves_with_path(abstract.opt_state):
+        name = mesh.path_of(path)
+        match = [spec for key, spec in specs.items() if name.endswith("/" + key)]
+        assert leaf.ndim == 0 or [leaf.sharding.spec] == match
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_vanilla_twin(name):
+    moepp, moe = recipe(name), recipe(name.replace("moepp", "moe"))
+    assert moe.moe.num_experts == moe.moe.n_ffn == moepp.moe.n_ffn
+    assert moe.model == moepp.model and moe.train == moepp.train
+    assert flops.cost_ratio(moe) == 1
+
+
+# FFN experts a token for tau .10 to 1.0 (paper, section 3.4).
+@pytest.mark.parametrize(
+    ("n_ffn", "others", "expected"),
+    [
+        (8, (2, 1, 1), [0.333, 0.667, 1.000, 1.200, 1.333]),
+        (16, (2, 1, 1), [0.571, 1.000, 1.333, 1.500, 1.600]),
+        (32, (6, 1, 1), [0.571, 1.000, 1.333, 1.500, 1.600]),
+    ],
+)
+def test_ffn_experts_at_balance(n_ffn, others, expected):
+    fields = recipe("moepp_0p6b").to_dict()
+    fields["moe"] |= dict(zip(("n_const", "n_copy", "n_zero"), others, strict=True), n_ffn=n_ffn)
+    got = []
+    for tau in (0.1, 0.25, 0.5, 0.75, 1.0):
+        fields["moe"]["tau"] = tau
+        got.append(flops.ffn_experts_at_balance(Config.parse(fields)))
+    assert got == pytest.approx(expected, abs=5e-4)
+
+
+def test_flops_follow_the_parameters():
+    config = recipe("moepp_1b")
+    f = flops.per_token(config, ffn_experts=float(config.moe.top_k))
+    scores = config.model.num_layers * 4 * config.data.seq_len * config.model.hidden_size
+    embedding = config.model.vocab_size * config.model.hidden_size
+    active = flops.parameters(config).active - embedding
+    # Two operations a parameter that a token passes through; norms and W_c's vectors are the rest.
+    assert f.forward - scores == pytest.approx(2 * active, rel=1e-3)
+
+
+def test_executed_experts_count_the_padding():
+    config = recipe("moepp_0p6b")
+    assert flops.executed_ffn_experts(config) == pytest.approx(
+        config.moe.gamma * flops.ffn_experts_at_balance(config), rel=1e-2
+    )
+
+
+def test_utilisation():
+    assert flops.utilisation(459e12, "TPU v5p", 2) == 0.5
+    assert flops.utilisation(1e12, "cpu", 1) is None
