@@ -1,0 +1,16 @@
+"""moepp_jax: the open training system for MoE++ language models, in JAX.
+
+`load(workdir)` gives a trained model; `moepp_jax.moe` is the layer for models of one's own. The
+command line is `python -m moepp_jax.main`.
+"""
+
+__all__ = ["load"]
+
+
+def __getattr__(name: str):
+    # The layer alone, `moepp_jax.moe`, must not bring in data sets and checkpoints.
+    if name == "load":
+        from moepp_jax.api import load
+
+        return load
+    raise AttributeError(f"module 'moepp_jax' has no attribute {name!r}")

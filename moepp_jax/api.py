@@ -1,0 +1,107 @@
+"""A trained model for Python users: `moepp_jax.load(workdir)`."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from moepp_jax import model as model_lib
+from moepp_jax.checkpoint import Checkpoints
+from moepp_jax.config import Config
+from moepp_jax.data import Tokenizer
+from moepp_jax.generate import Generator
+from moepp_jax.workdir import read_config, tokenizer_file
+
+
+class Model:
+    """A language model with its parameters and its tokenizer.
+
+    Attributes:
+      config: of the run that trained it.
+      params: a plain nested dictionary of arrays.
+      tokenizer: None where the work directory has none; texts then cannot be given, tokens can.
+    """
+
+    def __init__(self, config: Config, params: dict[str, Any], tokenizer: Tokenizer | None = None):
+        self.config = config
+        self.params = params
+        self.tokenizer = tokenizer
+        self._model = model_lib.build(config, dispatch="dropless")
+        self._logits = jax.jit(self._forward)
+        self._generator = Generator(self._model, params)
+
+    def logits(self, tokens, mask=None) -> Float[Array, "B S V"]:
+        """Next-token logits, float32, of every place.
+
+        Args:
+          tokens: (B, S) ids.
+          mask: (B, S), true or 1 for real tokens; padding, on either side, is seen by no real
+            token, and positions are counted from the first real one. By default all are real.
+        """
+        tokens = jnp.asarray(tokens, jnp.int32)
+        if tokens.ndim != 2:
+            raise ValueError(f"tokens of shape {tokens.shape} must be (sequences, tokens)")
+        real = jnp.ones(tokens.shape, bool) if mask is None else jnp.asarray(mask).astype(bool)
+        if real.shape != tokens.shape:
+            raise ValueError(f"mask of shape {real.shape} must have that of tokens, {tokens.shape}")
+        return self._logits(self.params, tokens, real)
+
+    def generate(
+        self, prompts: str | Sequence[str] | Sequence[Sequence[int]], **settings: Any
+    ) -> Any:
+        """Continues prompts; the settings are fields of config.generate.
+
+        Args:
+          prompts: one text, or several texts, or several lists of token ids.
+          **settings: max_new_tokens, temperature, top_k, top_p, seed.
+
+        Returns:
+          The new text for a text, a list of them for several, lists of ids for ids.
+        """
+        chosen = dataclasses.replace(self.config.generate, **settings)
+        if isinstance(prompts, str):
+            return self.generate([prompts], **settings)[0]
+        end = self.tokenizer.eos_id if self.tokenizer else None
+        if not all(isinstance(p, str) for p in prompts):
+            ids = [[int(t) for t in np.asarray(p)] for p in prompts]
+            return self._generator(ids, chosen, end)
+        if self.tokenizer is None:
+            raise ValueError("this model has no tokenizer: give lists of token ids")
+        ids = [[self.tokenizer.bos_id, *self.tokenizer.encode(p)] for p in prompts]
+        return [self.tokenizer.decode(new) for new in self._generator(ids, chosen, end)]
+
+    def _forward(self, params, tokens, real):
+        S = tokens.shape[1]
+        positions = jnp.maximum(jnp.cumsum(real, axis=1) - 1, 0)
+        mask = jnp.tril(jnp.ones((S, S), bool)) & real[:, None, :]
+        out = self._model.apply({"params": params}, tokens, positions, mask)
+        return model_lib.logits(params, out.hidden)
+
+
+def load(workdir: str | Path, step: int | None = None) -> Model:
+    """The model of a work directory, on one device.
+
+    Args:
+      step: which checkpoint; by default the best on held-out text, or the newest if none was
+        evaluated.
+
+    Raises:
+      ConfigError, CheckpointError: the directory holds no run, no checkpoint, not that step, or a
+        damaged one.
+    """
+    config = read_config(workdir)
+    model = model_lib.build(config, dispatch="dropless")
+    shapes = jax.eval_shape(lambda: model_lib.init(model, jax.random.key(0)))
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    abstract = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=here), shapes)
+    with Checkpoints(workdir, keep=config.train.keep) as checkpoints:
+        params = checkpoints.restore_params(checkpoints.choose(step), abstract)
+    file = tokenizer_file(workdir)
+    return Model(config, params, Tokenizer.load(file) if file.exists() else None)

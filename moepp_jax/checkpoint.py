@@ -1,0 +1,289 @@
+"""Checkpoints of a run: saved in the background, verified by checksum, restored onto any mesh.
+
+Orbax writes and restores the arrays; this room adds what it leaves to its user. Of a step's folder
+`params/` holds the parameters, `rest/` the optimizer state and whatever else a training state has,
+`meta/` the shapes and the metrics, and `checksums.json` the SHA-256 of every file in these three:
+without it a flipped byte would restore silently. The checksums are taken before orbax commits the
+step, in its background thread, so a step is never there without them.
+"""
+
+import concurrent.futures
+import dataclasses
+import hashlib
+import json
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from flax.serialization import from_state_dict, to_state_dict
+from jax.experimental import multihost_utils
+
+from moepp_jax.workdir import write_atomic
+
+_ITEMS = ("params", "rest", "meta")
+_CHECKSUMS = "checksums.json"
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that is not there, is damaged or is of another model; the message says which."""
+
+
+class Checkpoints:
+    """The checkpoints in a run's folder; every process of the run opens them and makes each call.
+
+    A state is a pytree with a mapping or dataclass on top whose `params` are the parameters. The
+    abstract ones are of jax.ShapeDtypeStruct, each with the sharding that the array shall get.
+
+    Args:
+      workdir: the run's folder, on a disk that all processes see.
+      keep: how many of the newest steps are kept, beside the one of the lowest eval_loss.
+    """
+
+    def __init__(self, workdir: str | Path, keep: int):
+        self._folder = Path(workdir).absolute() / "checkpoints"
+        self._saving: int | None = None
+        self._policy = _NewestAndBest(keep)
+        self._manager = ocp.CheckpointManager(
+            self._folder,
+            options=ocp.CheckpointManagerOptions(
+                create=False,
+                save_root_metadata=False,
+                preservation_policy=self._policy,
+                async_options=ocp.AsyncOptions(post_finalization_callback=self._write_checksums),
+            ),
+        )
+        for step in self.steps():
+            self._policy.note(step, _metrics(self._folder / str(step)))
+
+    def save(self, step: int, state: Any, metrics: Mapping[str, Any] | None = None) -> None:
+        """Starts to save a step; a step that is there already, and not damaged, stays as it is.
+
+        Raises what went wrong with the save before, if anything did.
+        """
+        self.wait()
+        if step in self.steps():
+            if step not in self._policy.damaged:
+                return
+            self._manager.delete(step)
+        metrics = {name: float(value) for name, value in (metrics or {}).items()}
+        items = _split(state)
+        meta = {"metrics": metrics, "shapes": _shapes(items)}
+        self._saving = step
+        self._policy.note(step, metrics)
+        self._manager.save(
+            step,
+            args=ocp.args.Composite(
+                meta=ocp.args.JsonSave(meta),
+                **{name: ocp.args.StandardSave(tree) for name, tree in items.items()},
+            ),
+            force=True,  # orbax would silently skip a step before a damaged one
+        )
+
+    def steps(self) -> list[int]:
+        """In ascending order; one that is being saved is among them."""
+        return sorted(self._manager.all_steps())
+
+    def latest_step(self) -> int | None:
+        return max(self.steps(), default=None)
+
+    def best_step(self) -> int | None:
+        """The step of the lowest eval_loss; None if none was saved with one."""
+        return self._policy.best(self.steps())
+
+    def choose(self, step: int | None) -> int | None:
+        """This step if one is named, else the best, else the newest; None if there is none."""
+        candidates = (step, self.best_step(), self.latest_step())
+        return next((s for s in candidates if s is not None), None)
+
+    def latest_intact_step(self, report: Callable[[str], Any] = print) -> int | None:
+        """The newest step whose files are as they were saved; None if nothing was saved yet.
+
+        What is damaged is reported, and goes when a newer step is saved.
+
+        Raises:
+          CheckpointError: there are checkpoints, and all are damaged.
+        """
+        self.wait()
+        for step in reversed(self.steps()):
+            damage = self._damage(step, _ITEMS)
+            if damage is None:
+                return step
+            self._policy.damaged.add(step)
+            report(f"checkpoint {step} is damaged, looking for an older one: {damage}")
+        if self.steps():
+            raise CheckpointError(
+                f"every checkpoint in {self._folder} is damaged: remove that folder to start anew"
+            )
+        return None
+
+    def restore(self, step: int | None, abstract_state: Any) -> Any:
+        """The state of a step.
+
+        Raises:
+          CheckpointError: the step is not there, is damaged, or is of another architecture.
+        """
+        items = self._read(step, _split(abstract_state))
+        return from_state_dict(abstract_state, items["rest"] | {"params": items["params"]})
+
+    def restore_params(self, step: int | None, abstract_params: Any) -> Any:
+        """The parameters of a step alone; no other array is read. Raises as `restore` does."""
+        items = self._read(step, {"params": to_state_dict(abstract_params)})
+        return from_state_dict(abstract_params, items["params"])
+
+    def wait(self) -> None:
+        """Until nothing is being saved; raises what went wrong."""
+        try:
+            self._manager.wait_until_finished()
+        except Exception:
+            self._manager.reload()  # orbax forgot the steps that the save was to replace
+            raise
+
+    def close(self) -> None:
+        self._manager.close()
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def _read(self, step: int | None, items: dict[str, Any]) -> dict[str, Any]:
+        self.wait()
+        if not self.steps():
+            raise CheckpointError(f"there is no checkpoint in {self._folder}: training writes them")
+        if step not in self.steps():
+            raise self._error(step, "is not there")
+        self._require_intact(step, ["meta"])
+        self._require_shapes(step, items)
+        self._require_intact(step, items)
+        targets = {name: ocp.args.StandardRestore(tree) for name, tree in items.items()}
+        try:
+            return dict(self._manager.restore(step, args=ocp.args.Composite(**targets)).items())
+        except Exception as error:  # orbax raises bare ones
+            raise self._error(step, f"cannot be read: {error}") from error
+
+    def _require_intact(self, step: int, items: Iterable[str]) -> None:
+        damage = self._damage(step, items)
+        if damage is not None:
+            raise self._error(step, f"is damaged: {damage}")
+
+    def _require_shapes(self, step: int, items: dict[str, Any]) -> None:
+        try:
+            saved = _meta(self._folder / str(step))["shapes"]
+        except (OSError, ValueError, LookupError) as error:
+            raise self._error(step, f"cannot be read: meta/metadata: {error}") from error
+        saved = {name: shape for name, shape in saved.items() if name.split("/")[0] in items}
+        wanted = _shapes(items)
+        lines = [
+            f"  {name}: {saved.get(name, 'absent')} saved, {wanted.get(name, 'absent')} wanted"
+            for name in sorted(saved.keys() | wanted.keys())
+            if saved.get(name) != wanted.get(name)
+        ]
+        if lines:
+            more = [f"  and {len(lines) - 5} more"] if len(lines) > 5 else []
+            raise CheckpointError(
+                f"checkpoint {step} in {self._folder} is of another architecture; these shapes "
+                "differ:\n" + "\n".join(lines[:5] + more)
+            )
+
+    def _error(self, step: int | None, why: str) -> CheckpointError:
+        others = ", ".join(str(other) for other in self.steps() if other != step)
+        there = f"; steps that may be used instead: {others}" if others else ""
+        return CheckpointError(f"checkpoint {step} in {self._folder} {why}{there}")
+
+    def _damage(self, step: int, items: Iterable[str]) -> str | None:
+        """What is wrong with a step's files. Process 0 reads them, all return alike."""
+        found = None
+        if jax.process_index() == 0:
+            found = _find_damage(self._folder / str(step), frozenset(items))
+        with jax.transfer_guard("allow"):
+            damaged = multihost_utils.broadcast_one_to_all(found is not None)
+        return (found or "process 0 says so") if damaged else None
+
+    def _write_checksums(self) -> None:
+        """Called by orbax on process 0 when all is written, before the folder gets its name."""
+        folder = self._folder / f"{self._saving}{ocp.path.atomicity.TMP_DIR_SUFFIX}"
+        files = [file for item in _ITEMS for file in (folder / item).rglob("*") if file.is_file()]
+        names = [file.relative_to(folder).as_posix() for file in files]
+        sums = dict(zip(names, _sha256(files), strict=True))
+        write_atomic(folder / _CHECKSUMS, json.dumps(sums, indent=0))
+
+
+@dataclasses.dataclass
+class _NewestAndBest:
+    """Orbax's preservation policy; here, as orbax's own trips over a damaged file of metrics."""
+
+    keep: int
+    losses: dict[int, float] = dataclasses.field(default_factory=dict)
+    damaged: set[int] = dataclasses.field(default_factory=set)
+
+    def note(self, step: int, metrics: Mapping[str, float]) -> None:
+        self.damaged.discard(step)
+        self.losses.pop(step, None)
+        loss = metrics.get("eval_loss", math.nan)
+        if math.isfinite(loss):
+            self.losses[step] = loss
+
+    def best(self, steps: Sequence[int]) -> int | None:
+        known = [step for step in steps if step in self.losses and step not in self.damaged]
+        return min(known, key=self.losses.__getitem__, default=None)
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        steps = sorted({checkpoint.step for checkpoint in checkpoints} - self.damaged)
+        preserved = {*steps[-self.keep :], self.best(steps)}
+        return [checkpoint.step in preserved for checkpoint in checkpoints]
+
+
+def _split(state: Any) -> dict[str, Any]:
+    """The state as nested dictionaries, which can be read without its classes, in two items."""
+    rest = to_state_dict(state)
+    return {"params": rest.pop("params"), "rest": rest}
+
+
+def _shapes(items: dict[str, Any]) -> dict[str, list[int]]:
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): list(leaf.shape)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(items)
+    }
+
+
+def _meta(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "meta" / "metadata").read_text(encoding="utf-8"))
+
+
+def _metrics(folder: Path) -> dict[str, float]:
+    try:
+        return dict(_meta(folder)["metrics"])
+    except (OSError, ValueError, LookupError):
+        return {}  # damaged: an error for who restores this step, not for who opens the run
+
+
+def _find_damage(folder: Path, items: frozenset[str]) -> str | None:
+    """Which file of a step is not what was saved, if any; None for a step without checksums."""
+    if not (folder / _CHECKSUMS).exists():
+        return None
+    try:
+        sums = dict(json.loads((folder / _CHECKSUMS).read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        return f"{_CHECKSUMS} is no JSON object ({error})"
+    names = [name for name in sums if name.split("/")[0] in items]
+    for name, found in zip(names, _sha256([folder / name for name in names]), strict=True):
+        if found != sums[name]:
+            return f"{name} is missing" if found is None else f"{name} is not as it was saved"
+    return None
+
+
+def _sha256(files: Sequence[Path]) -> list[str | None]:
+    """Of several files at once, as hashing leaves the interpreter to others; None if not there."""
+
+    def digest(file: Path) -> str | None:
+        if not file.exists():
+            return None
+        with file.open("rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
+
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        return list(pool.map(digest, files))

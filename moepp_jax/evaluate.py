@@ -1,0 +1,105 @@
+"""Held-out loss, and how the tokens of held-out text were routed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from moepp_jax import mesh as mesh_lib
+from moepp_jax import model as model_lib
+from moepp_jax import moe
+from moepp_jax import state as state_lib
+from moepp_jax.checkpoint import Checkpoints
+from moepp_jax.config import Config
+from moepp_jax.data import open_dataset
+
+
+def make_evaluate(
+    config: Config, mesh: Mesh
+) -> Callable[[dict[str, Any], Iterable[dict[str, np.ndarray]]], dict[str, Any]]:
+    """A function (params, batches) -> metrics of all the batches' text together.
+
+    The metrics: eval_loss (nats a target), eval_perplexity, eval_tokens (targets),
+    eval_ffn_experts_per_token, eval_drop_rate, and by layer eval_load (share of the tokens that
+    choose each expert), eval_ffn_experts_per_token_by_layer and eval_router_entropy_by_layer.
+    Routing is averaged over the real tokens' groups; padding rows do not count.
+    """
+    model = model_lib.build(config, mesh, config.moe.eval_dispatch)
+    pool = model_lib.pool_of(config.moe)
+
+    def sums(params, batch):
+        mask = model_lib.packed_mask(batch["segments"])
+        out = model.apply({"params": params}, batch["tokens"], batch["positions"], mask)
+        nll = model_lib.token_losses(params, out.hidden, batch["targets"], config.model.loss_chunk)
+        groups = out.statistics.z.shape[1]
+        weight_G = jnp.mean(batch["segments"].reshape(groups, -1) > 0, axis=1)
+        return {
+            "nll": jnp.sum(nll * batch["loss_mask"]),
+            "targets": jnp.sum(batch["loss_mask"]),
+            "groups": jnp.sum(weight_G),
+            "statistics": jax.tree.map(
+                lambda a: jnp.einsum("lg...,g->l...", a, weight_G), out.statistics
+            ),
+        }
+
+    sums = jax.jit(sums)
+    place = mesh_lib.batch_sharding(mesh)
+
+    def evaluate(params, batches):
+        total = None
+        for batch in batches:
+            part = jax.device_get(sums(params, jax.device_put(batch, place)))
+            total = part if total is None else jax.tree.map(np.add, total, part)
+        if total is None or total["targets"] == 0:
+            raise ValueError("there is no held-out text to evaluate on")
+        loss = float(total["nll"] / total["targets"])
+        stats = jax.tree.map(lambda a: a / total["groups"], total["statistics"])
+        by_layer = jax.device_get(moe.summarise(stats, pool))
+        return {
+            "eval_loss": loss,
+            "eval_perplexity": math.exp(loss),
+            "eval_tokens": int(total["targets"]),
+            "eval_ffn_experts_per_token": float(by_layer["ffn_experts_per_token"].mean()),
+            "eval_drop_rate": float(by_layer["drop_rate"].mean()),
+            "eval_load": stats.load,
+            "eval_ffn_experts_per_token_by_layer": by_layer["ffn_experts_per_token"],
+            "eval_router_entropy_by_layer": by_layer["router_entropy"],
+        }
+
+    return evaluate
+
+
+def bits_per_byte(metrics: dict[str, Any], num_bytes: float) -> float:
+    """Bits that the model needs for a byte of the text: comparable between tokenizers."""
+    return metrics["eval_loss"] * metrics["eval_tokens"] / math.log(2) / num_bytes
+
+
+def evaluate_run(config: Config, workdir: str | Path, step: int | None = None) -> dict[str, Any]:
+    """A checkpoint of a run on all of the held-out text.
+
+    Args:
+      step: by default the best, or the newest if none was evaluated.
+
+    Returns:
+      What `make_evaluate` says, with step and eval_bits_per_byte; arrays as lists.
+
+    Raises:
+      ConfigError, CheckpointError: no prepared data; no checkpoint, not that one, or damaged.
+    """
+    mesh = mesh_lib.make_mesh(config)
+    dataset = open_dataset(config)
+    abstract = state_lib.abstract_state(config, mesh)
+    with Checkpoints(workdir, config.train.keep) as checkpoints:
+        step = checkpoints.choose(step)
+        params = checkpoints.restore_params(step, abstract.params)
+    metrics = make_evaluate(config, mesh)(params, dataset.eval_batches(0))
+    metrics["eval_bits_per_byte"] = bits_per_byte(metrics, dataset.eval_bytes(0))
+    arrays_as_lists = {name: np.asarray(value).tolist() for name, value in metrics.items()}
+    return {"step": step} | arrays_as_lists

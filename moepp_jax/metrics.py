@@ -1,0 +1,105 @@
+"""What a run measured: one JSON object a line in metrics.jsonl, and TensorBoard events beside it.
+
+A training row has step, loss, balance_loss, z_loss, grad_norm, lr, tokens (seen so far),
+tokens_per_s, ffn_experts_per_token, drop_rate (a share), seconds; a row of an evaluation has step,
+eval_loss and what else was measured. Numbers that are not finite have no form in JSON: they stand
+as null in metrics.jsonl (and as they are in TensorBoard).
+"""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tensorboardX import SummaryWriter
+
+from moepp_jax.workdir import write_atomic
+
+_FILE = "metrics.jsonl"
+
+
+class MetricsWriter:
+    """Appends rows to a run's metrics; one process of a run has one.
+
+    Args:
+      workdir: the run's folder.
+      resume_step: the step that the run goes on from, -1 for its start. Later rows are dropped, as
+        they will be written again; with None every row is kept.
+    """
+
+    def __init__(self, workdir: str | Path, resume_step: int | None = None):
+        file = Path(workdir) / _FILE
+        if file.exists():
+            _repair(file, math.inf if resume_step is None else resume_step)
+        self._file = file.open("a", encoding="utf-8")
+        self._events = SummaryWriter(
+            str(Path(workdir) / "tensorboard"),
+            purge_step=None if resume_step is None else resume_step + 1,
+            flush_secs=10,
+        )
+
+    def write(self, step: int, **values: Any) -> None:
+        """One row. Values are numbers or arrays of them: of Python, numpy, or on JAX's host."""
+        values = {name: np.asarray(value).tolist() for name, value in values.items()}
+        row = {"step": step} | {name: _finite(value) for name, value in values.items()}
+        self._file.write(json.dumps(row, allow_nan=False) + "\n")
+        self._file.flush()
+        for name, value in values.items():
+            if not isinstance(value, list):
+                self._events.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self._file.close()
+        self._events.close()
+
+    def __enter__(self) -> "MetricsWriter":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+
+def read_metrics(workdir: str | Path) -> list[dict[str, Any]]:
+    """The rows of a run in the order in which they were written.
+
+    A last line that a kill cut off is no row.
+
+    Raises:
+      FileNotFoundError: nothing was measured in this folder yet.
+      ValueError: another line is not a row; the message names it.
+    """
+    file = Path(workdir) / _FILE
+    if not file.exists():
+        raise FileNotFoundError(f"there is no {file}: training writes it")
+    lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        row = _row(line)
+        if row is not None:
+            rows.append(row)
+        elif number < len(lines):
+            raise ValueError(f"{file}, line {number} is no JSON object with a step: {line[:80]!r}")
+    return rows
+
+
+def _repair(file: Path, last_step: int | float) -> None:
+    """Leaves only whole rows up to a step, so that the next row starts on a line of its own."""
+    rows = [row for row in read_metrics(file.parent) if row["step"] <= last_step]
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    if text != file.read_text(encoding="utf-8", errors="replace"):
+        write_atomic(file, text)
+
+
+def _row(line: str) -> dict[str, Any] | None:
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return None
+    return row if isinstance(row, dict) and isinstance(row.get("step"), int) else None
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_finite(element) for element in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,110 @@
+"""How a run is getting on: a bar on a terminal, one plain line an update elsewhere."""
+
+import time
+from collections import deque
+from collections.abc import Iterable
+from typing import Any
+
+from rich import progress
+from rich.console import Console, RenderableType
+from rich.text import Text
+
+# key of a training row: how it is shown
+_SHOWN = {
+    "loss": "loss {:.3f}",
+    "tokens_per_s": "tok/s {:,.0f}",
+    "ffn_experts_per_token": "FFN/token {:.2f}",
+    "drop_rate": "drops {:.1%}",
+}
+
+
+class Progress:
+    """Shows the steps of a run; a context manager, which leaves the terminal as it was.
+
+    Args:
+      total_steps: the last step there is.
+      start_step: the step that the run goes on from.
+      description: what is going on, one word.
+      console: where to; standard output if None.
+    """
+
+    def __init__(
+        self,
+        total_steps: int,
+        start_step: int = 0,
+        description: str = "train",
+        console: Console | None = None,
+    ):
+        self._console = console or Console()
+        self._total = total_steps
+        self._pace = _Pace(start_step)
+        self._bar = None
+        if self._console.is_terminal:
+            self._bar = _Bar(
+                progress.TextColumn("{task.description}"),
+                progress.BarColumn(bar_width=30),
+                progress.MofNCompleteColumn(),
+                progress.TimeElapsedColumn(),
+                progress.TextColumn("{task.fields[eta]}"),
+                console=self._console,
+            )
+            self._task = self._bar.add_task(
+                description, completed=start_step, total=total_steps, eta=""
+            )
+
+    def update(self, step: int, **values: Any) -> None:
+        """Step `step` is done; of a training row's values those worth a look are shown."""
+        summary = "  ".join(
+            form.format(float(values[key])) for key, form in _SHOWN.items() if key in values
+        ).replace("%", " %")
+        eta = "ETA " + _clock(self._pace.seconds_for(self._total - step, after=step))
+        if self._bar:
+            self._bar.summary = summary
+            self._bar.update(self._task, completed=step, eta=eta)
+        else:
+            self.message(f"step {step:>{len(str(self._total))}}/{self._total}  {summary}  {eta}")
+
+    def message(self, text: str) -> None:
+        """A line of its own, above the bar if there is one."""
+        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    def __enter__(self) -> "Progress":
+        if self._bar:
+            self._bar.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._bar:
+            self._bar.stop()
+
+
+class _Bar(progress.Progress):
+    """A bar with a line of numbers under it, as both beside each other outgrow a terminal."""
+
+    summary = ""
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        yield from super().get_renderables()
+        yield Text(self.summary)
+
+
+class _Pace:
+    """Seconds a step, over the last few updates."""
+
+    def __init__(self, start_step: int):
+        self._start = (time.monotonic(), start_step)
+        self._marks: deque[tuple[float, int]] = deque(maxlen=8)
+
+    def seconds_for(self, steps: int, after: int) -> float:
+        """How long `steps` steps take, it being step `after` now."""
+        self._marks.append((time.monotonic(), after))
+        # The time before the first update is mostly compilation: used only while there is no other.
+        since, first = self._marks[0] if len(self._marks) > 1 else self._start
+        now, last = self._marks[-1]
+        return steps * (now - since) / max(last - first, 1)
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

@@ -1,0 +1,129 @@
+"""The working directory of a run: a folder with the configuration that made what lies in it.
+
+`config.json` is written once, by the first run. A later run in the same folder continues it, so it
+must compute the same thing.
+"""
+
+import json
+import os
+import uuid
+from pathlib import Path
+from typing import Any
+
+from moepp_jax.config import Config, ConfigError, differences
+
+_CONFIG = "config.json"
+
+# Fields (or groups, with the dot) that may change between runs: they say where, how often and on
+# what a run works, not what it computes.
+_FREE = (
+    "mesh.",
+    "generate.",
+    "data.dir",
+    "train.log_every",
+    "train.eval_every",
+    "train.eval_batches",
+    "train.save_every",
+    "train.keep",
+)
+
+
+def open_workdir(path: str | Path, config: Config) -> Path:
+    """The folder of this run, made and given its config.json if it is new.
+
+    Raises:
+      ConfigError: the folder belongs to a run of another configuration, or to something else
+        (nothing in it is touched then).
+    """
+    folder = Path(path)
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"workdir {folder} is a file: give --workdir a folder, or a new name")
+    if (folder / _CONFIG).exists():
+        require_same(folder, config)
+        return folder
+    if folder.exists() and any(not entry.name.startswith(".") for entry in folder.iterdir()):
+        raise ConfigError(
+            f"workdir {folder} holds files but no {_CONFIG}, so it is no run of ours: give "
+            "--workdir a new or an empty folder"
+        )
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomic(folder / _CONFIG, config.to_json())
+    except OSError as error:
+        raise ConfigError(f"workdir {folder} cannot be written: {error}") from error
+    return folder
+
+
+def read_config(path: str | Path) -> Config:
+    """The configuration that the run in this folder was made with.
+
+    Raises:
+      ConfigError: there is no run, or its config.json cannot be read or is of another version.
+    """
+    file = Path(path) / _CONFIG
+    if not file.exists():
+        missing = f"has no {_CONFIG}" if Path(path).is_dir() else "is no folder"
+        raise ConfigError(
+            f"workdir {path} {missing}: `python -m moepp_jax.main train --workdir={path}` makes it"
+        )
+    try:
+        fields = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{file} cannot be read as JSON: {error}") from error
+    try:
+        return Config.parse(fields)
+    except ConfigError as error:
+        raise ConfigError(f"{file}: {error}") from error
+
+
+def tokenizer_file(path: str | Path) -> Path:
+    """Where a run keeps the tokenizer that its model was trained with."""
+    return Path(path) / "tokenizer.model"
+
+
+def keep_tokenizer(folder: Path, tokenizer: Any) -> None:
+    """Puts the Tokenizer into the run's folder, so that the run can be used without its data.
+
+    Its class is not imported here: analysis reads folders of runs, and goes without JAX.
+
+    Raises:
+      ConfigError: the run was started with another tokenizer.
+    """
+    file = tokenizer_file(folder)
+    if not file.exists():
+        tokenizer.save(file)
+    elif type(tokenizer).load(file).fingerprint != tokenizer.fingerprint:
+        raise ConfigError(
+            f"{file} is not the tokenizer of the prepared data: the run was started on other text; "
+            "give another --workdir, or prepare that text again"
+        )
+
+
+def write_atomic(file: Path, content: str | bytes) -> None:
+    """Writes a file so that no one ever sees half of it, killed or not."""
+    temporary = file.with_name(f".{file.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+        os.replace(temporary, file)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def require_same(folder: str | Path, config: Config) -> None:
+    """Refuses a configuration that computes something else than the run in this folder did.
+
+    Raises:
+      ConfigError: names every field that differs, with both values.
+    """
+    changed = differences(read_config(folder).to_dict(), config.to_dict())
+    lines = [
+        f"  config.{name}: {there!r} there, {now!r} now"
+        for name, (there, now) in changed.items()
+        if not name.startswith(_FREE)
+    ]
+    if lines:
+        raise ConfigError(
+            f"workdir {folder} holds a run of another configuration:\n"
+            + "\n".join(lines)
+            + "\nGive another --workdir, or the old values."
+        )

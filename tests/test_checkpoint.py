@@ -1,0 +1,302 @@
+"""Checkpoints: equal bit for bit on any mesh, and never wrong in silence."""
+
+from pathlib import Path
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from moepp_jax import checkpoint
+from moepp_jax.checkpoint import CheckpointError, Checkpoints
+
+
+@flax.struct.dataclass
+class State:
+    step: jax.Array
+    params: dict
+    opt_state: optax.OptState
+
+
+def _mesh(*shape: int) -> jax.sharding.Mesh:
+    names = ("x", "y")[: len(shape)]
+    devices = jax.devices()[: int(np.prod(shape))]
+    return jax.make_mesh(shape, names, axis_types=(AxisType.Auto,) * len(shape), devices=devices)
+
+
+def _init(width: int = 16) -> State:
+    params = {
+        "layer": {"kernel": jax.random.normal(jax.random.key(0), (8, width))},
+        "norm": jnp.ones((width,), jnp.bfloat16),
+    }
+    mask = {"layer": True, "norm": False}
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3, mask=mask))
+    return State(jnp.int32(3), params, optimizer.init(params))
+
+
+def _shardings(tree, mesh):
+    """Matrices split over the first axis of the mesh, the rest on every device."""
+    spec = PartitionSpec(mesh.axis_names[0])
+    return jax.tree.map(
+        lambda leaf: NamedSharding(mesh, spec if leaf.ndim == 2 else PartitionSpec()), tree
+    )
+
+
+def _state(mesh=None, **sizes) -> State:
+    state = _init(**sizes)
+    return jax.device_put(state, _shardings(state, mesh or _mesh(8)))
+
+
+def _abstract(tree, mesh=None):
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        tree,
+        _shardings(tree, mesh or _mesh(8)),
+    )
+
+
+def _assert_equal(a, b):
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        assert x.dtype == y.dtype
+        np.testing.assert_array_equal(np.asarray(x), np.asarray(y))
+
+
+def _save(workdir, *steps, state=None, keep=9):
+    with Checkpoints(workdir, keep) as checkpoints:
+        for step in steps:
+            checkpoints.save(step, state or _state())
+
+
+def _array_file(workdir: Path, step: int, item: str) -> Path:
+    """The file that holds most of an item's arrays."""
+    files = (workdir / "checkpoints" / str(step) / item).rglob("d/*")
+    return max(files, key=lambda file: file.stat().st_size)
+
+
+def _flip(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+def _truncate(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-1])
+
+
+@pytest.mark.parametrize("target", [(8,), (2,), (1,), (4, 2)])
+def test_a_state_restores_onto_any_mesh_bit_for_bit(tmp_path, target):
+    state = _state(_mesh(2, 4))
+    _save(tmp_path, 3, state=state)
+    abstract = _abstract(state, _mesh(*target))
+    with Checkpoints(tmp_path, 1) as checkpoints:
+        restored = checkpoints.restore(checkpoints.latest_step(), abstract)
+    _assert_equal(restored, state)
+    jax.tree.map(lambda leaf, want: _assert_sharded(leaf, want.sharding), restored, abstract)
+
+
+def _assert_sharded(leaf, sharding):
+    assert leaf.sharding.is_equivalent_to(sharding, leaf.ndim)
+
+
+def test_a_state_may_be_a_dictionary(tmp_path):
+    state = {"params": _state().params, "step": _state().step}
+    _save(tmp_path, 1, state=state)
+    with Checkpoints(tmp_path, 1) as checkpoints:
+        _assert_equal(checkpoints.restore(1, _abstract(state)), state)
+
+
+def test_parameters_restore_without_a_look_at_the_optimizer_state(tmp_path):
+    state = _state()
+    _save(tmp_path, 3, state=state)
+    _flip(_array_file(tmp_path, 3, "rest"))
+    with Checkpoints(tmp_path, 1) as checkpoints:
+        _assert_equal(checkpoints.restore_params(3, _abstract(state.params)), state.params)
+        with pytest.raises(CheckpointError, match=r"checkpoint 3 .* is damaged: rest/"):
+            checkpoints.restore(3, _abstract(state))
+
+
+@pytest.mark.parametrize(
+    "damage, verdict",
+    [(_flip, "not as it was saved"), (_truncate, "not as it was saved"), (Path.unlink, "missing")],
+)
+def test_a_damaged_file_is_named_with_its_step_and_the_others(tmp_path, damage, verdict):
+    _save(tmp_path, 10, 20)
+    file = _array_file(tmp_path, 20, "params")
+    damage(file)
+    name = file.relative_to(tmp_path / "checkpoints" / "20")
+    with (
+        Checkpoints(tmp_path, 2) as checkpoints,
+        pytest.raises(CheckpointError, match=f"checkpoint 20 .*{name} is {verdict}; .*: 10$"),
+    ):
+        checkpoints.restore_params(20, _abstract(_state().params))
+
+
+@pytest.mark.parametrize("name", ["meta/metadata", "checksums.json", "params/_METADATA"])
+def test_an_empty_file_in_a_step_costs_that_step_only(tmp_path, name):
+    _save(tmp_path, 10, 20)
+    (tmp_path / "checkpoints" / "20" / name).write_bytes(b"")
+    reports = []
+    with Checkpoints(tmp_path, 2) as checkpoints:
+        assert checkpoints.latest_intact_step(reports.append) == 10
+        with pytest.raises(CheckpointError, match=f"checkpoint 20 .*{name.split('/')[-1]}"):
+            checkpoints.restore(20, _abstract(_state()))
+    assert len(reports) == 1 and "checkpoint 20 is damaged" in reports[0] and name in reports[0]
+
+
+def test_training_goes_on_from_an_older_step_and_replaces_the_damaged_one(tmp_path):
+    _save(tmp_path, 10, 20, 30)
+    _flip(_array_file(tmp_path, 20, "rest"))
+    _truncate(_array_file(tmp_path, 30, "rest"))
+    with Checkpoints(tmp_path, 2) as checkpoints:
+        assert checkpoints.latest_intact_step(lambda _: None) == 10
+        checkpoints.save(15, _state())  # between the one resumed from and the damaged ones
+        assert checkpoints.steps() == [10, 15]
+        checkpoints.save(20, _state())
+        assert checkpoints.latest_intact_step() == 20
+        _assert_equal(checkpoints.restore(20, _abstract(_state())), _state())
+
+
+def test_saving_a_damaged_step_again_replaces_it_at_once(tmp_path):
+    _save(tmp_path, 10, 20)
+    _flip(_array_file(tmp_path, 20, "params"))
+    with Checkpoints(tmp_path, 2) as checkpoints:
+        checkpoints.latest_intact_step(lambda _: None)
+        checkpoints.save(20, _state())
+        assert checkpoints.latest_intact_step() == 20
+
+
+def test_if_all_steps_are_damaged_nothing_starts_anew_in_silence(tmp_path):
+    _save(tmp_path, 10)
+    _flip(_array_file(tmp_path, 10, "params"))
+    with (
+        Checkpoints(tmp_path, 2) as checkpoints,
+        pytest.raises(CheckpointError, match=r"every checkpoint in .* is damaged"),
+    ):
+        checkpoints.latest_intact_step(lambda _: None)
+
+
+def test_a_step_without_checksums_is_accepted_and_its_damage_still_one_clear_error(tmp_path):
+    _save(tmp_path, 10)
+    (tmp_path / "checkpoints" / "10" / "checksums.json").unlink()
+    with Checkpoints(tmp_path, 2) as checkpoints:
+        assert checkpoints.choose(None) == 10
+        assert checkpoints.latest_intact_step() == 10
+        _assert_equal(checkpoints.restore(10, _abstract(_state())), _state())
+        _truncate(_array_file(tmp_path, 10, "params"))
+        with pytest.raises(CheckpointError, match=r"checkpoint 10 .* cannot be read"):
+            checkpoints.restore(10, _abstract(_state()))
+
+
+def test_a_save_that_was_killed_is_no_step_and_can_be_repeated(tmp_path):
+    _save(tmp_path, 10)
+    (tmp_path / "checkpoints" / "10").rename(tmp_path / "checkpoints" / "20.orbax-checkpoint-tmp")
+    with Checkpoints(tmp_path, 2) as checkpoints:
+        assert checkpoints.latest_intact_step() is None
+        checkpoints.save(20, _state())
+        _assert_equal(checkpoints.restore(20, _abstract(_state())), _state())
+    assert [entry.name for entry in (tmp_path / "checkpoints").iterdir()] == ["20"]
+
+
+def test_the_newest_and_the_best_are_kept_also_after_a_restart(tmp_path):
+    losses = {10: float("nan"), 20: 3.0, 30: 5.0, 40: 4.0}
+    with Checkpoints(tmp_path, 2) as checkpoints:
+        for step, loss in losses.items():
+            checkpoints.save(step, _state(), {"eval_loss": np.float32(loss)})
+        checkpoints.save(50, _state())
+        checkpoints.wait()
+        assert checkpoints.steps() == [20, 40, 50]
+    with Checkpoints(tmp_path, 2) as checkpoints:
+        assert checkpoints.best_step() == 20
+        assert (checkpoints.choose(None), checkpoints.choose(50)) == (20, 50)
+        checkpoints.save(60, _state(), {"eval_loss": 3.5})
+        checkpoints.save(70, _state(), {"eval_loss": 2.5})
+        assert (checkpoints.best_step(), checkpoints.latest_step()) == (70, 70)
+    assert {entry.name for entry in (tmp_path / "checkpoints").iterdir()} == {"60", "70"}
+
+
+def test_a_step_that_is_there_stays_as_it_is(tmp_path):
+    _save(tmp_path, 10)
+    changed = jax.tree.map(lambda leaf: leaf + 1, _state())
+    _save(tmp_path, 10, state=changed)
+    with Checkpoints(tmp_path, 2) as checkpoints:
+        _assert_equal(checkpoints.restore(10, _abstract(_state())), _state())
+
+
+def test_another_architecture_names_the_paths_before_any_array_is_read(tmp_path):
+    _save(tmp_path, 10)
+    _array_file(tmp_path, 10, "params").unlink()  # reading an array would raise something else
+    wanted = _abstract(_state(width=24).params)
+    wanted["gate"] = wanted["norm"]
+    with Checkpoints(tmp_path, 2) as checkpoints:
+        with pytest.raises(CheckpointError, match="another architecture") as error:
+            checkpoints.restore_params(10, wanted)
+        assert str(error.value).splitlines()[1:] == [
+            "  params/gate: absent saved, [24] wanted",
+            "  params/layer/kernel: [8, 16] saved, [8, 24] wanted",
+            "  params/norm: [16] saved, [24] wanted",
+        ]
+        with pytest.raises(CheckpointError, match=r"(?s)rest/opt_state/.* and 1 more$"):
+            checkpoints.restore(10, _abstract(_state(width=24)))
+
+
+def test_a_step_that_is_not_there_names_those_that_are(tmp_path):
+    _save(tmp_path, 10, 20)
+    with (
+        Checkpoints(tmp_path, 2) as checkpoints,
+        pytest.raises(CheckpointError, match=r"checkpoint 15 .* is not there; .*: 10, 20$"),
+    ):
+        checkpoints.restore(15, _abstract(_state()))
+
+
+def test_without_any_checkpoint_the_error_says_so_and_nothing_is_made(tmp_path):
+    with Checkpoints(tmp_path, 2) as checkpoints:
+        assert checkpoints.latest_step() is None
+        assert checkpoints.best_step() is None
+        assert checkpoints.latest_intact_step() is None
+        with pytest.raises(CheckpointError, match=f"no checkpoint in {tmp_path}.*: training"):
+            checkpoints.restore_params(checkpoints.latest_step(), {})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_save_that_fails_is_raised_and_leaves_the_steps_before(tmp_path, monkeypatch):
+    _save(tmp_path, 10)
+
+    def fail(*_):
+        raise OSError("disk full")
+
+    with Checkpoints(tmp_path, 1) as checkpoints:
+        monkeypatch.setattr(checkpoint, "write_atomic", fail)
+        checkpoints.save(20, _state())
+        with pytest.raises(OSError, match="disk full"):
+            checkpoints.wait()
+        assert checkpoints.latest_intact_step() == 10
+
+
+def test_saving_and_restoring_move_no_array_implicitly(tmp_path):
+    state = _state()
+    with jax.transfer_guard("disallow"):
+        _save(tmp_path, 1, state=state)
+        with Checkpoints(tmp_path, 1) as checkpoints:
+            restored = checkpoints.restore(1, _abstract(state))
+    _assert_equal(restored, state)
+
+
+def test_a_state_that_is_donated_while_it_is_being_saved_is_saved_as_it_was(tmp_path):
+    mesh = _mesh(8)
+    sharding = NamedSharding(mesh, PartitionSpec("x"))
+    kernel = np.arange(2**20, dtype=np.float32).reshape(1024, 1024)
+    saved = {"params": {"kernel": kernel}, "count": np.zeros(8, np.int32)}
+    state = jax.tree.map(lambda leaf: jax.device_put(leaf, sharding), saved)
+    abstract = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), state
+    )
+    train = jax.jit(lambda state: jax.tree.map(lambda leaf: leaf + 1, state), donate_argnums=0)
+    with Checkpoints(tmp_path, 1) as checkpoints:
+        checkpoints.save(1, state)
+        for _ in range(5):
+            state = train(state)
+        _assert_equal(checkpoints.restore(1, abstract), saved)

@@ -1,0 +1,133 @@
+"""What a run measured: rows that survive kills and resumes, and what is shown meanwhile."""
+
+import io
+import json
+import math
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from rich.console import Console
+
+from moepp_jax import progress
+from moepp_jax.metrics import MetricsWriter, read_metrics
+from moepp_jax.progress import Progress
+
+
+def _run(workdir, steps, resume_step=None):
+    with MetricsWriter(workdir, resume_step) as metrics:
+        for step in steps:
+            metrics.write(step, loss=float(step))
+
+
+def _steps(workdir):
+    return [row["step"] for row in read_metrics(workdir)]
+
+
+def test_rows_are_written_at_once_and_read_back_as_plain_numbers(tmp_path):
+    with MetricsWriter(tmp_path) as metrics:
+        metrics.write(1, loss=jnp.float32(0.5), lr=np.float32(0.25), tokens=7, z=jnp.bfloat16(2))
+        metrics.write(2, load=jnp.arange(3.0))
+        rows = read_metrics(tmp_path)  # before the writer is closed
+    assert rows == [
+        {"step": 1, "loss": 0.5, "lr": 0.25, "tokens": 7, "z": 2.0},
+        {"step": 2, "load": [0.0, 1.0, 2.0]},
+    ]
+    assert isinstance(rows[0]["tokens"], int)
+
+
+def test_what_is_not_finite_is_null_in_strict_json(tmp_path):
+    with MetricsWriter(tmp_path) as metrics:
+        metrics.write(1, loss=math.nan, grad_norm=jnp.inf, load=np.array([1.0, -np.inf]))
+    line = (tmp_path / "metrics.jsonl").read_text()
+
+    def refuse(constant):
+        raise AssertionError(f"{constant} is not JSON")
+
+    row = json.loads(line, parse_constant=refuse)
+    assert row == {"step": 1, "loss": None, "grad_norm": None, "load": [1.0, None]}
+
+
+def test_a_resumed_run_has_every_step_once(tmp_path):
+    _run(tmp_path, range(1, 8))
+    _run(tmp_path, range(5, 10), resume_step=4)
+    assert _steps(tmp_path) == list(range(1, 10))
+
+
+def test_a_run_that_starts_again_drops_all_and_without_a_resume_step_nothing(tmp_path):
+    _run(tmp_path, range(3))
+    _run(tmp_path, [3])
+    assert _steps(tmp_path) == [0, 1, 2, 3]
+    _run(tmp_path, [0], resume_step=-1)
+    assert _steps(tmp_path) == [0]
+
+
+@pytest.mark.parametrize("cut", [1, 5, 14])
+def test_a_kill_in_the_middle_of_a_line_costs_that_line_only(tmp_path, cut):
+    _run(tmp_path, [1, 2, 3])
+    file = tmp_path / "metrics.jsonl"
+    file.write_bytes(file.read_bytes()[:-cut])
+    whole = [1, 2, 3] if cut == 1 else [1, 2]  # the newline alone was cut off: a whole row
+    assert _steps(tmp_path) == whole
+    _run(tmp_path, [4])
+    assert _steps(tmp_path) == [*whole, 4]
+
+
+def test_a_broken_line_elsewhere_is_named_and_kept(tmp_path):
+    file = tmp_path / "metrics.jsonl"
+    file.write_text('{"step": 1}\nnot json\n{"step": 3}\n')
+    with pytest.raises(ValueError, match=r"metrics.jsonl, line 2 .*'not json'"):
+        MetricsWriter(tmp_path, resume_step=1)
+    assert "not json" in file.read_text()
+
+
+def test_no_metrics_yet_is_an_error_that_names_the_file(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"metrics.jsonl: training writes it"):
+        read_metrics(tmp_path)
+
+
+def test_scalars_go_to_tensorboard_too(tmp_path):
+    with MetricsWriter(tmp_path) as metrics:
+        metrics.write(1, loss=0.5, load=[1.0, 2.0])
+    (events,) = (tmp_path / "tensorboard").iterdir()
+    written = events.read_bytes()
+    assert b"loss" in written and b"load" not in written
+
+
+def _console(**options):
+    return Console(file=io.StringIO(), width=80, **options)
+
+
+def test_off_a_terminal_an_update_is_one_line(monkeypatch):
+    clock = iter([0.0, 50.0, 60.0, 80.0])
+    monkeypatch.setattr(progress.time, "monotonic", lambda: next(clock))
+    console = _console()
+    with Progress(500, start_step=100, console=console) as shown:
+        values = {"ffn_experts_per_token": np.float32(1.19), "drop_rate": 0.021, "lr": 1.0}
+        shown.update(110, loss=jnp.float32(5.3125), tokens_per_s=14210.4, **values)
+        shown.message("saved [red]x")
+        shown.update(120)
+        shown.update(130)
+    # The first estimate has only the 50 s of the first ten steps, which compiled; the second is
+    # 1 s a step; the third (10 + 20 s for 20 steps) 1.5.
+    assert console.file.getvalue().splitlines() == [
+        "step 110/500  loss 5.312  tok/s 14,210  FFN/token 1.19  drops 2.1 %  ETA 32:30",
+        "saved [red]x",
+        "step 120/500    ETA 6:20",
+        "step 130/500    ETA 9:15",
+    ]
+
+
+def test_on_a_terminal_an_interrupt_gives_the_cursor_back():
+    console = _console(force_terminal=True)
+    with (
+        pytest.raises(KeyboardInterrupt),
+        Progress(500, start_step=100, description="train", console=console) as shown,
+    ):
+        shown.update(250, loss=2.0)
+        shown.message("saved")
+        raise KeyboardInterrupt
+    output = console.file.getvalue()
+    assert "train" in output and "250/500" in output and "loss 2.000" in output
+    assert "saved" in output
+    assert output.rfind("\x1b[?25h") > output.rfind("\x1b[?25l") >= 0

@@ -1,0 +1,147 @@
+"""A run's folder: made once, continued by the same configuration only, never overwritten."""
+
+import dataclasses
+import json
+
+import pytest
+
+from configs import tiny
+from moepp_jax.config import Config, ConfigError
+from moepp_jax.data import Tokenizer
+from moepp_jax.workdir import (
+    keep_tokenizer,
+    open_workdir,
+    read_config,
+    tokenizer_file,
+    write_atomic,
+)
+
+
+@pytest.fixture
+def config() -> Config:
+    return Config.parse(tiny.get_config())
+
+
+def _with(config: Config, group: str, **fields) -> Config:
+    return dataclasses.replace(
+        config, **{group: dataclasses.replace(getattr(config, group), **fields)}
+    )
+
+
+def test_a_new_folder_gets_the_configuration(tmp_path, config):
+    folder = open_workdir(tmp_path / "runs" / "a", config)
+    assert [entry.name for entry in folder.iterdir()] == ["config.json"]
+    assert read_config(folder) == config
+
+
+def test_an_empty_folder_is_new_whatever_a_killed_run_left_there(tmp_path, config):
+    (tmp_path / ".config.json.0.tmp").write_text("{")
+    assert read_config(open_workdir(tmp_path, config)) == config
+
+
+def test_the_same_configuration_continues_the_run(tmp_path, config):
+    open_workdir(tmp_path, config)
+    (tmp_path / "metrics.jsonl").write_text("")
+    assert open_workdir(str(tmp_path), config) == tmp_path
+
+
+@pytest.mark.parametrize(
+    "group, fields",
+    [
+        ("mesh", {"data": 2, "expert": 4}),
+        ("generate", {"temperature": 1.0}),
+        ("data", {"dir": "elsewhere"}),
+        (
+            "train",
+            {"log_every": 1, "eval_every": 2, "eval_batches": 3, "save_every": 4, "keep": 5},
+        ),
+    ],
+)
+def test_fields_that_change_no_number_may_change(tmp_path, config, group, fields):
+    open_workdir(tmp_path, config)
+    open_workdir(tmp_path, _with(config, group, **fields))
+    assert read_config(tmp_path) == config
+
+
+def test_another_configuration_is_refused_and_nothing_is_overwritten(tmp_path, config):
+    open_workdir(tmp_path, config)
+    before = (tmp_path / "config.json").read_bytes()
+    other = _with(_with(config, "moe", tau=0.5), "train", steps=7, keep=9)
+    with pytest.raises(ConfigError) as error:
+        open_workdir(tmp_path, other)
+    assert "config.moe.tau: 0.75 there, 0.5 now" in str(error.value)
+    assert "config.train.steps: 500 there, 7 now" in str(error.value)
+    assert "keep" not in str(error.value)
+    assert "another --workdir, or the old values" in str(error.value)
+    assert (tmp_path / "config.json").read_bytes() == before
+
+
+def test_a_folder_of_something_else_is_refused(tmp_path, config):
+    (tmp_path / "thesis.tex").write_text("x")
+    with pytest.raises(ConfigError, match=f"{tmp_path} holds files but no config.json"):
+        open_workdir(tmp_path, config)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_a_file_is_refused(tmp_path, config):
+    (tmp_path / "run").write_text("x")
+    with pytest.raises(ConfigError, match="run is a file"):
+        open_workdir(tmp_path / "run", config)
+    with pytest.raises(ConfigError, match="cannot be written"):
+        open_workdir(tmp_path / "run" / "inner", config)
+
+
+@pytest.mark.parametrize("open_or_read", [open_workdir, lambda path, _: read_config(path)])
+@pytest.mark.parametrize("content", [b"", b'{"seed": 0', b"\xff\xfe\x00"])
+def test_a_corrupt_configuration_names_the_file(tmp_path, config, open_or_read, content):
+    (tmp_path / "config.json").write_bytes(content)
+    with pytest.raises(ConfigError, match=f"{tmp_path}/config.json cannot be read as JSON"):
+        open_or_read(tmp_path, config)
+    assert (tmp_path / "config.json").read_bytes() == content
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda fields: fields["moe"].pop("tau"), "config.moe.tau is missing"),
+        (lambda fields: fields.update(colour=1), "unknown field config.colour"),
+    ],
+)
+def test_a_configuration_of_another_version_names_file_and_field(tmp_path, config, change, message):
+    fields = config.to_dict()
+    change(fields)
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    with pytest.raises(ConfigError, match=f"{tmp_path}/config.json: {message}"):
+        open_workdir(tmp_path, config)
+
+
+def test_reading_where_no_run_is_says_what_makes_one(tmp_path):
+    with pytest.raises(ConfigError, match=f"{tmp_path} has no config.json: .*train"):
+        read_config(tmp_path)
+    with pytest.raises(ConfigError, match=f"{tmp_path}/no is no folder: .*train"):
+        read_config(tmp_path / "no")
+
+
+def test_a_failed_write_leaves_the_old_file_alone(tmp_path, monkeypatch):
+    file = tmp_path / "a"
+    write_atomic(file, "old")
+
+    def fail(*_):
+        raise OSError("disk full")
+
+    monkeypatch.setattr("os.replace", fail)
+    with pytest.raises(OSError, match="disk full"):
+        write_atomic(file, b"new")
+    assert [entry.name for entry in tmp_path.iterdir()] == ["a"]
+    assert file.read_text() == "old"
+
+
+def test_a_run_keeps_its_tokenizer_and_takes_no_other(tmp_path):
+    text = ["one text about cats and dogs and birds", "another one about ships and the sea"]
+    kept = Tokenizer.train(text, 300)
+    keep_tokenizer(tmp_path, kept)
+    keep_tokenizer(tmp_path, kept)
+    assert Tokenizer.load(tokenizer_file(tmp_path)).fingerprint == kept.fingerprint
+    with pytest.raises(ConfigError, match=r"tokenizer.model is not the tokenizer"):
+        keep_tokenizer(tmp_path, Tokenizer.train(text, 290))
+    assert Tokenizer.load(tokenizer_file(tmp_path)).fingerprint == kept.fingerprint
