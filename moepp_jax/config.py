@@ -260,9 +260,6 @@ _WITHIN = {
     "moe.input_scale": (0, math.inf),
     "data.eval_fraction": (0, 0.5),
     "optim.lr": (0, math.inf),
-    "optim.final_lr_ratio": (0, 1),
-    "optim.beta1": (0, 1),
-    "optim.beta2": (0, 1),
     "optim.eps": (0, 1),
     "optim.clip_norm": (0, math.inf),
     "generate.top_p": (0, 1),
@@ -289,6 +286,9 @@ def _check(c: Config) -> None:
         require(low < value(name) <= high, name, f"must be {bounds}")
 
     m, e, t = c.model, c.moe, c.train
+    for name in ("optim.beta1", "optim.beta2"):
+        require(0 <= value(name) < 1, name, "must be at least 0 and less than 1")
+    require(0 <= c.optim.final_lr_ratio <= 1, "optim.final_lr_ratio", "must be from 0 to 1")
     require(
         m.hidden_size % m.num_heads == 0,
         "model.num_heads",
@@ -314,6 +314,11 @@ def _check(c: Config) -> None:
         e.top_k <= e.num_experts,
         "moe.top_k",
         f"is more than the {e.num_experts} experts there are ({pool}): choose fewer a token",
+    )
+    require(
+        e.num_experts > 1 or not e.logit_norm,
+        "moe.logit_norm",
+        "needs at least two experts: one logit has no standard deviation",
     )
     require(
         c.data.seq_len % e.group_size == 0,

@@ -18,6 +18,7 @@ from jaxtyping import Array, Bool, Float, Int
 from moepp_jax import mesh as mesh_lib
 from moepp_jax import moe as moe_lib
 from moepp_jax.config import Config, ModelConfig, MoEConfig
+from moepp_jax.moe import kernels
 from moepp_jax.moe import router as router_lib
 
 _PROJECT = {1: router_lib.linear, 2: router_lib.two_layer}
@@ -80,10 +81,9 @@ def moe_of(c: MoEConfig, dispatch: str, platform: str) -> moe_lib.MoE:
         gate=_GATE[c.gate],
     )
     if dispatch == "capacity":
-        path = moe_lib.with_capacity(c.tau, c.gamma)
+        path = moe_lib.with_capacity(c.tau, c.gamma, kernels.expert_function(platform))
     else:
-        tpu = platform == "tpu"
-        path = moe_lib.dropless(moe_lib.ragged_swiglu if tpu else moe_lib.Blocked(moe_lib.swiglu))
+        path = moe_lib.dropless(kernels.grouped_function(platform))
     return moe_lib.MoE(pool_of(c), router, path, c.input_scale)
 
 

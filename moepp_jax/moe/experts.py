@@ -1,6 +1,8 @@
 """The experts: the pool, FFN experts over stacked parameters, and the three that cost nothing."""
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import jax
@@ -31,17 +33,77 @@ class Pool(NamedTuple):
         return self.size - self.n_zero
 
 
+@jax.custom_vjp
 def swiglu(
     params: Mapping[str, Float[Array, "..."]], x_EBD: Float[Array, "E B D"]
 ) -> Float[Array, "E B D"]:
     """W_out (SiLU(W_gate x) * W_up x), every expert on its own rows.
 
+    The gradient keeps the two products of x and makes the rest again, which costs less than memory.
+
     Args:
       params: "w_in" (E, 2, F, D), the gate's matrix and then the linear one, and "w_out" (E, D, F).
     """
+    return _swiglu_fwd(params, x_EBD)[0]
+
+
+def _activate(h_EB2F: Float[Array, "E B 2 F"]) -> Float[Array, "E B F"]:
+    return jax.nn.silu(h_EB2F[:, :, 0]) * h_EB2F[:, :, 1]
+
+
+def _swiglu_fwd(params, x_EBD):
     h = jnp.einsum("ebd,ehfd->ebhf", x_EBD, params["w_in"])
-    a = jax.nn.silu(h[:, :, 0]) * h[:, :, 1]
-    return jnp.einsum("ebf,edf->ebd", a, params["w_out"])
+    return jnp.einsum("ebf,edf->ebd", _activate(h), params["w_out"]), (params, x_EBD, h)
+
+
+def _swiglu_bwd(saved, d_y):
+    params, x_EBD, h = saved
+    a, pullback = jax.vjp(_activate, h)
+    (d_h,) = pullback(jnp.einsum("ebd,edf->ebf", d_y, params["w_out"]))
+    d_params = {
+        "w_in": jnp.einsum("ebhf,ebd->ehfd", d_h, x_EBD),
+        "w_out": jnp.einsum("ebd,ebf->edf", d_y, a),
+    }
+    return d_params, jnp.einsum("ebhf,ehfd->ebd", d_h, params["w_in"])
+
+
+swiglu.defvjp(_swiglu_fwd, _swiglu_bwd)
+
+
+@dataclass(frozen=True)
+class OneByOne:
+    """An expert function that takes the experts one after the other where no gradient is asked.
+
+    On CPUs an expert's intermediates then stay in cache: faster than the bare batched products. The
+    gradient is that of the function itself.
+
+    Attributes:
+      expert: (params stacked over E, rows (E, B, D)) -> rows (E, B, D).
+    """
+
+    expert: Callable
+
+    def __call__(self, params, x_EBD: Float[Array, "E B D"]) -> Float[Array, "E B D"]:
+        return _one_by_one(self.expert, params, x_EBD)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _one_by_one(expert, params, x_EBD):
+    def one(params_and_rows):
+        return expert(*jax.tree.map(lambda a: a[None], params_and_rows))[0]
+
+    return jax.lax.map(one, (params, x_EBD))
+
+
+def _one_by_one_fwd(expert, params, x_EBD):
+    return jax.vjp(expert, params, x_EBD)
+
+
+def _one_by_one_bwd(expert, pullback, d_y):
+    return pullback(d_y)
+
+
+_one_by_one.defvjp(_one_by_one_fwd, _one_by_one_bwd)
 
 
 def zero_computation(

@@ -1,0 +1,67 @@
+"""Times taken so that they can be compared: interleaved in one process, summed up by medians."""
+
+from __future__ import annotations
+
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+from rich.progress import track
+
+
+class Seconds(NamedTuple):
+    """Median and quartiles of what a function took."""
+
+    median: float
+    low: float
+    high: float
+
+
+class Case(NamedTuple):
+    """A jitted function and its arguments, on the device."""
+
+    function: Callable
+    arguments: tuple[Any, ...]
+
+
+def interleaved(
+    cases: Mapping[str, Case], rounds: int, label: str = "timing"
+) -> dict[str, Seconds]:
+    """Runs every case once a round, so that what disturbs the machine disturbs all alike.
+
+    Compilation and a first run of each case come before.
+    """
+    for case in cases.values():
+        jax.block_until_ready(case.function(*case.arguments))
+    taken: dict[str, list[float]] = {name: [] for name in cases}
+    for _ in track(range(rounds), label, transient=True):
+        for name, case in cases.items():
+            start = time.perf_counter()
+            jax.block_until_ready(case.function(*case.arguments))
+            taken[name].append(time.perf_counter() - start)
+    return {name: _summary(times) for name, times in taken.items()}
+
+
+def _summary(times: list[float]) -> Seconds:
+    if len(times) < 2:
+        return Seconds(times[0], times[0], times[0])
+    low, median, high = statistics.quantiles(times, n=4, method="inclusive")
+    return Seconds(median, low, high)
+
+
+def machine() -> str:
+    """The device that JAX computes on, in words."""
+    device = jax.devices()[0]
+    if device.platform != "cpu":
+        return f"{jax.device_count()} x {device.device_kind}, jax {jax.__version__}"
+    name = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        lines = info.read_text().splitlines()
+        name = next((s.split(":")[1].strip() for s in lines if s.startswith("model name")), name)
+    cores = len([line for line in lines if line.startswith("processor")]) if info.exists() else "?"
+    return f"CPU {name}, {cores} cores, jax {jax.__version__}"

@@ -1,0 +1,22 @@
+"""Which arithmetic of the SwiGLU experts is fastest on which platform: as measured, in one place.
+
+`python -m benchmarks.layer` is the measurement.
+"""
+
+from collections.abc import Callable
+
+from moepp_jax.moe.experts import OneByOne, swiglu
+from moepp_jax.moe.grouped import Blocked, ragged_swiglu
+
+
+def expert_function(platform: str) -> Callable:
+    """For capacity: (params, rows (E, B, D)) -> rows."""
+    return OneByOne(swiglu) if platform == "cpu" else swiglu
+
+
+def grouped_function(platform: str) -> Callable:
+    """For dropless: (params, rows (R, D) sorted by expert, counts (E,)) -> rows.
+
+    `jax.lax.ragged_dot` is a kernel on TPU; elsewhere it multiplies every row with every expert.
+    """
+    return ragged_swiglu if platform == "tpu" else Blocked(swiglu)
