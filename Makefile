@@ -1,0 +1,58 @@
+# Two commands set everything up: `make train` and `make test`. Each makes .venv on first use.
+SHELL := /bin/bash
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+PY := .venv/bin/python
+# JAX's CPU collectives block threads of a pool that is sized by the cores; too few deadlock.
+export PJRT_NPROC ?= 32
+
+.PHONY: help train test test-slow check format benchmark lock clean
+
+help:
+	@echo "make train      train a tiny MoE++ model and its vanilla twin on real text, and compare them"
+	@echo "make test       the quick tests"
+	@echo "make test-slow  the tests that take minutes"
+	@echo "make check      lint and format checks"
+	@echo "make format     mend what they find, where it can be mended"
+	@echo "make benchmark  time the layer against its matrix products and against a vanilla MoE"
+	@echo "make lock       write requirements*.txt anew from requirements*.in"
+
+.venv/run: requirements.txt
+	@echo "setting up .venv with $(PYTHON): about a minute, 1.2 GB"
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "moepp_jax needs Python 3.11 or newer: make PYTHON=/path/to/python3.11")'
+	@test -x $(PY) || $(PYTHON) -m venv .venv
+	@$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	@touch $@
+
+.venv/dev: .venv/run requirements-dev.txt
+	@echo "adding what the tests need"
+	@$(PY) -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	@touch $@
+
+train: .venv/run
+	$(PY) -m experiments.twins --config=configs/tiny.py --workdir=runs/tiny
+
+test: .venv/dev
+	$(PY) -m pytest
+
+test-slow: .venv/dev
+	$(PY) -m pytest -m slow
+
+check: .venv/dev
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+
+format: .venv/dev
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+
+benchmark: .venv/run
+	$(PY) -m benchmarks.layer --json benchmarks/results/layer.json
+
+lock: .venv/dev
+	$(PY) -m pip install --quiet pip-tools==7.6.2
+	for f in requirements requirements-dev; do \
+	  $(PY) -m piptools compile --quiet --no-header --no-annotate --strip-extras \
+	    --no-emit-index-url --no-emit-find-links --output-file $$f.txt $$f.in; done
+
+clean:
+	rm -rf .venv runs data

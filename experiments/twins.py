@@ -1,0 +1,179 @@
+"""Is MoE++ better than the vanilla MoE of the same FFN experts, and cheaper? (paper, table 3)
+
+    python -m experiments.twins --config=configs/tiny.py --workdir=runs/tiny
+
+Question   same data, same steps, same FFN experts: held-out loss, and time in the experts.
+Claim      MoE++ has the lower loss, and its experts' forward time falls towards the theory,
+           tau N_FFN / (tau N_FFN + N_ZC) of the vanilla's.
+Refuted    if the loss is higher by more than seeds differ, or the time does not fall.
+
+Trains both (each resumes by itself), evaluates both on all held-out text beside n-gram baselines,
+times one layer of each, and writes into the work directory: summary.json, curves.png, sample.txt,
+and a run's usual files in moepp/ and moe/.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+from rich.console import Console
+from rich.table import Table
+
+import moepp_jax
+from benchmarks import timing
+from configs import base
+from moepp_jax import cli, flops, moe
+from moepp_jax import model as model_lib
+from moepp_jax.analysis.curves import plot_curves
+from moepp_jax.analysis.ngram import ngram_loss
+from moepp_jax.config import Config
+from moepp_jax.data import Dataset, prepare
+from moepp_jax.evaluate import evaluate_run
+from moepp_jax.metrics import read_metrics
+from moepp_jax.train import train
+from moepp_jax.workdir import write_atomic
+
+TWINS = ("moepp", "moe")
+NAMES = {"moepp": "MoE++", "moe": "vanilla MoE"}
+BASELINES = {"unigram": 1, "bigram": 2, "trigram": 3}
+PROMPTS = ("In the beginning", "The village of", "KING HENRY\n")
+
+
+def twins(recipe: ConfigDict, workdir: Path, report: Callable[[str], None] = print) -> dict:
+    """Runs the experiment; returns what summary.json holds."""
+    start = time.perf_counter()
+    configs = {name: Config.parse(base.variant(copy.deepcopy(recipe), name)) for name in TWINS}
+    dataset = prepare(configs["moepp"], report)
+    report(dataset.describe())
+    folders = {name: workdir / name for name in TWINS}
+    results = {}
+    for name, config in configs.items():
+        report(f"\n{NAMES[name]}: training in {folders[name]}")
+        train(config, folders[name], report)
+        results[name] = evaluate_run(config, folders[name], config.train.steps)
+    report("\ncounting n-grams and timing one layer of each")
+    baselines = n_gram_losses(configs["moepp"], dataset)
+    seconds = time_layers(configs, folders)
+    summary = {
+        "held_out_loss": {n: results[n]["eval_loss"] for n in TWINS} | baselines,
+        "held_out_perplexity": {n: results[n]["eval_perplexity"] for n in TWINS},
+        "held_out_bits_per_byte": {n: results[n]["eval_bits_per_byte"] for n in TWINS},
+        "held_out_tokens": results["moepp"]["eval_tokens"],
+        "ffn_experts_per_token": {n: results[n]["eval_ffn_experts_per_token"] for n in TWINS},
+        "expert_forward_seconds": {n: seconds[n].median for n in TWINS},
+        "time_ratio": seconds["moepp"].median / seconds["moe"].median,
+        "theory": flops.cost_ratio(configs["moepp"]),
+        "tokens_per_s": {n: training_rate(folders[n]) for n in TWINS},
+        "steps": configs["moepp"].train.steps,
+        "machine": timing.machine(),
+        "seconds": time.perf_counter() - start,
+    }
+    write_atomic(workdir / "summary.json", json.dumps(summary, indent=2) + "\n")
+    labels = {NAMES[n]: folders[n] for n in TWINS}
+    plot_curves(labels, workdir / "curves.png", baselines)
+    write_atomic(workdir / "sample.txt", sample(folders["moepp"]))
+    return summary
+
+
+def n_gram_losses(config: Config, dataset: Dataset) -> dict[str, float]:
+    """Nats a token of add-k n-gram models on the held-out targets, the best k for each."""
+    batches = list(dataset.eval_batches())
+    vocabulary = config.model.vocab_size
+    return {
+        name: ngram_loss(dataset.train_documents, batches, vocabulary, order).loss
+        for name, order in BASELINES.items()
+    }
+
+
+def time_layers(configs: dict[str, Config], folders: dict[str, Path]) -> dict[str, timing.Seconds]:
+    """Forward of each model's first trained MoE layer, whole, on a batch's worth of rows."""
+    return timing.interleaved(
+        {name: layer_case(config, folders[name]) for name, config in configs.items()},
+        rounds=40,
+        label="timing",
+    )
+
+
+def layer_case(config: Config, folder: Path) -> timing.Case:
+    layer = model_lib.moe_of(config.moe, config.moe.dispatch, jax.default_backend())
+    params = moepp_jax.load(folder, config.train.steps).params["layers"]["moe"]
+    params = jax.tree.map(lambda p: p[0], params)
+    tokens = config.train.batch_size * config.data.seq_len
+    S = config.moe.group_size
+    x = jax.random.normal(jax.random.key(0), (tokens // S, S, config.model.hidden_size))
+    previous = jnp.zeros((tokens // S, S, config.moe.num_experts))
+    return timing.Case(jax.jit(lambda *a: moe.local(*a, layer)[0]), (x, previous, params))
+
+
+def training_rate(folder: Path) -> float:
+    """Median tokens a second of the logged intervals."""
+    return float(np.median([r["tokens_per_s"] for r in read_metrics(folder) if "loss" in r]))
+
+
+def sample(folder: Path) -> str:
+    """Continuations of a few prompts, sampled from the best checkpoint."""
+    model = moepp_jax.load(folder)
+    texts = model.generate(list(PROMPTS), max_new_tokens=80, temperature=0.8, top_p=0.95, seed=1)
+    return "\n\n".join(p + t for p, t in zip(PROMPTS, texts, strict=True)) + "\n"
+
+
+def show(summary: dict[str, Any], workdir: Path, console: Console) -> None:
+    table = Table(title=f"held-out text, {summary['held_out_tokens']:,} tokens")
+    for column in ("", "loss", "perplexity", "bits/byte", "FFN experts/token"):
+        table.add_column(column, justify="right")
+    for column in ("expert forward", "ratio", "theory", "train tok/s"):
+        table.add_column(column, justify="right")
+    ratios = {
+        "moepp": (f"{summary['time_ratio']:.3f}", f"{summary['theory']:.3f}"),
+        "moe": ("1", "1"),
+    }
+    for name in TWINS:
+        table.add_row(
+            NAMES[name],
+            f"{summary['held_out_loss'][name]:.3f}",
+            f"{summary['held_out_perplexity'][name]:.1f}",
+            f"{summary['held_out_bits_per_byte'][name]:.3f}",
+            f"{summary['ffn_experts_per_token'][name]:.3f}",
+            f"{1e3 * summary['expert_forward_seconds'][name]:.2f} ms",
+            *ratios[name],
+            f"{summary['tokens_per_s'][name]:,.0f}",
+        )
+    nats_to_bits = summary["held_out_bits_per_byte"]["moe"] / summary["held_out_loss"]["moe"]
+    for name in BASELINES:
+        loss = summary["held_out_loss"][name]
+        table.add_row(name, f"{loss:.3f}", f"{np.exp(loss):.1f}", f"{loss * nats_to_bits:.3f}")
+    console.print(table)
+    console.print(
+        f"theory's speed-up in the experts {1 / summary['theory']:.2f}, measured "
+        f"{1 / summary['time_ratio']:.2f}\n"
+        f"machine  {summary['machine']}; {summary['seconds']:.0f} s in all\n"
+        f"curves   {workdir / 'curves.png'}\n"
+        f"numbers  {workdir / 'summary.json'}\n"
+        f"logs     {workdir}/*/metrics.jsonl, and tensorboard --logdir={workdir}\n"
+        f"sample   {workdir / 'sample.txt'}\n",
+        highlight=False,
+    )
+    console.print((workdir / "sample.txt").read_text(), markup=False, highlight=False)
+
+
+def main(argv: list[str]) -> None:
+    workdir = Path(_WORKDIR.value)
+    show(twins(_CONFIG.value, workdir), workdir, Console(width=120))
+
+
+if __name__ == "__main__":
+    _CONFIG = config_flags.DEFINE_config_file(
+        "config", "configs/tiny.py", "recipe of the MoE++ twin"
+    )
+    _WORKDIR = flags.DEFINE_string("workdir", "runs/tiny", "folder of the experiment")
+    cli.run(main)

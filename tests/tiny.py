@@ -1,0 +1,68 @@
+"""A model that compiles in seconds, batches for it, and the folder of a run that holds one."""
+
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from configs import tiny
+from moepp_jax import state as state_lib
+from moepp_jax.checkpoint import Checkpoints
+from moepp_jax.config import Config
+from moepp_jax.data import PackedRows, prepare
+from moepp_jax.mesh import make_mesh
+from moepp_jax.workdir import keep_tokenizer, open_workdir
+
+TEXT = Path(__file__).parent / "data" / "text"
+
+CHANGES = {
+    "model.num_layers": 2,
+    "model.hidden_size": 32,
+    "model.vocab_size": 384,
+    "model.dense_ffn_size": 48,
+    "model.init_std": 0.2,  # big enough that routing and text differ from token to token
+    "model.loss_chunk": 16,
+    "moe.ffn_size": 24,
+    "moe.group_size": 16,
+    "data.corpus": str(TEXT),
+    "data.eval_fraction": 0.2,
+    "data.seq_len": 32,
+    "optim.warmup_steps": 2,
+    "train.steps": 6,
+    "train.batch_size": 8,
+    "train.log_every": 1,
+    "train.eval_every": 100,
+    "train.eval_batches": 1,
+    "train.save_every": 100,
+    "generate.max_new_tokens": 8,
+}
+
+
+def config(**changes) -> Config:
+    """The tiny configuration with changes: config(**{"moe.tau": 0.5})."""
+    fields = tiny.get_config()
+    fields.update_from_flattened_dict(CHANGES | changes)
+    return Config.parse(fields)
+
+
+def batch(c: Config, rows: int | None = None, seed: int = 0) -> dict[str, np.ndarray]:
+    """Random documents of 1 to 40 tokens, packed: the rows have unequal numbers of targets."""
+    rng = np.random.default_rng(seed)
+    rows = rows or c.train.batch_size
+    lengths = rng.integers(1, 40, size=rows * c.data.seq_len)
+    documents = [rng.integers(3, c.model.vocab_size, n).astype(np.int32) for n in lengths]
+    packed = PackedRows(documents, lengths, c.data.seq_len, pad_id=0, drop_last=True)
+    parts = [packed[i] for i in range(rows)]
+    return {name: np.stack([part[name] for part in parts]) for name in parts[0]}
+
+
+def run_folder(folder: Path, c: Config, step: int = 3) -> Path:
+    """A run's folder as training leaves it, with the fresh parameters as its checkpoint."""
+    dataset = prepare(c, report=lambda line: None)
+    open_workdir(folder, c)
+    keep_tokenizer(folder, dataset.tokenizer)
+    mesh = make_mesh(config(), jax.devices()[:1])
+    with Checkpoints(folder, c.train.keep) as checkpoints:
+        checkpoints.save(step, state_lib.init_state(c, mesh))
+        checkpoints.wait()
+    return folder
