@@ -2,8 +2,6 @@
 SHELL := /bin/bash
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 PY := .venv/bin/python
-# JAX's CPU collectives block threads of a pool that is sized by the cores; too few deadlock.
-export PJRT_NPROC ?= 32
 
 .PHONY: help train test test-slow check format benchmark lock clean
 

@@ -30,7 +30,9 @@ def capacity(pool: Pool, tau: float, gamma: float, tokens: int, top_k: int) -> t
     """
     share = gamma * top_k * tokens / (tau * pool.n_ffn + pool.n_zero_computation)
     # A product such as 1.1 * 10 must not gain a slot from its last bit.
-    ffn, zero_computation = (min(math.ceil(round(s, 6)), tokens) for s in (tau * share, share))
+    ffn, zero_computation = (
+        min(max(math.ceil(round(s, 6)), 1), tokens) for s in (tau * share, share)
+    )
     return (ffn,) * pool.n_ffn + (zero_computation,) * pool.n_zero_computation
 
 
@@ -169,10 +171,12 @@ combine.defvjp(_combine_fwd, _combine_bwd)
 
 
 def _weighted_sum(y_RD, weights_TK, rows: Rows):
-    weights_TK = jnp.where(rows.row < y_RD.shape[0], weights_TK, 0.0)
+    has_row = rows.row < y_RD.shape[0]
     # One term for each choice fuses; a (T, K, D) intermediate costs three times as much.
     terms = [
-        weights_TK[:, k, None] * y_RD[_clip(rows.row[:, k], y_RD)]
+        jnp.where(
+            has_row[:, k, None], weights_TK[:, k, None] * y_RD[_clip(rows.row[:, k], y_RD)], 0
+        )
         for k in range(weights_TK.shape[1])
     ]
     return sum(terms).astype(y_RD.dtype)

@@ -64,7 +64,8 @@ def _swiglu_bwd(saved, d_y):
         "w_in": jnp.einsum("ebhf,ebd->ehfd", d_h, x_EBD),
         "w_out": jnp.einsum("ebd,ebf->edf", d_y, a),
     }
-    return d_params, jnp.einsum("ebhf,ehfd->ebd", d_h, params["w_in"])
+    d_params = {name: d.astype(params[name].dtype) for name, d in d_params.items()}
+    return d_params, jnp.einsum("ebhf,ehfd->ebd", d_h, params["w_in"]).astype(x_EBD.dtype)
 
 
 swiglu.defvjp(_swiglu_fwd, _swiglu_bwd)

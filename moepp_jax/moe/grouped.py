@@ -75,16 +75,23 @@ def _blocked_bwd(expert, block, saved, d_out):
         d_y = jax.lax.dynamic_slice_in_dim(d_out, at, block)
         # The block's tail may hold the next expert's rows: not this expert's to learn from.
         d_y = jnp.where((jnp.arange(block) < left)[:, None], d_y, 0)
-        _, pullback = jax.vjp(lambda p, x: expert(p, x[None])[0], params_e, x)
+        _, pullback = jax.vjp(lambda p, x: expert(p, x[None])[0].astype(x.dtype), params_e, x)
         d_p, d_x = pullback(d_y)
         d_rows = jax.lax.dynamic_update_slice_in_dim(d_rows, d_x, at, 0)
         return jax.tree.map(jnp.add, d_params, d_p), d_rows
 
     def per_expert(e, params_e, blocks, carry):
         d_params, d_rows = carry
-        zeros = jax.tree.map(lambda p: _zeros_like(p, counts_E), params_e)
+        # In float32: a bfloat16 sum stops growing at 256 times its terms.
+        zeros = jax.tree.map(
+            lambda p: _zeros_like(p.astype(jnp.promote_types(p.dtype, jnp.float32)), counts_E),
+            params_e,
+        )
         d_p, d_rows = blocks(functools.partial(work, params_e), (zeros, d_rows))
-        put = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=e, axis=0)
+
+        def put(d_params, d_p):
+            return jax.lax.dynamic_update_slice_in_dim(d_params, d_p.astype(d_params.dtype), e, 0)
+
         return jax.tree.map(put, d_params, d_p), d_rows
 
     zeros = jax.tree.map(lambda p: _zeros_like(p, counts_E), (params, rows_RD))

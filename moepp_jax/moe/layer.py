@@ -148,6 +148,10 @@ class MoEPP(nn.Module):
         params = {group: self.param(group, make) for group, make in declared.items()}
         computed = {group: params[group] for group in params if group != "router"}
         params |= jax.tree.map(lambda p: p.astype(self.dtype), computed)
+        if x_BLD.shape[1] % self.group_size:
+            raise ValueError(
+                f"groups of {self.group_size} tokens do not divide sequences of {x_BLD.shape[1]}"
+            )
         x_GSD = x_BLD.reshape(-1, self.group_size, D)
         previous_GSN = previous_BLN.reshape(-1, self.group_size, N)
         if self.mesh is None:

@@ -190,5 +190,8 @@ def _product(x, w):
 
 
 def _over_sum(weights):
+    # Over the largest first, which changes nothing but keeps tiny ones' gradients finite.
+    largest = jax.lax.stop_gradient(jnp.max(weights, axis=-1, keepdims=True))
+    weights = weights / jnp.where(largest > 0, largest, 1.0)
     total = jnp.sum(weights, axis=-1, keepdims=True)
     return weights / jnp.where(total > 0, total, 1.0)

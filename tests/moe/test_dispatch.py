@@ -1,0 +1,233 @@
+"""Queues, slots and rows for any routing; the moves between tokens and rows and their adjoints."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax.test_util import check_grads
+
+from moepp_jax import moe
+from moepp_jax.moe import dispatch, losses
+
+D = 3
+SETTINGS = settings(max_examples=30, deadline=None)
+
+
+class Case(NamedTuple):
+    """A routing of G groups of S tokens, K of N experts each, the first n_ffn of them FFN."""
+
+    experts: np.ndarray
+    n_ffn: int
+    capacity: tuple[int, ...]
+
+    @property
+    def pool(self):
+        return moe.Pool(self.n_ffn, 0, len(self.capacity) - self.n_ffn)
+
+
+@st.composite
+def routings(draw):
+    """Few shapes, so that each compiles once; any choices, from even to all on one expert."""
+    G, S, K, n_ffn, capacity = draw(
+        st.sampled_from(
+            [(1, 5, 1, 2, (2, 2, 1)), (2, 8, 2, 4, (2, 2, 2, 2, 3, 3)), (3, 4, 3, 4, (3, 3, 3, 3))]
+        )
+    )
+    N = len(capacity)
+    skew = draw(st.sampled_from([0.0, 1.0, 5.0, 50.0]))
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    popularity = skew * rng.normal(size=N)
+    noise = rng.gumbel(size=(G, S, N))
+    experts = np.argsort(-(popularity + noise), axis=-1)[..., :K].astype(np.int32)
+    return Case(experts, n_ffn, capacity)
+
+
+def capacity_plan(case):
+    return jax.jit(dispatch.assign, static_argnums=1)(jnp.asarray(case.experts), case.capacity)
+
+
+def capacity_rows(case):
+    rows = jax.jit(dispatch.capacity_rows, static_argnums=(2, 3))
+    plan = capacity_plan(case)
+    return rows(jnp.asarray(case.experts), plan, case.n_ffn, case.capacity[0]), plan
+
+
+def sorted_rows(case):
+    K = case.experts.shape[-1]
+    return jax.jit(dispatch.sorted_rows, static_argnums=1)(
+        jnp.asarray(case.experts.reshape(-1, K)), case.n_ffn
+    )
+
+
+@given(routings())
+@SETTINGS
+def test_queues_are_in_token_order(case):
+    """Slots of an expert in a group are 0, 1, 2, ... as its tokens come; those < C are kept."""
+    slot, kept = (np.asarray(a) for a in capacity_plan(case))
+    for g in range(case.experts.shape[0]):
+        for i, room in enumerate(case.capacity):
+            mine = case.experts[g] == i  # token-major, as numpy reads it
+            np.testing.assert_array_equal(slot[g][mine], np.arange(mine.sum()))
+            np.testing.assert_array_equal(kept[g][mine], np.arange(mine.sum()) < room)
+
+
+def check_inverse(rows, has_row):
+    """Each row's assignment has that row; each assignment has a row or none, as it should."""
+    assignment, row = np.asarray(rows.assignment), np.asarray(rows.row).reshape(-1)
+    R = len(assignment)
+    np.testing.assert_array_equal(row < R, has_row.reshape(-1))
+    np.testing.assert_array_equal(row[~has_row.reshape(-1)], R)
+    filled = assignment < row.size
+    assert filled.sum() == has_row.sum()
+    np.testing.assert_array_equal(row[assignment[filled]], np.flatnonzero(filled))
+    np.testing.assert_array_equal(assignment[~filled], row.size)
+
+
+@given(routings())
+@SETTINGS
+def test_capacity_rows(case):
+    """Row (expert, group, slot) for every kept assignment to an FFN expert, none for the others."""
+    rows, plan = capacity_rows(case)
+    has_row = np.asarray(plan.kept) & (case.experts < case.n_ffn)
+    check_inverse(rows, has_row)
+    G, slots = len(case.experts), case.capacity[0]
+    g = np.arange(G)[:, None, None]
+    place = np.ravel_multi_index(
+        (case.experts[has_row], np.broadcast_to(g, has_row.shape)[has_row], plan.slot[has_row]),
+        (case.n_ffn, G, slots),
+    )
+    np.testing.assert_array_equal(
+        np.asarray(rows.row)[has_row.reshape(-1, has_row.shape[-1])], place
+    )
+
+
+@given(routings())
+@SETTINGS
+def test_sorted_rows(case):
+    """All assignments to FFN experts by expert, then token, without a gap."""
+    rows, counts = sorted_rows(case)
+    flat = case.experts.reshape(-1)
+    check_inverse(rows, flat < case.n_ffn)
+    wanted = [a for e in range(case.n_ffn) for a in np.flatnonzero(flat == e)]
+    np.testing.assert_array_equal(rows.assignment[: len(wanted)], wanted)
+    np.testing.assert_array_equal(counts, [(flat == e).sum() for e in range(case.n_ffn)])
+
+
+@given(routings(), st.sampled_from([1, 2]))
+@SETTINGS
+def test_device_rows(case, devices):
+    """To each device the assignments of its experts, by expert, then token; then empty rows."""
+    experts = case.experts.reshape(-1, case.experts.shape[-1])
+    rows, counts = jax.jit(dispatch.device_rows, static_argnums=(1, 2))(
+        jnp.asarray(experts), case.n_ffn, devices
+    )
+    flat = case.experts.reshape(-1)
+    check_inverse(rows, flat < case.n_ffn)
+    here = case.n_ffn // devices
+    for part, mine in enumerate(np.asarray(rows.assignment).reshape(devices, -1)):
+        local = range(part * here, (part + 1) * here)
+        wanted = [a for e in local for a in np.flatnonzero(flat == e)]
+        np.testing.assert_array_equal(mine[: len(wanted)], wanted)
+        np.testing.assert_array_equal(mine[len(wanted) :], flat.size)
+        np.testing.assert_array_equal(counts[part], [(flat == e).sum() for e in local])
+
+
+@given(routings())
+@SETTINGS
+def test_statistics(case):
+    """Loads sum to K, probabilities to 1, and what is served is what was kept."""
+    G, S, K = case.experts.shape
+    N = len(case.capacity)
+    probs = jax.nn.softmax(jnp.linspace(0.0, 3.0, G * S * N).reshape(G, S, N))
+    plan = capacity_plan(case)
+    routing = moe.Routing(probs, probs, jnp.asarray(case.experts), jnp.ones((G, S, K)))
+    stats = jax.jit(losses.statistics)(routing, plan.kept)
+    np.testing.assert_allclose(stats.load.sum(-1), K, rtol=1e-6)
+    np.testing.assert_allclose(stats.prob.sum(-1), 1, rtol=1e-6)
+    np.testing.assert_allclose(stats.kept.sum(-1) * S, plan.kept.sum((1, 2)), rtol=1e-6)
+    dropless = jax.jit(losses.statistics)(routing, jnp.ones((G, S, K), bool))
+    np.testing.assert_array_equal(dropless.kept, dropless.load)
+    assert np.all(stats.kept <= stats.load)
+    assert np.all(stats.kept <= np.array(case.capacity) / S + 1e-6)
+
+
+def naive_gather(x_TD, rows):
+    """`gather` as an indexing that autodiff sees through; empty rows hold zeros."""
+    K = rows.row.shape[1]
+    filled = rows.assignment < rows.row.size
+    return jnp.where(filled[:, None], x_TD[jnp.where(filled, rows.assignment // K, 0)], 0.0)
+
+
+def naive_combine(y_RD, gates_TK, rows):
+    has_row = rows.row < y_RD.shape[0]
+    y_TKD = y_RD[jnp.where(has_row, rows.row, 0)]
+    return jnp.sum(jnp.where(has_row, gates_TK, 0.0)[..., None] * y_TKD, axis=1)
+
+
+@jax.jit
+def moves(x, y, gates, d_x, d_y, rows):
+    """gather, combine and their gradients, ours and the naive ones."""
+    out = []
+    for gather, combine in [
+        (dispatch.gather, dispatch.combine),
+        (naive_gather, naive_combine),
+    ]:
+        gathered, gather_back = jax.vjp(lambda x, f=gather: f(x, rows), x)
+        combined, combine_back = jax.vjp(lambda y, g, f=combine: f(y, g, rows), y, gates)
+        out.append((gathered, gather_back(d_y), combined, combine_back(d_x)))
+    return out
+
+
+@given(routings(), st.sampled_from(["capacity", "sorted"]), st.integers(0, 2**32 - 1))
+@SETTINGS
+def test_moves_and_their_gradients(case, order, seed):
+    """Against autodiff of indexing, as adjoints of each other, and combine after gather."""
+    rows = capacity_rows(case)[0] if order == "capacity" else sorted_rows(case)[0]
+    rng = np.random.default_rng(seed)
+    (T, K), R = rows.row.shape, len(rows.assignment)
+    shapes = dict(x=(T, D), y=(R, D), gates=(T, K), d_x=(T, D), d_y=(R, D))
+    a = {k: jnp.asarray(rng.normal(size=s), jnp.float32) for k, s in shapes.items()}
+    filled = np.asarray(rows.assignment) < T * K
+    ours, naive = moves(**a, rows=rows)
+    np.testing.assert_array_equal(ours[0][filled], naive[0][filled])
+    for got, want in zip(jax.tree.leaves(ours[1:]), jax.tree.leaves(naive[1:]), strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
+
+    # <gather(x), y> = <x, gather^T(y)>, y zero in the empty rows, of which gather promises nothing.
+    left = np.vdot(ours[0][filled], np.asarray(a["d_y"])[filled])
+    np.testing.assert_allclose(left, np.vdot(a["x"], ours[1][0]), rtol=1e-4, atol=1e-4)
+    # combine(gather(x)) is x times the sum of the gates that have a row.
+    total = np.where(np.asarray(rows.row) < R, a["gates"], 0).sum(-1, keepdims=True)
+    back = jax.jit(dispatch.combine)(ours[0], a["gates"], rows)
+    np.testing.assert_allclose(back, a["x"] * total, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("order", [capacity_rows, sorted_rows])
+def test_gradients_by_differences(order):
+    """In float64, where a difference quotient is worth something."""
+    rng = np.random.default_rng(0)
+    experts = np.argsort(rng.normal(size=(2, 6, 5)), axis=-1)[..., :2].astype(np.int32)
+    rows, _ = order(Case(experts, 3, (2, 2, 2, 3, 3)))
+    empty = np.asarray(rows.assignment) == rows.row.size
+    with jax.enable_x64(True):
+        x = jnp.asarray(rng.normal(size=(12, D)))
+        y = jnp.asarray(rng.normal(size=(len(rows.assignment), D)))
+        gates = jnp.asarray(rng.normal(size=(12, 2)))
+        filled = jnp.asarray(~empty, jnp.float64)[:, None]
+        gather = jax.jit(lambda x: dispatch.gather(x, rows) * filled)
+        combine = jax.jit(lambda y, gates: dispatch.combine(y, gates, rows))
+        check_grads(gather, (x,), 1, ["rev"], 1e-8, 1e-8)
+        check_grads(combine, (y, gates), 1, ["rev"], 1e-6, 1e-6)  # float32 to the gates
+
+
+def test_combine_sums_in_float32():
+    """Of bfloat16 rows, 256 + 1 + 1 is 258, and not 256 as it would be one by one."""
+    rows = dispatch.Rows(jnp.array([0, 1, 2]), jnp.array([[0, 1, 2]]))
+    y = jnp.array([[256.0], [1.0], [1.0]], jnp.bfloat16)
+    out = dispatch.combine(y, jnp.ones((1, 3)), rows)
+    assert out.dtype == jnp.bfloat16
+    assert float(out[0, 0]) == 258
