@@ -27,6 +27,6 @@ def get_config(variant: str = "moepp") -> ConfigDict:
     c.data.seq_len = 256
     c.optim.update(lr=3e-3, warmup_steps=50)
     c.train.update(
-        steps=1000, batch_size=8, log_every=20, eval_every=200, eval_batches=16, save_every=200
+        steps=800, batch_size=8, log_every=20, eval_every=200, eval_batches=16, save_every=200
     )
     return base.variant(c, variant)

@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import flags
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
 from rich.console import Console
 from rich.table import Table
 
@@ -172,8 +172,6 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    _CONFIG = config_flags.DEFINE_config_file(
-        "config", "configs/tiny.py", "recipe of the MoE++ twin"
-    )
+    _CONFIG = cli.define_config("configs/tiny.py")
     _WORKDIR = flags.DEFINE_string("workdir", "runs/tiny", "folder of the experiment")
     cli.run(main)

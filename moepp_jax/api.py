@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from jaxtyping import Array, Float
 
 from moepp_jax import model as model_lib
 from moepp_jax.checkpoint import Checkpoints
-from moepp_jax.config import Config
+from moepp_jax.config import Config, ConfigError, GenerateConfig
 from moepp_jax.data import Tokenizer
 from moepp_jax.generate import Generator
 from moepp_jax.workdir import read_config, tokenizer_file
@@ -45,17 +44,20 @@ class Model:
           mask: (B, S), true or 1 for real tokens; padding, on either side, is seen by no real
             token, and positions are counted from the first real one. By default all are real.
         """
-        tokens = jnp.asarray(tokens, jnp.int32)
+        tokens = np.asarray(tokens)
         if tokens.ndim != 2:
             raise ValueError(f"tokens of shape {tokens.shape} must be (sequences, tokens)")
+        if tokens.dtype.kind not in "iu":
+            raise ValueError(f"tokens of type {tokens.dtype} must be whole numbers")
+        vocabulary = self.config.model.vocab_size
+        if tokens.size and not 0 <= tokens.min() <= tokens.max() < vocabulary:
+            raise ValueError(f"tokens hold ids outside the vocabulary of {vocabulary}")
         real = jnp.ones(tokens.shape, bool) if mask is None else jnp.asarray(mask).astype(bool)
         if real.shape != tokens.shape:
             raise ValueError(f"mask of shape {real.shape} must have that of tokens, {tokens.shape}")
-        return self._logits(self.params, tokens, real)
+        return self._logits(self.params, tokens.astype(np.int32), real)
 
-    def generate(
-        self, prompts: str | Sequence[str] | Sequence[Sequence[int]], **settings: Any
-    ) -> Any:
+    def generate(self, prompts: str | Sequence[Any], **settings: Any) -> Any:
         """Continues prompts; the settings are fields of config.generate.
 
         Args:
@@ -64,18 +66,26 @@ class Model:
 
         Returns:
           The new text for a text, a list of them for several, lists of ids for ids.
+
+        Raises:
+          ConfigError: a prompt or a setting is of no use; the message names it.
         """
-        chosen = dataclasses.replace(self.config.generate, **settings)
+        chosen = self.config.replace("generate", **settings).generate
         if isinstance(prompts, str):
-            return self.generate([prompts], **settings)[0]
-        end = self.tokenizer.eos_id if self.tokenizer else None
-        if not all(isinstance(p, str) for p in prompts):
-            ids = [[int(t) for t in np.asarray(p)] for p in prompts]
-            return self._generator(ids, chosen, end)
+            return self._continue_texts([prompts], chosen)[0]
+        if all(isinstance(p, str) for p in prompts):
+            return self._continue_texts(prompts, chosen)
+        return self._continue_ids([_ids(i, p) for i, p in enumerate(prompts)], chosen)
+
+    def _continue_texts(self, texts: Sequence[str], settings: GenerateConfig) -> list[str]:
         if self.tokenizer is None:
-            raise ValueError("this model has no tokenizer: give lists of token ids")
-        ids = [[self.tokenizer.bos_id, *self.tokenizer.encode(p)] for p in prompts]
-        return [self.tokenizer.decode(new) for new in self._generator(ids, chosen, end)]
+            raise ConfigError("this model has no tokenizer: give lists of token ids")
+        ids = [[self.tokenizer.bos_id, *self.tokenizer.encode(text)] for text in texts]
+        return [self.tokenizer.decode(new) for new in self._continue_ids(ids, settings)]
+
+    def _continue_ids(self, ids: list[list[int]], settings: GenerateConfig) -> list[list[int]]:
+        end = self.tokenizer.eos_id if self.tokenizer else None
+        return self._generator(ids, settings, end)
 
     def _forward(self, params, tokens, real):
         S = tokens.shape[1]
@@ -83,6 +93,16 @@ class Model:
         mask = jnp.tril(jnp.ones((S, S), bool)) & real[:, None, :]
         out = self._model.apply({"params": params}, tokens, positions, mask)
         return model_lib.logits(params, out.hidden)
+
+
+def _ids(i: int, prompt: Any) -> list[int]:
+    ids = np.asarray(prompt)
+    if ids.ndim != 1 or (ids.size and ids.dtype.kind not in "iu"):
+        raise ConfigError(
+            f"prompt {i} = {prompt!r} is no list of token ids: give one text, several texts, or "
+            "several lists of ids"
+        )
+    return ids.tolist()
 
 
 def load(workdir: str | Path, step: int | None = None) -> Model:

@@ -2,13 +2,29 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from absl import app, flags, logging
+from ml_collections import config_flags
 
 from moepp_jax.checkpoint import CheckpointError
 from moepp_jax.config import ConfigError
+from moepp_jax.interrupt import Stopped
+
+
+def define_config(default: str | None = None) -> flags.FlagHolder:
+    """The flag --config, a recipe, with a flag for each of its fields."""
+    # New attributes are accepted here so that Config.parse, the one door, can say what is near them.
+    return config_flags.DEFINE_config_file(
+        "config",
+        default,
+        "recipe: a file of configs/",
+        lock_config=False,
+        accept_new_attributes=True,
+    )
 
 
 def run(main: Callable[[Sequence[str]], None]) -> None:
@@ -20,12 +36,25 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
 
     try:
         app.run(quietly, flags_parser=_parse)
-    except (ConfigError, CheckpointError, flags.Error) as error:
+    except Stopped as stopped:
+        print(stopped)
+        sys.exit(stopped.status)
+    except (ConfigError, CheckpointError) as error:
         sys.exit(f"error: {error}")
 
 
 def _parse(argv: Sequence[str]) -> list[str]:
+    # The flag itself would only tell later, and without the name of the file.
+    recipe = re.search(r"\0--?config[=\0]([^\0:]*)", "\0".join(argv))
+    if recipe and not Path(recipe[1]).is_file():
+        raise ConfigError(f"--config={recipe[1]}: there is no such file; recipes are in configs/")
     try:
         return flags.FLAGS(argv)
-    except (AttributeError, KeyError, TypeError, ValueError, OSError) as error:
-        raise ConfigError(f"the command line cannot be read: {error}") from error
+    except flags.Error as error:
+        # What a recipe raises comes with its traceback, the error itself in the last line.
+        raise ConfigError(str(error).strip().splitlines()[-1]) from error
+    except (ImportError, OSError, SyntaxError) as error:
+        raise ConfigError(f"--config cannot be read: {error}") from error
+    except KeyError as error:
+        said = " ".join(str(error.args[0]).split())
+        raise ConfigError(f"a flag names no field of the configuration: {said}") from error

@@ -149,6 +149,11 @@ class Config:
         _check(config)
         return config
 
+    def replace(self, group: str, **fields: Any) -> Config:
+        """This configuration with fields of a group changed, and checked again as `parse` does."""
+        tree = self.to_dict()
+        return Config.parse(tree | {group: tree[group] | fields})
+
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
 
@@ -170,7 +175,8 @@ def differences(a: Mapping[str, Any], b: Mapping[str, Any], prefix: str = "") ->
 
 def _build(cls: type, fields: Any, prefix: str) -> Any:
     if not isinstance(fields, Mapping):
-        raise ConfigError(f"config.{prefix[:-1]} = {fields!r} must be a group of fields")
+        name = f"config.{prefix}".rstrip(".")
+        raise ConfigError(f"{name} = {fields!r} must be a group of fields")
     types = get_type_hints(cls)
     for name in fields:
         if name not in types:

@@ -37,7 +37,9 @@ def make_evaluate(
     def sums(params, batch):
         mask = model_lib.packed_mask(batch["segments"])
         out = model.apply({"params": params}, batch["tokens"], batch["positions"], mask)
-        nll = model_lib.token_losses(params, out.hidden, batch["targets"], config.model.loss_chunk)
+        nll = model_lib.token_losses(
+            params, out.hidden, batch["targets"], config.model.loss_chunk, model.mesh
+        )
         groups = out.statistics.z.shape[1]
         weight_G = jnp.mean(batch["segments"].reshape(groups, -1) > 0, axis=1)
         return {
@@ -56,6 +58,8 @@ def make_evaluate(
         total = None
         for batch in batches:
             part = jax.device_get(sums(params, jax.device_put(batch, place)))
+            # Float32 counts targets exactly up to 2^24 of them: enough for one batch.
+            part = jax.tree.map(np.float64, part)
             total = part if total is None else jax.tree.map(np.add, total, part)
         if total is None or total["targets"] == 0:
             raise ValueError("there is no held-out text to evaluate on")

@@ -66,8 +66,8 @@ class Generator:
     def __init__(self, model: model_lib.LanguageModel, params: dict[str, Any]):
         self._model = model
         self._params = params
-        self._prefill = jax.jit(self._forward, static_argnames="sample", donate_argnames="cache")
-        self._decode = jax.jit(self._forward, static_argnames="sample", donate_argnames="cache")
+        # Compiled once for a prompt's shape, and once for one token.
+        self._run = jax.jit(self._forward, static_argnames="sample", donate_argnames="cache")
         self._sampler = functools.lru_cache(sampler)
 
     def __call__(
@@ -108,11 +108,13 @@ class Generator:
         key = jax.random.key(settings.seed)
         texts: list[list[int]] = [[] for _ in prompts]
         open_rows = set(range(len(prompts)))
-        run, start = self._prefill, 0
+        start = 0
         for i in range(settings.max_new_tokens):
             step_key = jax.random.fold_in(key, i)
-            tokens, cache = run(self._params, cache, tokens, first, start, step_key, sample=sample)
-            run, start = self._decode, width + i
+            tokens, cache = self._run(
+                self._params, cache, tokens, first, start, step_key, sample=sample
+            )
+            start = width + i
             new = np.asarray(tokens)[:, 0]
             open_rows -= {row for row in open_rows if new[row] == end}
             for row in open_rows:

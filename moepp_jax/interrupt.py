@@ -7,15 +7,30 @@ import threading
 from types import FrameType
 
 
-class StopRequest:
-    """A context in which a signal sets `name` instead of ending the process.
+class Stopped(Exception):  # noqa: N818 (nothing went wrong)
+    """A run that a signal ended before its last step, after saving it.
 
     Attributes:
-      name: of the signal that asked to stop, None so far.
+      status: what the process should exit with, 128 + the signal's number as of a process that the
+        signal killed (143 for SIGTERM): a scheduler sees that the work is not done.
+    """
+
+    def __init__(self, number: signal.Signals, step: int):
+        self.status = 128 + number
+        super().__init__(
+            f"{number.name}: stopped and saved at step {step}; the same command goes on from there"
+        )
+
+
+class StopRequest:
+    """A context in which a signal is noted instead of ending the process.
+
+    Attributes:
+      signal: that asked to stop, None so far.
     """
 
     def __init__(self):
-        self.name: str | None = None
+        self.signal: signal.Signals | None = None
         self._before: dict[int, object] = {}
 
     def __enter__(self) -> StopRequest:
@@ -29,7 +44,7 @@ class StopRequest:
         self._restore()
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self.name = signal.Signals(number).name
+        self.signal = signal.Signals(number)
         self._restore()
 
     def _restore(self) -> None:

@@ -7,27 +7,24 @@
 
 Every field of the configuration is a flag: --config.moe.tau=0.5. evaluate and generate take the
 work directory's configuration; with --config they check that it is the same.
+
+A training run that is killed goes on when the same command is given again. SIGTERM or SIGINT lets
+it save first; it then ends with exit status 143 or 130. Errors end with status 1 and one message.
 """
 
-import os
-
-# Before JAX starts: its CPU collectives block threads, and too few of them can deadlock.
-os.environ.setdefault("PJRT_NPROC", "32")
-
+import dataclasses
 import json
-import sys
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
 import jax
-from absl import app, flags, logging
-from ml_collections import config_flags
+from absl import flags
 
-from moepp_jax import api, data, evaluate, mesh, train, workdir
-from moepp_jax.checkpoint import CheckpointError
+from moepp_jax import api, cli, data, evaluate, mesh, train, workdir
 from moepp_jax.config import Config, ConfigError
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "recipe: a file of configs/")
+_CONFIG = cli.define_config()
 _WORKDIR = flags.DEFINE_string("workdir", None, "folder of the run")
 _STEP = flags.DEFINE_integer("step", None, "checkpoint to use; by default the best")
 _PROMPT = flags.DEFINE_multi_string("prompt", [], "text to continue; may be given several times")
@@ -53,6 +50,8 @@ def _train() -> None:
 
 def _evaluate() -> None:
     config, folder = _config_of_run(), _given_workdir()
+    if _JSON.value and not Path(_JSON.value).parent.is_dir():
+        raise ConfigError(f"--json={_JSON.value}: there is no such folder")
     _make_virtual_devices(config)
     result = evaluate.evaluate_run(config, folder, _STEP.value)
     text = json.dumps(result, indent=2)
@@ -62,12 +61,14 @@ def _evaluate() -> None:
 
 
 def _generate() -> None:
-    _config_of_run()
-    if not _PROMPT.value:
+    given = {name: flag.value for name, flag in _SETTINGS.items() if flag.value is not None}
+    settings = _config_of_run().replace("generate", **given).generate
+    prompts = _PROMPT.value
+    if not prompts:
         raise ConfigError("no --prompt was given: write --prompt='some text'")
     model = api.load(_given_workdir(), _STEP.value)
-    settings = {name: f.value for name, f in _SETTINGS.items() if f.value is not None}
-    for prompt, text in zip(_PROMPT.value, model.generate(_PROMPT.value, **settings), strict=True):
+    texts = model.generate(prompts, **dataclasses.asdict(settings))
+    for prompt, text in zip(prompts, texts, strict=True):
         print(f"{prompt}{text}\n")
 
 
@@ -106,33 +107,21 @@ def _make_virtual_devices(config: Config) -> None:
     said = "JAX_NUM_CPU_DEVICES" in os.environ or (
         "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
     )
+    devices = mesh.virtual_cpu_devices(config)
     if not said:
-        jax.config.update("jax_num_cpu_devices", mesh.virtual_cpu_devices(config))
+        jax.config.update("jax_num_cpu_devices", devices)
+    # Collectives block a thread of JAX's pools each. The pools are sized by the cores, and with
+    # fewer than two threads a device they can deadlock; more than it takes is slower.
+    if said or devices > 1:
+        os.environ.setdefault("PJRT_NPROC", str(max(32, 4 * devices)))
 
 
 def main(argv: Sequence[str]) -> None:
     if len(argv) != 2 or argv[1] not in _COMMANDS:
-        raise ConfigError(
-            f"commands {argv[1:]!r}: give one of {', '.join(_COMMANDS)}, and no other bare words"
-        )
-    logging.set_verbosity(logging.WARNING)
+        said = f"not {' '.join(argv[1:])!r}" if argv[1:] else "as in moepp_jax.main train"
+        raise ConfigError(f"give one command of {', '.join(_COMMANDS)}, {said}; --help lists flags")
     _COMMANDS[argv[1]]()
 
 
-def run() -> None:
-    """As `app.run(main)`, with errors of the user's told in one line instead of a traceback."""
-    try:
-        app.run(main, flags_parser=_parse)
-    except (ConfigError, CheckpointError, flags.Error) as error:
-        sys.exit(f"error: {error}")
-
-
-def _parse(argv: Sequence[str]) -> list[str]:
-    try:
-        return flags.FLAGS(argv)
-    except (AttributeError, KeyError, TypeError, ValueError, OSError) as error:
-        raise ConfigError(f"the command line cannot be read: {error}") from error
-
-
 if __name__ == "__main__":
-    run()
+    cli.run(main)

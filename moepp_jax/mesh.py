@@ -38,8 +38,8 @@ def mesh_shape(config: Config, num_devices: int) -> tuple[int, int, int]:
     """Sizes of the axes, with -1 resolved.
 
     Raises:
-      ConfigError: the axes do not multiply to the devices, the batch does not divide by them, or
-        the expert axis does not divide the FFN experts.
+      ConfigError: the axes do not multiply to the devices, the batch does not divide by them, the
+        fsdp axis does not divide the width, or the expert axis the FFN experts.
     """
     sizes = [config.mesh.data, config.mesh.fsdp, config.mesh.expert]
     written = " x ".join(f"{axis}={size}" for axis, size in zip(AXES, sizes, strict=True))
@@ -52,6 +52,11 @@ def mesh_shape(config: Config, num_devices: int) -> tuple[int, int, int]:
         raise ConfigError(
             f"config.mesh: {written} does not multiply to the {num_devices} devices there are; "
             "set one axis to -1 for the rest, or choose sizes whose product is that number"
+        )
+    if config.model.hidden_size % sizes[1]:
+        raise ConfigError(
+            f"config.mesh.fsdp = {sizes[1]} must divide the width that it shards, "
+            f"config.model.hidden_size = {config.model.hidden_size}"
         )
     if config.moe.n_ffn % sizes[2]:
         raise ConfigError(

@@ -76,15 +76,19 @@ def auxiliary_losses(stats: moe.Statistics, c: MoEConfig) -> tuple[jax.Array, ja
 
 
 def loss_function(config: Config, model: model_lib.LanguageModel) -> Callable:
-    """loss(params, batch, total) -> (loss, metrics), for a part of a batch with `total` targets.
+    """loss(params, batch, total) -> (loss, metrics), for one of the parts of a batch.
 
-    Cross-entropy is divided by the targets of the whole batch, so that parts add up to it.
+    Cross-entropy is divided by the targets of the whole batch, `total`, and all else by the number
+    of parts, so that parts add up to the batch.
     """
+    parts = config.train.accumulate
 
-    def loss(params, batch: Batch, total, parts: int):
+    def loss(params, batch: Batch, total):
         mask = model_lib.packed_mask(batch["segments"])
         out = model.apply({"params": params}, batch["tokens"], batch["positions"], mask)
-        nll = model_lib.token_losses(params, out.hidden, batch["targets"], config.model.loss_chunk)
+        nll = model_lib.token_losses(
+            params, out.hidden, batch["targets"], config.model.loss_chunk, model.mesh
+        )
         cross_entropy = jnp.sum(nll * batch["loss_mask"]) / total
         balance, z = (a / parts for a in auxiliary_losses(out.statistics, config.moe))
         stats = jax.tree.map(lambda a: a.mean(axis=(0, 1)), out.statistics)
@@ -109,18 +113,18 @@ def make_train_step(config: Config, mesh: Mesh) -> Callable[[State, Batch], tupl
 
     def accumulated(params, batch, total):
         def part(carry, batch):
-            return jax.tree.map(jnp.add, carry, gradient(params, batch, total, parts)), None
+            return jax.tree.map(jnp.add, carry, gradient(params, batch, total)), None
 
         # Every parts-th sequence, not a run of them: a device's sequences stay on the device.
         split = {k: v.reshape(-1, parts, v.shape[1]).swapaxes(0, 1) for k, v in batch.items()}
-        first = jax.eval_shape(gradient, params, {k: v[0] for k, v in split.items()}, total, parts)
+        first = jax.eval_shape(gradient, params, {k: v[0] for k, v in split.items()}, total)
         zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), first)
         return jax.lax.scan(part, zeros, split)[0]
 
     def step(state: State, batch: Batch):
         total = jnp.maximum(jnp.sum(batch["loss_mask"]), 1.0)
         if parts == 1:
-            grads, metrics = gradient(state.params, batch, total, parts)
+            grads, metrics = gradient(state.params, batch, total)
         else:
             grads, metrics = accumulated(state.params, batch, total)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)

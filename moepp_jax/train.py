@@ -17,7 +17,7 @@ from moepp_jax import state as state_lib
 from moepp_jax.checkpoint import Checkpoints
 from moepp_jax.config import Config
 from moepp_jax.data import Dataset, prepare
-from moepp_jax.interrupt import StopRequest
+from moepp_jax.interrupt import Stopped, StopRequest
 from moepp_jax.metrics import MetricsWriter, read_metrics
 from moepp_jax.progress import Progress
 from moepp_jax.workdir import keep_tokenizer, open_workdir
@@ -34,6 +34,7 @@ def train(
     Raises:
       ConfigError: the configuration does not fit the devices, the data or the work directory.
       CheckpointError: every checkpoint there is damaged, or they are of another architecture.
+      Stopped: SIGINT or SIGTERM asked for it; the run is saved.
     """
     mesh = mesh_lib.make_mesh(config)
     dataset = prepare(config, report)
@@ -66,13 +67,13 @@ def _loop(config, mesh, dataset: Dataset, state, step, workdir, checkpoints, wri
             step += 1
             # The device is busy with this step: now there is time for the one before.
             log.flush()
-            last = step == t.steps or stop.name is not None
+            last = step == t.steps or stop.signal is not None
             if step % t.log_every == 0 or last:
                 log.note(step, metrics)
             held_out = {}
             if step % t.eval_every == 0 or step == t.steps:
                 log.flush()
-                with log.paused():
+                with log.paused(state):
                     held_out = evaluate(state.params, dataset.eval_batches(t.eval_batches))
                     num_bytes = dataset.eval_bytes(t.eval_batches)
                     held_out["eval_bits_per_byte"] = evaluate_lib.bits_per_byte(held_out, num_bytes)
@@ -80,14 +81,14 @@ def _loop(config, mesh, dataset: Dataset, state, step, workdir, checkpoints, wri
                     progress.message(_held_out_line(step, held_out))
             if step % t.save_every == 0 or last:
                 log.flush()
-                with log.paused():
+                with log.paused(state):
                     loss = {k: v for k, v in held_out.items() if k == "eval_loss"}
                     checkpoints.save(step, state, loss)
             if last:
                 break
         checkpoints.wait()
-    if stop.name and step < t.steps:
-        report(f"{stop.name}: stopped and saved at step {step}; the same command goes on from here")
+    if step < t.steps:
+        raise Stopped(stop.signal, step)
     return state
 
 
@@ -130,8 +131,9 @@ class _Log:
         self._progress.update(step, **values)
 
     @contextlib.contextmanager
-    def paused(self):
-        """What happens in this context is not time spent training."""
+    def paused(self, state):
+        """What happens in this context is not time spent training; getting to this state is."""
+        jax.block_until_ready(state)
         start = time.perf_counter()
         yield
         self._since += time.perf_counter() - start
