@@ -17,7 +17,7 @@ from moepp_jax.interrupt import Stopped
 
 def define_config(default: str | None = None) -> flags.FlagHolder:
     """The flag --config, a recipe, with a flag for each of its fields."""
-    # New attributes are accepted here so that Config.parse, the one door, can say what is near them.
+    # Unknown fields pass here, so that Config.parse, the one door, can say what is near them.
     return config_flags.DEFINE_config_file(
         "config",
         default,

@@ -181,9 +181,9 @@ def open_dataset(config: Config) -> Dataset:
 def _require(path: Path, what: str) -> Path:
     if not path.exists():
         raise ConfigError(
-            f"the {what} of this configuration is missing: there is no {path}; run "
-            "moepp_jax.data.prepare with this configuration where the corpus can be read, or set "
-            "config.data.dir to where it was run"
+            f"the {what} of this configuration is missing: there is no {path}; make it with "
+            "`python -m moepp_jax.main prepare --config=...` where the corpus can be read, or set "
+            "config.data.dir to where that was done"
         )
     return path
 

@@ -1,0 +1,73 @@
+"""The layer benchmark in small: that it times what it says, not how fast anything is."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from benchmarks import layer, timing
+
+SHAPE = layer.Shape(
+    tokens=128, groups=2, width=16, ffn_size=24, n_ffn=4, zero_computation=(1, 1, 1)
+)
+KEYS = {
+    "experts",
+    "tau",
+    "mode",
+    "pass",
+    "seconds",
+    "speedup",
+    "theory",
+    "fraction_of_theory",
+    "over_bare_products",
+}
+
+
+@pytest.mark.parametrize("mode", layer.MODES)
+def test_rows(mode):
+    rows = layer.measure(SHAPE, mode, "forward_backward", rounds=1)
+    assert json.loads(json.dumps(rows)) == rows
+    assert all(row.keys() >= KEYS and row["seconds"] > 0 for row in rows)
+    assert [row["tau"] for row in rows] == [None, *layer.TAUS]
+    assert [row["experts"] for row in rows] == ["4+0"] + ["4+3"] * 5
+    # 1 / (tau 4 / (tau 4 + 3))
+    assert [round(row["theory"], 3) for row in rows] == [1, 8.5, 4, 2.5, 2, 1.75]
+    for row in rows:
+        assert row["speedup"] == rows[0]["seconds"] / row["seconds"]
+        assert row["fraction_of_theory"] == row["speedup"] / row["theory"]
+
+
+def test_router_is_set_to_the_balance_point():
+    shape = SHAPE._replace(tokens=4096)
+    for subject in layer.subjects(shape):
+        logits = layer.balanced_logits(subject, shape)
+        _, experts = jax.lax.top_k(logits, layer.TOP_K)
+        ffn = float(jnp.mean(jnp.sum(experts < subject.pool.n_ffn, axis=-1)))
+        assert ffn == pytest.approx(layer.TOP_K / subject.theory, rel=0.02)
+
+
+def test_bare_products_are_those_of_the_experts():
+    ffn = {"w_in": jnp.zeros((4, 2, 24, 16)), "w_out": jnp.zeros((4, 16, 24))}
+    for way, passes in (("forward", 1), ("forward_backward", 3)):
+        case = layer.bare_products(ffn, 40, way)
+        cost = case.function.lower(*case.arguments).compile().cost_analysis()
+        assert cost["flops"] == pytest.approx(passes * 4 * 40 * 6 * 16 * 24, rel=0.01)
+
+
+def test_interleaved_runs_every_case_each_round():
+    calls = []
+    cases = {name: timing.Case(lambda name=name: calls.append(name), ()) for name in "ab"}
+    seconds = timing.interleaved(cases, rounds=3)
+    assert calls == list("ab") * 4  # one round to compile
+    assert all(s.low <= s.median <= s.high for s in seconds.values())
+
+
+def test_summary_is_of_median_and_quartiles():
+    assert timing._summary([5.0, 1.0, 3.0, 2.0, 4.0]) == timing.Seconds(3.0, 2.0, 4.0)
+    assert np.isfinite(timing._summary([1.0])).all()
+
+
+def test_machine_is_named():
+    assert "jax" in timing.machine()
