@@ -302,7 +302,10 @@ def empty_cache(c: ModelConfig, batch: int, places: int) -> Cache:
 
 
 def packed_mask(segments_BL: Int[Array, "B L"]) -> Bool[Array, "B L L"]:
-    """Causal, and within a document: tokens see the earlier ones of their own segment."""
+    """Causal, and within a document: tokens see the earlier ones of their own segment.
+
+    Under capacity the documents of a group still share its slots, earlier ones first.
+    """
     L = segments_BL.shape[1]
     same = segments_BL[:, :, None] == segments_BL[:, None, :]
     return same & jnp.tril(jnp.ones((L, L), bool))
