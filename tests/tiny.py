@@ -41,13 +41,6 @@ CHANGES = {
     "generate.max_new_tokens": 8,
 }
 
-# Compiles in a sixth of the time; what is computed and communicated stays.
-IN_A_HURRY = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
-
-
-def jit(function, **options):
-    return jax.jit(function, compiler_options=IN_A_HURRY, **options)
-
 
 def config(**changes) -> Config:
     """The configuration with changes: config(**{"moe.tau": 0.5})."""
