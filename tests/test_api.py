@@ -1,0 +1,142 @@
+"""A trained model in Python: logits, text, and errors that say what is wrong."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import moepp_jax
+from moepp_jax import api
+from moepp_jax import model as model_lib
+from moepp_jax.checkpoint import CheckpointError
+from moepp_jax.config import ConfigError
+from tests import reference, tiny
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("api")
+    return tiny.run_folder(path / "run", tiny.config(**{"data.dir": str(path / "data")}))
+
+
+@pytest.fixture(scope="module")
+def model(folder):
+    return moepp_jax.load(folder)
+
+
+@pytest.fixture(scope="module")
+def theirs():
+    params = jax.tree.map(jnp.asarray, reference.params("default"))
+    return api.Model(reference.config("default"), params), reference.expected("default")
+
+
+def close(actual, expected):
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=2e-5 * np.abs(expected).max())
+
+
+def test_logits_are_the_authors(theirs):
+    model, want = theirs
+    logits = model.logits(want["input_ids"])
+    assert logits.shape == want["logits"].shape and logits.dtype == jnp.float32
+    close(logits, want["logits"])
+
+
+def test_padding_on_either_side_is_seen_by_no_token(theirs):
+    model, want = theirs
+    ids, mask = want["padded_ids"], want["padded_mask"].astype(bool)
+    left = np.asarray(model.logits(ids, want["padded_mask"]))
+    close(left[mask], want["padded_logits"][mask])
+
+    turned_ids, turned_mask = np.zeros_like(ids), np.zeros_like(mask)
+    for row in range(len(ids)):
+        count = mask[row].sum()
+        turned_ids[row, :count], turned_mask[row, :count] = ids[row][mask[row]], True
+    right = np.asarray(model.logits(turned_ids, turned_mask))
+    close(right[turned_mask], left[mask])
+    turned_ids[~turned_mask] = 7  # whatever stands in the padding
+    np.testing.assert_array_equal(
+        np.asarray(model.logits(turned_ids, turned_mask))[turned_mask], right[turned_mask]
+    )
+
+
+@pytest.mark.parametrize(
+    ("tokens", "mask", "said"),
+    [
+        (np.zeros(5, int), None, r"tokens of shape \(5,\) must be \(sequences, tokens\)"),
+        (np.zeros((2, 5), int), np.ones((2, 4)), r"mask of shape \(2, 4\) must have that of"),
+        (np.array([[0, 384]]), None, "tokens hold ids outside the vocabulary of 384"),
+        (np.array([[0, -1]]), None, "ids outside the vocabulary of 384"),
+        (np.array([[0.5, 1.0]]), None, "tokens of type float64 must be whole numbers"),
+    ],
+)
+def test_tokens_that_are_none(model, tokens, mask, said):
+    with pytest.raises(ValueError, match=said):
+        model.logits(tokens, mask)
+
+
+def test_a_loaded_model_is_the_one_that_was_saved(model, folder):
+    assert model.config.data.corpus == str(tiny.TEXT)
+    leaves = jax.tree.leaves(model.params)
+    assert {leaf.dtype for leaf in leaves} == {jnp.dtype("float32")}
+    assert {device for leaf in leaves for device in leaf.devices()} == {jax.devices()[0]}
+    fresh = jax.jit(lambda key: model_lib.init(model_lib.build(model.config), key))
+    expected = fresh(jax.random.key(model.config.seed))
+    jax.tree.map(np.testing.assert_array_equal, model.params, expected)
+
+
+def test_one_text_several_texts_and_ids(model):
+    texts = ["The river", "A much longer beginning of a sentence"]
+    continued = model.generate(texts)
+    assert [type(text) for text in continued] == [str, str]
+    assert model.generate(texts[0]) == continued[0]
+    ids = [[1, *model.tokenizer.encode(text)] for text in texts]
+    new = model.generate(ids)
+    assert [model.tokenizer.decode(tokens) for tokens in new] == continued
+    assert model.generate([np.array(ids[0])]) == new[:1]
+    assert max(map(len, new)) <= 8 and all(type(t) is int for t in new[0])
+    assert len(model.generate("The river", max_new_tokens=2)) < len(continued[0])
+    assert model.generate([]) == []
+
+
+@pytest.mark.parametrize(
+    ("prompts", "settings", "said"),
+    [
+        ([1, 2, 3], {}, "prompt 0 = 1 is no list of token ids: give one text, several texts"),
+        (["text", [1]], {}, "prompt 0 = 'text' is no list of token ids"),
+        ([[1.5]], {}, r"prompt 0 = \[1.5\] is no list of token ids"),
+        ([[1], []], {}, "prompt 1 is empty: give at least one token"),
+        ("a", {"top_p": 0}, "config.generate.top_p = 0.0 must be greater than 0"),
+        ("a", {"temperature": -1.0}, "config.generate.temperature = -1.0 must be at least 0"),
+        ("a", {"max_new_tokens": 0}, "config.generate.max_new_tokens = 0 must be at least 1"),
+        ("a", {"max_tokens": 5}, "unknown field config.generate.max_tokens = 5: did you mean"),
+    ],
+)
+def test_prompts_and_settings_of_no_use(model, prompts, settings, said):
+    with pytest.raises(ConfigError, match=said):
+        model.generate(prompts, **settings)
+
+
+def test_no_texts_without_a_tokenizer(theirs):
+    with pytest.raises(ConfigError, match="has no tokenizer: give lists of token ids"):
+        theirs[0].generate("text")
+
+
+def test_what_cannot_be_loaded(folder, tmp_path):
+    with pytest.raises(ConfigError, match=f"{tmp_path} has no config.json"):
+        moepp_jax.load(tmp_path)
+    with pytest.raises(ConfigError, match=f"{tmp_path}/no is no folder"):
+        moepp_jax.load(tmp_path / "no")
+    fields = json.loads((folder / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    with pytest.raises(CheckpointError, match=f"there is no checkpoint in {tmp_path}"):
+        moepp_jax.load(tmp_path)
+    with pytest.raises(CheckpointError, match=r"checkpoint 7 .* may be used instead: 3"):
+        moepp_jax.load(folder, step=7)
+
+    (tmp_path / "checkpoints").symlink_to(folder / "checkpoints")
+    fields["model"]["hidden_size"] = 64
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    with pytest.raises(CheckpointError, match=r"another architecture(.|\n)*\[384, 32\] saved"):
+        moepp_jax.load(tmp_path)

@@ -1,0 +1,167 @@
+"""One door for configurations: what does not fit is told in one error, before anything runs."""
+
+import dataclasses
+import json
+import math
+from typing import get_type_hints
+
+import numpy as np
+import pytest
+
+from configs import base, tiny
+from moepp_jax import config as config_lib
+from moepp_jax.config import Config, ConfigError, differences
+from tests import tiny as small
+
+
+def fields(**changes) -> dict:
+    """The tiny configuration as a dictionary, with the fields of dotted names set."""
+    tree = small.config().to_dict()
+    for name, value in changes.items():
+        *groups, leaf = name.split(".")
+        node = tree
+        for group in groups:
+            node = node[group]
+        node[leaf] = value
+    return tree
+
+
+def refused(tree) -> str:
+    with pytest.raises(ConfigError) as error:
+        Config.parse(tree)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_base_names_every_field_once():
+    def names(cls):
+        return {
+            name: names(kind) if dataclasses.is_dataclass(kind) else None
+            for name, kind in get_type_hints(cls).items()
+        }
+
+    def keys(tree):
+        return {k: keys(v) if isinstance(v, dict) else None for k, v in tree.items()}
+
+    assert keys(base.get_config().to_dict()) == names(Config)
+
+
+def test_a_configuration_comes_back_from_its_json():
+    config = Config.parse(tiny.get_config())
+    assert Config.parse(json.loads(config.to_json())) == config
+    assert hash(config) == hash(Config.parse(tiny.get_config()))
+
+
+def test_whole_numbers_are_numbers():
+    config = Config.parse(fields(**{"moe.gamma": 2}))
+    assert type(config.moe.gamma) is float
+
+
+def test_unknown_field_is_named_with_its_likeliest_meaning():
+    said = refused(fields(**{"moe.tua": 0.5}))
+    assert said == "unknown field config.moe.tua = 0.5: did you mean moe.tau?"
+    said = refused(fields(**{"mesh.zebra": 1}))
+    assert said == "unknown field config.mesh.zebra = 1: there are data, fsdp, expert"
+    assert "unknown field config.mode = {}: did you mean mode" in refused(fields(mode={}))
+
+
+def test_missing_field_and_missing_group():
+    tree = fields()
+    del tree["optim"]["eps"]
+    assert refused(tree) == "config.optim.eps is missing: configs/base.py has a value"
+    tree = fields()
+    del tree["optim"]
+    assert refused(tree) == "config.optim is missing: configs/base.py has a value"
+
+
+# name, value, what the message says besides both.
+WRONG = [
+    # types
+    ("seed", 1.5, "must be of type int"),
+    ("seed", True, "must be of type int"),
+    ("seed", None, "must be of type int"),
+    ("model.dtype", 32, "must be of type str"),
+    ("model.tied_embeddings", 1, "must be of type bool"),
+    ("moe.tau", "0.5", "must be of type float"),
+    ("moe", 3, "must be a group of fields"),
+    ("optim.lr", math.nan, "must be finite"),
+    ("optim.clip_norm", math.inf, "must be finite"),
+    # choices
+    ("model.dtype", "int8", "must be one of 'float32', 'bfloat16'"),
+    ("model.remat", "all", "must be one of 'none', 'dots', 'full'"),
+    ("moe.dispatch", "dropfull", "must be one of 'capacity', 'dropless'"),
+    ("moe.eval_dispatch", "", "must be one of 'capacity', 'dropless'"),
+    ("moe.gate", "softmax", "must be one of 'renormalise_nonzero'"),
+    ("moe.residual", "probs", "must be one of 'logits', 'detached', 'none'"),
+    ("moe.score", "sigmoid", "must be one of 'softmax'"),
+    ("moe.balance", "switch", "must be one of 'heterogeneous', 'none'"),
+    ("moe.router_layers", 3, "must be one of 1, 2"),
+    # ranges
+    ("moe.tau", 0.0, "must be greater than 0 and at most 1"),
+    ("moe.tau", 1.5, "must be greater than 0 and at most 1"),
+    ("moe.gamma", 0.0, "must be greater than 0"),
+    ("moe.gamma", -1.0, "must be greater than 0"),
+    ("moe.top_k", 0, "must be at least 1"),
+    ("data.eval_fraction", 0.0, "must be greater than 0 and at most 0.5"),
+    ("optim.beta1", 1.0, "must be at least 0 and less than 1"),
+    ("optim.beta2", -0.5, "must be at least 0 and less than 1"),
+    ("optim.final_lr_ratio", 1.5, "must be from 0 to 1"),
+    ("train.steps", 0, "must be at least 1"),
+    ("train.keep", 0, "must be at least 1"),
+    ("generate.temperature", -1.0, "must be at least 0"),
+    ("generate.top_p", 0.0, "must be greater than 0 and at most 1"),
+    ("generate.max_new_tokens", 0, "must be at least 1"),
+    ("mesh.fsdp", 0, "must be at least 1, or -1"),
+    ("mesh.data", -2, "must be at least 1, or -1"),
+    # contradictions
+    ("moe.top_k", 13, "is more than the 12 experts there are (8 FFN + 2 constant + 1 copy + 1"),
+    ("moe.group_size", 12, "must divide config.data.seq_len = 32"),
+    ("moe.group_size", 64, "must divide config.data.seq_len = 32"),
+    ("model.loss_chunk", 12, "must divide config.data.seq_len = 32"),
+    ("model.num_heads", 3, "must divide config.model.hidden_size = 32"),
+    ("model.num_heads", 32, "makes heads 1 wide, and rotary positions need an even width"),
+    ("model.num_kv_heads", 3, "must divide config.model.num_heads = 4"),
+    ("model.num_kv_heads", 8, "must divide config.model.num_heads = 4"),
+    ("model.moe_every", 3, "must divide config.model.num_layers = 2"),
+    ("train.accumulate", 3, "must divide config.train.batch_size = 8"),
+    ("mesh.expert", 3, "must divide the FFN experts, config.moe.n_ffn = 8"),
+]
+
+
+@pytest.mark.parametrize(("name", "value", "remedy"), WRONG, ids=lambda x: str(x)[:24])
+def test_a_wrong_value_is_named_with_its_remedy(name, value, remedy):
+    said = refused(fields(**{name: value}))
+    assert said.startswith(f"config.{name} = {value!r} ") and remedy in said
+
+
+def test_one_expert_has_no_deviation_to_divide_by():
+    alone = {"moe.n_ffn": 1, "moe.n_const": 0, "moe.n_copy": 0, "moe.n_zero": 0, "moe.top_k": 1}
+    Config.parse(fields(**alone))
+    said = refused(fields(**alone, **{"moe.logit_norm": True}))
+    assert said.startswith("config.moe.logit_norm = True needs at least two experts")
+
+
+def test_every_number_has_a_bound_and_every_text_that_is_a_choice_its_choices():
+    """A field added without a check would let nonsense through to the compiler."""
+    free = {"data.corpus", "data.dir", "data.tokenizer", "model.tied_embeddings", "moe.logit_norm"}
+    by_hand = {"mesh.data", "mesh.fsdp", "mesh.expert", "optim.beta1", "optim.beta2"}
+    by_hand |= {"optim.final_lr_ratio"}
+    checked = {*config_lib._CHOICES, *config_lib._AT_LEAST, *config_lib._WITHIN}
+    tree = small.config().to_dict()
+    names = {"seed"} | {f"{g}.{n}" for g, group in tree.items() if g != "seed" for n in group}
+    assert names == checked | free | by_hand
+
+
+def test_numpy_numbers_are_refused_with_their_type():
+    assert "must be of type float" in refused(fields(**{"moe.tau": np.float32(0.5)}))
+
+
+def test_differences_names_leaves_with_both_values():
+    a, b = fields(), fields(**{"moe.tau": 0.5, "seed": 3})
+    del b["train"]["keep"]
+    assert differences(a, b) == {
+        "moe.tau": (0.75, 0.5),
+        "seed": (0, 3),
+        "train.keep": (2, None),
+    }
+    assert differences(a, a) == {}

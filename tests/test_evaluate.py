@@ -1,0 +1,145 @@
+"""Held-out loss is that of each document alone; padding counts for nothing; any mesh says so."""
+
+import functools
+import json
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moepp_jax import evaluate as evaluate_lib
+from moepp_jax import mesh as mesh_lib
+from moepp_jax import model as model_lib
+from moepp_jax.checkpoint import CheckpointError
+from moepp_jax.config import ConfigError
+from moepp_jax.data import open_dataset
+from tests import tiny
+
+
+@functools.cache
+def parameters():
+    model = model_lib.build(tiny.config())
+    return jax.jit(functools.partial(model_lib.init, model))(jax.random.key(0))
+
+
+def batches():
+    """A full batch of packed rows, and one with three rows and then padding."""
+    c = tiny.config()
+    full = tiny.batch(c, seed=1)
+    part = {name: np.where(np.arange(8)[:, None] < 3, v, 0) for name, v in full.items()}
+    return [tiny.batch(c), {k: v.astype(full[k].dtype) for k, v in part.items()}]
+
+
+def evaluated(axes=(1, 1, 1), dispatch="dropless", of=None):
+    c = tiny.config(
+        **dict(zip(("mesh.data", "mesh.fsdp", "mesh.expert"), axes, strict=True)),
+        **{"moe.eval_dispatch": dispatch},
+    )
+    mesh = mesh_lib.make_mesh(c, jax.devices()[: math.prod(axes)])
+    abstract = jax.tree.map(jnp.asarray, parameters())
+    params = jax.device_put(abstract, mesh_lib.shardings(abstract, mesh))
+    return evaluate_lib.make_evaluate(c, mesh)(params, batches() if of is None else of)
+
+
+@functools.cache
+def on_one_device():
+    return evaluated()
+
+
+def naive():
+    """(nats, targets, FFN experts by layer, real tokens), one document at a time."""
+    c = tiny.config(**{"moe.dispatch": "dropless"})
+    model = model_lib.build(c)
+
+    @jax.jit
+    def run(tokens):
+        L = tokens.size
+        causal = jnp.tril(jnp.ones((1, L, L), bool))
+        places = jnp.arange(L)[None]
+        out = model.apply({"params": parameters()}, tokens[None], places, causal)
+        return model_lib.logits(parameters(), out.hidden[0]), out.router_logits[:, 0]
+
+    nats, targets, real, experts = 0.0, 0, 0, np.zeros(c.model.num_layers)
+    for batch in batches():
+        for row in range(8):
+            segments = batch["segments"][row]
+            for segment in range(1, segments.max() + 1):
+                here = segments == segment
+                length = here.sum()
+                tokens = np.zeros(c.data.seq_len, np.int32)
+                tokens[:length] = batch["tokens"][row][here]
+                logits, router = (np.asarray(a, np.float64) for a in run(tokens))
+                logp = logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
+                for place, target in enumerate(batch["targets"][row][here]):
+                    if batch["loss_mask"][row][here][place]:
+                        nats -= logp[place, target]
+                        targets += 1
+                best = np.argsort(-router[:, :length], axis=-1)[..., : c.moe.top_k]
+                experts += (best < c.moe.n_ffn).sum(axis=(1, 2))
+                real += length
+    return nats, targets, experts / real
+
+
+def test_it_is_the_loss_of_every_document_alone():
+    got = on_one_device()
+    nats, targets, experts = naive()
+    assert got["eval_tokens"] == targets
+    assert got["eval_loss"] == pytest.approx(nats / targets, rel=1e-5)
+    assert got["eval_perplexity"] == pytest.approx(math.exp(nats / targets), rel=1e-4)
+    np.testing.assert_allclose(got["eval_ffn_experts_per_token_by_layer"], experts, rtol=1e-5)
+    assert got["eval_ffn_experts_per_token"] == pytest.approx(experts.mean(), rel=1e-5)
+    np.testing.assert_allclose(got["eval_load"].sum(axis=1), 2.0, rtol=1e-6)
+    assert got["eval_drop_rate"] == 0
+
+
+def test_the_number_of_devices_does_not_matter():
+    assert_close(evaluated((2, 2, 2)), on_one_device())
+
+
+def assert_close(actual, expected):
+    assert actual.keys() == expected.keys()
+    for name in expected:
+        np.testing.assert_allclose(actual[name], expected[name], rtol=1e-4, atol=1e-6, err_msg=name)
+
+
+def test_capacity_can_be_evaluated_too_and_drops():
+    got = evaluated(dispatch="capacity")
+    assert got["eval_drop_rate"] > 0.03
+    # What is dropped is not served, but was asked for.
+    np.testing.assert_allclose(got["eval_load"].sum(axis=1), 2.0, rtol=1e-6)
+    asked = got["eval_load"][:, : tiny.config().moe.n_ffn].sum(axis=1)
+    assert (got["eval_ffn_experts_per_token_by_layer"] < asked).all()
+
+
+def test_nothing_to_evaluate_is_an_error():
+    with pytest.raises(ValueError, match="no held-out text"):
+        evaluated(of=[])
+
+
+def test_bits_per_byte():
+    metrics = {"eval_loss": 2 * math.log(2), "eval_tokens": 300}
+    assert evaluate_lib.bits_per_byte(metrics, num_bytes=1200.0) == pytest.approx(0.5)
+
+
+def test_a_run_is_evaluated_on_all_of_its_held_out_text(tmp_path):
+    c = tiny.config(**{"data.dir": str(tmp_path / "data"), "mesh.expert": 2})
+    with pytest.raises(ConfigError, match="is missing"):
+        evaluate_lib.evaluate_run(c, tmp_path / "run")
+    tiny.run_folder(tmp_path / "run", c)
+    with pytest.raises(CheckpointError, match=r"checkpoint 4 .* steps that may be used .*: 3"):
+        evaluate_lib.evaluate_run(c, tmp_path / "run", step=4)
+    got = evaluate_lib.evaluate_run(c, tmp_path / "run")
+    assert json.loads(json.dumps(got)) == got
+    dataset = open_dataset(c)
+    documents = dataset.eval_documents
+    assert got["step"] == 3
+    assert got["eval_tokens"] == sum(documents.lengths) - len(documents)
+    bits = got["eval_loss"] * got["eval_tokens"] / math.log(2)
+    assert got["eval_bits_per_byte"] == pytest.approx(bits / sum(documents.num_bytes))
+    # The fresh parameters of seed 0, which the helper put there, on the same batches:
+    assert_close(
+        {k: np.asarray(v) for k, v in got.items() if k not in ("step", "eval_bits_per_byte")},
+        evaluated(of=dataset.eval_batches()),
+    )

@@ -1,0 +1,255 @@
+"""The command line as its users meet it: real processes, killed and continued, and its errors."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from moepp_jax import mesh as mesh_lib
+from moepp_jax import state as state_lib
+from moepp_jax.checkpoint import Checkpoints
+from moepp_jax.data import Tokenizer, open_dataset
+from moepp_jax.metrics import read_metrics
+from moepp_jax.workdir import read_config
+from tests import tiny
+
+ROOT = Path(__file__).parents[1]
+# As on a user's machine, with one device, but compiled in a hurry.
+ENVIRONMENT = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "PJRT_NPROC")} | {
+    "XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+}
+
+
+# The README's command: the rest of the devices, made on a machine that has one.
+README = ["--config.moe.tau=0.5", "--config.train.steps=120", "--config.mesh.data=-1"]
+README += ["--config.mesh.fsdp=1", "--config.mesh.expert=2"]
+
+
+def flags(folder) -> list[str]:
+    changes = tiny.CHANGES | {"data.dir": str(folder / "data")}
+    return ["--config=configs/tiny.py", *(f"--config.{k}={v}" for k, v in changes.items())]
+
+
+def start(*arguments) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, "-m", "moepp_jax.main", *map(str, arguments)],
+        cwd=ROOT,
+        env=ENVIRONMENT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def ended(process: subprocess.Popen, status: int = 0) -> str:
+    """Its standard output, once it has ended as it should."""
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == status, out + err
+    return out
+
+
+def wait_for(path: Path, process: subprocess.Popen) -> None:
+    while not path.exists():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.002)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("main")
+
+
+@pytest.fixture(scope="module")
+def runs(folder):
+    """What was said by a run left alone, and by one killed, then asked to stop, then ended."""
+    often = ["--config.train.save_every=20", "--config.train.log_every=3"]
+    train = ["train", *flags(folder), *README, *often]
+    ended(start("prepare", *flags(folder)))
+    alone = start(*train, f"--workdir={folder / 'alone'}")
+
+    victim = [*train, f"--workdir={folder / 'victim'}"]
+    process = start(*victim)
+    wait_for(folder / "victim" / "checkpoints" / "20", process)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+
+    process = start(*victim)
+    wait_for(folder / "victim" / "checkpoints" / "60", process)
+    process.send_signal(signal.SIGTERM)
+    stopped = ended(process, status=143)
+    return {"alone": ended(alone), "stopped": stopped, "resumed": ended(start(*victim))}
+
+
+def test_the_runs_were_what_they_should_be(runs):
+    assert "mesh data 1 x fsdp 1 x expert 2" in runs["alone"]
+    assert "step 0 of 120" in runs["alone"]
+    began = int(re.search(r"step (\d+) of 120", runs["stopped"])[1])
+    saved = int(re.search(r"SIGTERM: stopped and saved at step (\d+)", runs["stopped"])[1])
+    assert 20 <= began < 60 <= saved < 120
+    assert f"step {saved} of 120" in runs["resumed"]
+    assert "step 120: held-out loss" in runs["resumed"] and "step 120" in runs["alone"]
+
+
+def test_a_killed_run_ends_with_the_same_bits(runs, folder):
+    config = read_config(folder / "alone")
+    assert config.moe.tau == 0.5 and read_config(folder / "victim") == config
+    mesh = mesh_lib.make_mesh(config, jax.devices()[:2])
+    states = []
+    for name in ("alone", "victim"):
+        with Checkpoints(folder / name, keep=2) as checkpoints:
+            assert checkpoints.latest_step() == 120
+            states.append(checkpoints.restore(120, state_lib.abstract_state(config, mesh)))
+    jax.tree.map(np.testing.assert_array_equal, *jax.device_get(states))
+    assert states[0].step == 120
+
+
+def test_a_killed_run_tells_the_same_story(runs, folder):
+    def story(name):
+        rows = read_metrics(folder / name)
+        timing = {"tokens_per_s", "seconds"}
+        return [{k: v for k, v in row.items() if k not in timing} for row in rows]
+
+    saved = int(re.search(r"saved at step (\d+)", runs["stopped"])[1])
+    victim = [row for row in story("victim") if row["step"] % 3 == 0 or row["step"] != saved]
+    assert victim == story("alone")
+    assert [row["step"] for row in victim if "loss" in row] == [*range(3, 121, 3)]
+
+
+def test_evaluate_prints_json(runs, folder):
+    workdir = f"--workdir={folder / 'alone'}"
+    out = ended(start("evaluate", workdir, f"--json={folder / 'result.json'}"))
+    result = json.loads(out)
+    assert json.loads((folder / "result.json").read_text()) == result
+    assert result["step"] == 120
+    dataset = open_dataset(read_config(folder / "alone"))
+    assert result["eval_tokens"] == sum(dataset.eval_documents.lengths - 1)
+    assert 0 < result["eval_loss"] < 5
+
+
+def test_generate_continues_prompts_with_the_settings_of_config_and_flags(runs, folder):
+    workdir = folder / "alone"
+    free = [*README, "--config.generate.max_new_tokens=3", "--temperature=2", "--seed=1"]
+    prompts = ["--prompt=The bees", "--prompt=A river"]
+    out = ended(start("generate", f"--workdir={workdir}", *flags(folder), *free, *prompts))
+    tokenizer = Tokenizer.load(workdir / "tokenizer.model")
+    for text, prompt in zip(out.strip("\n").split("\n\n"), ["The bees", "A river"], strict=True):
+        assert text.startswith(prompt)
+        assert 1 <= len(tokenizer.encode(text.removeprefix(prompt))) <= 3  # not the run's 8
+
+
+# Errors, each in a process forked from one that has imported everything
+
+FORKS = """
+import json, os, sys, traceback
+from moepp_jax import cli, main
+
+def run(arguments, stderr):
+    sys.argv, sys.stderr = ["main", *arguments], open(stderr, "w", buffering=1)
+    try:
+        cli.run(main.main)
+    except SystemExit as end:
+        if isinstance(end.code, str):
+            print(end.code, file=sys.stderr)
+            return 1
+        return end.code or 0
+    except BaseException:
+        traceback.print_exc()
+        return 2
+
+for number, arguments in enumerate(json.load(sys.stdin)):
+    child = os.fork()
+    if not child:
+        os._exit(run(arguments, f"{sys.argv[1]}/{number}"))  # faster than ending in good order
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def run_folder(folder):
+    return tiny.run_folder(folder / "run", tiny.config(**{"data.dir": str(folder / "data")}))
+
+
+def cases(folder: Path) -> list[tuple[list[str], str]]:
+    """Arguments, and the pattern of the one line that they should give."""
+    tiny_flags, run = flags(folder), f"--workdir={folder / 'run'}"
+    new, recipe = f"--workdir={folder / 'new'}", "--config=configs/tiny.py"
+    generate = ["generate", run, "--prompt=a"]
+    return [
+        ([], "give one command of train, evaluate, generate, prepare"),
+        (["fly"], "give one command of train, .*, not 'fly'"),
+        (["train", "now", recipe], "give one command of train, .*, not 'train now'"),
+        (["train"], "no --config was given: write --config=configs/tiny.py"),
+        (["prepare"], "no --config was given"),
+        (["train", recipe], "no --workdir was given: write --workdir=runs/NAME"),
+        (["evaluate"], "no --workdir was given"),
+        (["train", "--config=configs/no.py", new], "--config=configs/no.py: there is no such file"),
+        (["train", "--config", "no.py", "--config.seed=1"], "--config=no.py: there is no such"),
+        (["train", "--config=README.md", new], "--config cannot be read: .*README.md"),
+        (["train", recipe + ":dense", new], "no variant 'dense' .* write :moepp or :moe"),
+        (["train", recipe, "--config.moe.tua=1", new], "unknown field config.moe.tua = 1: did you"),
+        (["train", recipe, "--config.mo.tau=1", new], "a flag names no field .*'mo'"),
+        (["train", recipe, "--config.moe.tau=x", new], "flag --config.moe.tau=x: could not conv"),
+        (["train", recipe, "--config.moe.top_k=1.5", new], "flag --config.moe.top_k=1.5: invalid"),
+        (["train", recipe, "--config.moe.tau=2", new], "config.moe.tau = 2.0 must be greater than"),
+        (["train", recipe, "--workdr=x"], "Unknown command line flag 'workdr'"),
+        (
+            ["train", *tiny_flags, "--config.mesh.data=3", new],
+            "config.mesh: data=3 x fsdp=1 x expert=1 does not multiply to the 1 devices",
+        ),
+        (
+            ["train", *tiny_flags, "--config.mesh.fsdp=-1", new],
+            "config.mesh: data=-1 x fsdp=-1 x expert=1 leaves more than one axis open",
+        ),
+        (
+            ["train", *tiny_flags, "--config.data.corpus=/nowhere", new],
+            "config.data.corpus = '/nowhere' does not exist",
+        ),
+        (
+            ["train", *tiny_flags, "--config.moe.tau=0.5", run],
+            r"workdir .*run holds a run of another configuration:\n"
+            r"  config.moe.tau: 0.75 there, 0.5 now\nGive another --workdir, or the old values.",
+        ),
+        (["evaluate", new], "workdir .*new is no folder: .*train.* makes it"),
+        (["evaluate", run, f"--json={folder}/no/x.json"], "--json=.*/no/x.json: there is no such"),
+        (
+            ["evaluate", run, *tiny_flags, f"--config.data.dir={folder}/elsewhere"],
+            "the text data set of this configuration is missing",
+        ),
+        (["generate", run], "no --prompt was given: write --prompt='some text'"),
+        ([*generate, "--step=4"], "checkpoint 4 .*; steps that may be used instead: 3"),
+        ([*generate, "--temperature=-1"], "config.generate.temperature = -1.0 must be at least 0"),
+        ([*generate, "--top_p=0"], "config.generate.top_p = 0.0 must be greater than 0 and at"),
+        ([*generate, "--top_k=-1"], "config.generate.top_k = -1 must be at least 0"),
+        ([*generate, "--max_new_tokens=0"], "config.generate.max_new_tokens = 0 must be at least"),
+        ([*generate, "--top_k=few"], "flag --top_k=few: invalid literal"),
+    ]
+
+
+def test_every_error_is_one_line_and_leaves_nothing(run_folder, folder):
+    listed = cases(folder)
+    said = folder / "said"
+    said.mkdir()
+    forks = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", FORKS, said],
+        cwd=ROOT,
+        env=ENVIRONMENT,
+        input=json.dumps([arguments for arguments, _ in listed]),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert forks.returncode == 0, forks.stderr
+    for number, (arguments, pattern) in enumerate(listed):
+        error = (said / str(number)).read_text()
+        assert re.fullmatch(rf"error: .*?{pattern}.*\n", error), (arguments, error)
+    assert forks.stdout.split() == ["1"] * len(listed)
+    assert not (folder / "new").exists() and not (folder / "elsewhere").exists()

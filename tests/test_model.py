@@ -1,0 +1,328 @@
+"""The language model: what tokens may see, its losses, its variants, its types and its memory."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moepp_jax import mesh as mesh_lib
+from moepp_jax import model as model_lib
+from moepp_jax import optim
+from moepp_jax import state as state_lib
+from tests import tiny
+
+
+@functools.cache
+def parameters(**changes):
+    model = model_lib.build(tiny.config(**changes))
+    return jax.jit(functools.partial(model_lib.init, model))(jax.random.key(0))
+
+
+@functools.cache
+def fresh(**changes):
+    """A configuration, parameters and a compiled forward pass of packed rows."""
+    c = tiny.config(**changes)
+    model = model_lib.build(c)
+    same_shapes = {"moe.dispatch", "model.dtype"}
+    params = parameters(**{k: v for k, v in changes.items() if k not in same_shapes})
+
+    @jax.jit
+    def run(params, tokens, segments, positions):
+        mask = model_lib.packed_mask(segments)
+        return model.apply({"params": params}, tokens, positions, mask)
+
+    return c, params, run
+
+
+def rows(c, batch=2, seed=0):
+    """Random tokens, each row one document."""
+    shape = (batch, c.data.seq_len)
+    tokens = np.random.default_rng(seed).integers(3, c.model.vocab_size, shape)
+    positions = np.broadcast_to(np.arange(c.data.seq_len), shape)
+    return tokens, np.ones(shape, np.int32), positions
+
+
+def close(actual, expected, tolerance=2e-5):
+    scale = np.abs(expected).max()
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=tolerance * scale)
+
+
+CAPACITY, DROPLESS = {"moe.dispatch": "capacity"}, {"moe.dispatch": "dropless"}
+
+
+# What tokens may see
+
+
+@pytest.mark.parametrize("place", [5, 16, 23])
+def test_the_past_does_not_see_the_future_even_when_tokens_are_dropped(place):
+    """Place 23 is inside a group, whose earlier tokens share slots with the edited ones."""
+    c, params, run = fresh(**CAPACITY)
+    tokens, *rest = rows(c)
+    before = run(params, tokens, *rest)
+    dropped = before.statistics.load.sum() - before.statistics.kept.sum()
+    assert dropped > 0.1
+    edited = tokens.copy()
+    edited[:, place:] = rows(c, seed=1)[0][:, place:]
+    after = run(params, edited, *rest)
+    np.testing.assert_array_equal(before.hidden[:, :place], after.hidden[:, :place])
+    assert (before.hidden[:, place] != after.hidden[:, place]).any()
+
+
+def two_documents(c, cut=13):
+    tokens, segments, positions = rows(c)
+    segments = np.where(np.arange(c.data.seq_len) < cut, 1, 2) * segments
+    positions = np.where(segments == 1, positions, positions - cut)
+    return tokens, segments, positions
+
+
+def test_documents_of_a_row_do_not_see_each_other_when_nothing_is_dropped():
+    c, params, run = fresh(**DROPLESS)
+    tokens, *rest = two_documents(c)
+    edited = tokens.copy()
+    edited[:, :13] = rows(c, seed=1)[0][:, :13]
+    before, after = (run(params, t, *rest).hidden for t in (tokens, edited))
+    close(after[:, 13:], before[:, 13:])
+    assert np.abs(before[:, :13] - after[:, :13]).max() > 0.1
+
+
+def test_documents_of_a_row_share_slots_under_capacity():
+    """They do influence each other there, by what they leave free in a group they have a part of:
+    evaluation is dropless, so that a document's loss is its own."""
+    c, params, run = fresh(**CAPACITY)
+    tokens, *rest = two_documents(c)
+    edited = tokens.copy()
+    edited[:, :13] = tokens[:, :1]  # all of them want the same experts
+    before, after = (run(params, t, *rest).hidden for t in (tokens, edited))
+    assert np.abs(before[:, 13:16] - after[:, 13:16]).max() > 0.1
+
+
+def test_a_packed_row_is_its_documents():
+    c, params, run = fresh(**DROPLESS)
+    tokens, segments, positions = two_documents(c)
+    packed = run(params, tokens, segments, positions).hidden
+    second = np.zeros_like(tokens)
+    second[:, : c.data.seq_len - 13] = tokens[:, 13:]
+    alone = [run(params, t, *rows(c)[1:]).hidden for t in (tokens, second)]
+    close(packed[:, :13], alone[0][:, :13])
+    close(packed[:, 13:], alone[1][:, : c.data.seq_len - 13])
+
+
+# Losses
+
+
+def test_losses_of_chunks_are_the_cross_entropy():
+    c, params, _ = fresh()
+    rng = np.random.default_rng(0)
+    hidden = jnp.asarray(rng.normal(size=(2, 32, c.model.hidden_size)), jnp.float32)
+    targets = jnp.asarray(rng.integers(0, c.model.vocab_size, (2, 32)))
+    weights = jnp.asarray(rng.random((2, 32)), jnp.float32)
+
+    def plain(params, hidden):
+        logp = jax.nn.log_softmax(hidden @ params["output"].T)
+        return -jnp.take_along_axis(logp, targets[..., None], axis=-1)[..., 0]
+
+    def of(losses):
+        def weighted(output, hidden):
+            value = losses({"output": output, "embedding": params["embedding"]}, hidden)
+            return jnp.sum(value * weights), value
+
+        (_, value), grads = jax.jit(jax.value_and_grad(weighted, argnums=(0, 1), has_aux=True))(
+            params["output"], hidden
+        )
+        return value, *grads
+
+    expected = of(plain)
+    for chunk in (1, 8, 32, 256):
+        losses = functools.partial(model_lib.token_losses, targets_BL=targets, chunk=chunk)
+        for a, b in zip(of(losses), expected, strict=True):
+            close(a, b, 1e-6)
+
+
+def test_logits_of_the_whole_vocabulary_are_never_held():
+    def temporary(chunk):
+        c = tiny.config(
+            **{"model.vocab_size": 65536, "model.loss_chunk": chunk, "model.remat": "full"},
+            **{"data.seq_len": 128, "model.num_layers": 1},
+        )
+        mesh = mesh_lib.make_mesh(c, jax.devices()[:1])
+        batch = {
+            name: jax.ShapeDtypeStruct((8, 128), jnp.float32 if "mask" in name else jnp.int32)
+            for name in ("tokens", "targets", "segments", "positions", "loss_mask")
+        }
+        step = state_lib.make_train_step(c, mesh)
+        lowered = step.lower(state_lib.abstract_state(c, mesh), batch)
+        compiled = lowered.compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    logits = 8 * 128 * 65536 * 4
+    assert temporary(chunk=4) < logits / 3
+    assert temporary(chunk=128) > logits  # so the number measures what it should
+
+
+def gradient(c, params):
+    model = model_lib.build(c)
+    batch = jax.tree.map(jnp.asarray, tiny.batch(c))
+
+    def loss(params):
+        mask = model_lib.packed_mask(batch["segments"])
+        out = model.apply({"params": params}, batch["tokens"], batch["positions"], mask)
+        nll = model_lib.token_losses(params, out.hidden, batch["targets"], c.model.loss_chunk)
+        return jnp.sum(nll * batch["loss_mask"]) / jnp.sum(batch["loss_mask"])
+
+    return jax.jit(jax.value_and_grad(loss))(params)
+
+
+def test_what_backward_recomputes_does_not_change_it():
+    c, params, _ = fresh()
+    expected = gradient(c, params)
+    for remat in ("dots", "full"):
+        actual = gradient(tiny.config(**{"model.remat": remat}), params)
+        jax.tree.map(lambda a, b: close(a, b), actual, expected)
+
+
+# Variants
+
+
+def test_tied_embeddings_learn_at_both_ends():
+    c, params, run = fresh(**{"model.tied_embeddings": True})
+    assert "output" not in params
+    tokens, *rest = rows(c)
+    hidden = run(params, tokens, *rest).hidden
+    close(model_lib.logits(params, hidden), hidden @ params["embedding"].T)
+    _, tied = gradient(c, params)
+    untied = params | {"output": params["embedding"]}
+    _, apart = gradient(tiny.config(), untied)
+    close(tied["embedding"], apart["embedding"] + apart["output"])
+
+
+def test_grouped_queries_are_heads_that_share_keys_and_values():
+    c, params, run = fresh(**{"model.num_kv_heads": 2})
+    attention = params["layers"]["attention"]
+    assert attention["k"].shape == attention["v"].shape == (2, 2, 8, 32)
+    shared = {name: jnp.repeat(attention[name], 2, axis=1) for name in ("k", "v")}
+    whole = params | {"layers": params["layers"] | {"attention": attention | shared}}
+    tokens, *rest = rows(c)
+    close(run(params, tokens, *rest).hidden, fresh()[2](whole, tokens, *rest).hidden)
+
+
+def test_dense_layers_stand_between():
+    """With what they add set to zero, the MoE++ layers that are left are a model of their own."""
+    c, params, run = fresh(**{"model.num_layers": 4, "model.moe_every": 2})
+    layers = params["layers"]
+    dense = {name for name in layers if name.startswith("dense_0_")}
+    assert {name.removeprefix("dense_0_") for name in dense} == {
+        *{"attention", "attention_norm", "ffn_norm", "dense"}
+    }
+    tokens, *rest = rows(c)
+    out = run(params, tokens, *rest)
+    assert out.states.shape[0] == 4
+    assert out.router_logits.shape[0] == out.statistics.load.shape[0] == 2
+
+    silent = layers | {
+        "dense_0_attention": layers["dense_0_attention"] | {"o": jnp.zeros((2, 32, 4, 8))},
+        "dense_0_dense": layers["dense_0_dense"] | {"w_out": jnp.zeros((2, 1, 32, 48))},
+    }
+    few = {name: value for name, value in layers.items() if name not in dense}
+    alone = fresh()[2](params | {"layers": few}, tokens, *rest)
+    out = run(params | {"layers": silent}, tokens, *rest)
+    close(out.hidden, alone.hidden)
+    close(out.states[::2], alone.states)
+    close(out.states[1::2], alone.states)
+
+
+def test_a_dense_layer_is_one_swiglu():
+    c = tiny.config()
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 5, 32)), jnp.float32)
+    y, variables = model_lib.DenseFFN(c.model).init_with_output(jax.random.key(0), x)
+    (w_gate, w_up), w_out = variables["params"]["w_in"][0], variables["params"]["w_out"][0]
+    close(y, (jax.nn.silu(x @ w_gate.T) * (x @ w_up.T)) @ w_out.T, 1e-5)
+
+
+# Types
+
+
+def test_bfloat16_computes_but_float32_routes_and_remembers():
+    c, params, run = fresh(**{"model.dtype": "bfloat16"})
+    assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype("float32")}
+    tokens, *rest = rows(c)
+    out = run(params, tokens, *rest)
+    assert out.hidden.dtype == out.states.dtype == jnp.bfloat16
+    assert out.router_logits.dtype == out.statistics.prob.dtype == jnp.float32
+    assert model_lib.logits(params, out.hidden).dtype == jnp.float32
+    exact = fresh()[2](params, tokens, *rest)
+    # Rounded values would be multiples of 2^-8 of their size.
+    rounded = out.router_logits.astype(jnp.bfloat16).astype(jnp.float32)
+    assert np.mean(out.router_logits == rounded) < 0.1
+    close(out.router_logits[0], exact.router_logits[0], 0.05)
+
+    loss, grads = gradient(c, params)
+    assert {leaf.dtype for leaf in jax.tree.leaves(grads)} == {jnp.dtype("float32")}
+    assert float(loss) == pytest.approx(float(gradient(tiny.config(), params)[0]), rel=0.02)
+
+
+@pytest.mark.parametrize("devices", [None, 8])
+def test_the_gradient_of_a_frequent_token_is_summed_in_float32(devices):
+    """4096 equal parts in bfloat16 would stay at 256 of them."""
+    mesh = None
+    if devices:
+        mesh = mesh_lib.make_mesh(tiny.config(**{"mesh.data": 4, "mesh.fsdp": 2}))
+    tokens = jnp.full((8, 4096), 7)
+
+    def loss(embedding):
+        return jnp.sum(model_lib._look_up(embedding, tokens, jnp.bfloat16, mesh).astype("float32"))
+
+    grads = jax.jit(jax.grad(loss))(jnp.ones((16, 4)))
+    np.testing.assert_array_equal(grads[7], 8 * 4096)
+
+
+# The optimizer
+
+
+def test_decay_shrinks_matrices_only():
+    few = {"model.num_layers": 4, "model.moe_every": 2}
+    c, params = tiny.config(**few, **{"optim.warmup_steps": 0}), parameters(**few)
+    paths = jax.tree_util.tree_leaves_with_path(optim.decayed(params))
+    kept = {mesh_lib.path_of(path) for path, decays in paths if not decays}
+    parts = ("attention", "ffn", "dense_0_attention", "dense_0_ffn")
+    norms = {f"layers/{part}_norm/norm" for part in parts}
+    assert kept == norms | {"final/norm", "layers/moe/const/v"}
+
+    optimizer = optim.make_optimizer(c)
+
+    @jax.jit
+    def stand_still(params):
+        zeros = jax.tree.map(jnp.zeros_like, params)
+        return optimizer.update(zeros, optimizer.init(params), params)[0]
+
+    updates = stand_still(params)
+    shrunk = c.optim.lr * c.optim.weight_decay
+    expected = jax.tree.map(lambda p, d: -shrunk * p * d, params, optim.decayed(params))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), updates, expected)
+
+
+def test_the_schedule_by_hand():
+    c = tiny.config(
+        **{"optim.lr": 1e-3, "optim.initial_lr": 1e-4, "optim.final_lr_ratio": 0.1},
+        **{"optim.warmup_steps": 10, "train.steps": 110},
+    )
+    rate = optim.schedule(c)
+    by_hand = {
+        0: 1e-4,
+        5: 5.5e-4,
+        10: 1e-3,
+        60: 0.1e-3 + 0.9e-3 * 0.5,  # half of the cosine
+        85: 0.1e-3 + 0.9e-3 * (1 - 2**-0.5) / 2,
+        109: 0.1e-3 + 0.9e-3 * (1 + np.cos(np.pi * 0.99)) / 2,  # the last step
+        110: 1e-4,
+    }
+    for step, expected in by_hand.items():
+        assert float(rate(step)) == pytest.approx(expected, rel=1e-5), step
+
+
+def test_a_run_shorter_than_its_warmup_ends_inside_it():
+    c = tiny.config(**{"optim.warmup_steps": 10, "train.steps": 4, "optim.initial_lr": 0.0})
+    assert float(optim.schedule(c)(3)) == pytest.approx(0.3 * c.optim.lr)
+    no_warmup = optim.schedule(tiny.config(**{"optim.warmup_steps": 0}))
+    assert float(no_warmup(0)) == pytest.approx(2e-3)

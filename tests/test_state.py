@@ -1,0 +1,157 @@
+"""The training step: the same on every mesh, whole or in parts; what it communicates and keeps."""
+
+import functools
+import re
+
+import jax
+import numpy as np
+import pytest
+
+from moepp_jax import mesh as mesh_lib
+from moepp_jax import state as state_lib
+from tests import tiny
+
+MESHES = [(8, 1, 1), (1, 1, 8), (2, 1, 4), (4, 1, 2), (2, 2, 2)]
+# Adam divides by sqrt(v) + eps: with a usual eps the first step is the gradient's sign, noise.
+SMOOTH = {"optim.eps": 1e-3, "optim.warmup_steps": 0, "moe.z_weight": 1e-3}
+
+
+@functools.cache
+def case(axes: tuple[int, int, int], dispatch: str, **changes):
+    """A configuration, its abstract state, a batch, and its compiled step."""
+    changes |= dict(zip(("mesh.data", "mesh.fsdp", "mesh.expert"), axes, strict=True))
+    c = tiny.config(**{"moe.dispatch": dispatch}, **(SMOOTH | changes))
+    mesh = mesh_lib.make_mesh(c, jax.devices()[: np.prod(axes)])
+    batch = jax.device_put(tiny.batch(c), mesh_lib.batch_sharding(mesh))
+    abstract = state_lib.abstract_state(c, mesh)
+    lowered = state_lib.make_train_step(c, mesh).lower(abstract, batch)
+    return c, abstract, batch, lowered.compile()
+
+
+@functools.cache
+def fresh_state():
+    mesh = mesh_lib.make_mesh(tiny.config(), jax.devices()[:1])
+    return jax.device_get(state_lib.init_state(tiny.config(), mesh))
+
+
+@functools.cache
+def stepped(*args, **changes):
+    """State and metrics after one step, on the host."""
+    _, abstract, batch, step = case(*args, **changes)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+    return jax.device_get(step(jax.device_put(fresh_state(), shardings), batch))
+
+
+def close(actual, expected, tolerance=3e-5):
+    """Leaf by leaf, relative to the leaf's largest value."""
+
+    def check(path, a, b):
+        np.testing.assert_allclose(
+            a, b, rtol=0, atol=tolerance * np.abs(b).max() + 1e-9, err_msg=mesh_lib.path_of(path)
+        )
+
+    jax.tree_util.tree_map_with_path(check, actual, expected)
+
+
+@pytest.mark.parametrize("dispatch", ["capacity", "dropless"])
+@pytest.mark.parametrize("axes", MESHES, ids=lambda axes: "x".join(map(str, axes)))
+def test_every_mesh_takes_the_same_step(axes, dispatch):
+    state, metrics = stepped(axes, dispatch)
+    expected, expected_metrics = stepped((1, 1, 1), dispatch)
+    assert (expected_metrics["drop_rate"] > 0.03) == (dispatch == "capacity")
+    close(metrics, expected_metrics)
+    # The first moment is a tenth of the clipped gradient: gradients first, as they say more.
+    close(state.opt_state, expected.opt_state)
+    close(state.params, expected.params)
+    moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), state.params, fresh_state().params)
+    assert all(distance > 0 for distance in jax.tree.leaves(moved))
+
+
+def test_parts_add_up_to_the_batch():
+    whole = {"moe.balance_weight": 0.0, "moe.z_weight": 0.0}
+    for axes in [(1, 1, 1), (2, 1, 1)]:
+        c, _, batch, step = case(axes, "capacity", **whole, **{"train.accumulate": 4})
+        # A part has sequences of every device: none is moved.
+        assert {kind for kind, _ in collectives(step.as_text())} <= {"all-reduce"}
+        targets = np.asarray(batch["loss_mask"]).reshape(-1, 4, c.data.seq_len).sum(axis=(0, 2))
+        assert len(set(targets.tolist())) > 1  # else a mean of the parts' means would pass too
+        state, metrics = stepped(axes, "capacity", **whole, **{"train.accumulate": 4})
+        expected, expected_metrics = stepped((1, 1, 1), "capacity", **whole)
+        # The balance loss is of a part's own loads; here it has no weight.
+        close(metrics | {"balance_loss": 0}, expected_metrics | {"balance_loss": 0})
+        close(state, expected)
+
+
+def test_the_state_lies_as_the_table_says_and_the_step_keeps_it_there():
+    c, abstract, batch, step = case((2, 2, 2), "capacity")
+    state = state_lib.init_state(c, mesh_lib.make_mesh(c))
+    before = state.params["embedding"]
+    after, _ = step(state, batch)
+    assert before.is_deleted()  # donated: the state exists once
+
+    def check(path, leaf, wanted):
+        assert (leaf.shape, leaf.dtype) == (wanted.shape, wanted.dtype)
+        assert leaf.sharding.is_equivalent_to(wanted.sharding, leaf.ndim), path
+
+    jax.tree_util.tree_map_with_path(check, after, abstract)
+    ffn = after.params["layers"]["moe"]["ffn"]["w_in"]  # layers, experts, 2, F, D
+    assert ffn.addressable_shards[0].data.shape == (2, 4, 2, 24, 16)
+    mu = after.opt_state[1][0].mu["layers"]["attention"]["q"]
+    assert mu.addressable_shards[0].data.shape == (2, 4, 8, 16)
+
+
+def test_a_fresh_state_does_not_depend_on_the_mesh():
+    c = tiny.config(**{"mesh.fsdp": 2, "mesh.expert": 2})
+    made = jax.device_get(state_lib.init_state(c, mesh_lib.make_mesh(c)))
+    jax.tree.map(np.testing.assert_array_equal, made, fresh_state())
+    assert made.step == 0 and made.params["embedding"].std() == pytest.approx(0.2, rel=0.02)
+
+
+def collectives(text: str) -> list[tuple[str, str]]:
+    """(kind, shape of the result) of what crosses devices in HLO; a loop's body counts once."""
+    kinds = "all-to-all|all-gather|all-reduce|reduce-scatter|collective-permute"
+    found = re.findall(rf"^\s*(?:ROOT )?\S+ = (.+?) ({kinds})(?:-start)?\((.*)$", text, re.M)
+    alone = re.compile(r"replica_groups=\{(\{\d+\},?)+\}")  # on an axis of one device
+    return [(kind, shape) for shape, kind, rest in found if not alone.search(rest)]
+
+
+def test_tokens_go_to_the_experts_and_back_and_nowhere_else():
+    """Two all-to-alls forward, two backward, and nothing is gathered."""
+    *_, step = case((1, 1, 8), "capacity")
+    kinds = [kind for kind, _ in collectives(step.as_text())]
+    assert kinds.count("all-to-all") == 4
+    assert set(kinds) == {"all-to-all", "all-reduce"}
+
+
+def test_what_is_gathered_is_parameters():
+    """Each once a layer and pass; the vocabulary's matrices not again for every chunk."""
+    c, *_, step = case((2, 2, 2), "capacity")
+    found = collectives(step.as_text())
+    gathered = [shape for kind, shape in found if kind == "all-gather"]
+    shapes = [tuple(map(int, s.split("[")[1].split("]")[0].split(","))) for s in gathered]
+    V, D, F = c.model.vocab_size, c.model.hidden_size, c.moe.ffn_size
+    qkv, o = (4, 8, D), (D, 4, 8)
+    assert set(shapes) == {(V, D), qkv, o, (1, 4, 2, F, D), (1, 4, D, F)}
+    assert shapes.count((V, D)) == 2  # the embedding and the output matrix
+    reduced = " ".join(shape for kind, shape in found if kind == "all-reduce")
+    assert f"f32[{V},{D}]" not in reduced  # their gradients are reduced in shards
+    assert [kind for kind, _ in found].count("reduce-scatter") == 2
+
+
+def test_nothing_is_kept_that_training_does_not_use():
+    """Output.states and Output.router_logits are for analysis: backward has copies of its own."""
+    c, *_, step = case((1, 1, 1), "capacity", **{"model.num_layers": 3, "model.remat": "full"})
+    text = step.as_text()
+    for width in (c.model.hidden_size, c.moe.num_experts):
+        shape = rf"f32\[3,{c.train.batch_size},{c.data.seq_len},{width}\]"
+        assert len(re.findall(rf"= {shape}\S* dynamic-update-slice\(", text)) == 1
+
+
+def test_the_step_counts_its_learning_rate():
+    state, metrics = stepped((1, 1, 1), "capacity")
+    assert state.step == 1
+    assert metrics["lr"] == pytest.approx(2e-3)
+    assert metrics["grad_norm"] > 1  # so the moments hold a clipped gradient:
+    first = state.opt_state[1][0].mu
+    norm = np.sqrt(sum(np.sum(leaf**2) for leaf in jax.tree.leaves(first)))
+    assert norm == pytest.approx(0.1, rel=1e-4)

@@ -1,0 +1,236 @@
+"""A run from its first step to its last: what it leaves behind, and how it stops and goes on."""
+
+import functools
+import itertools
+import json
+import os
+import signal
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from moepp_jax import evaluate as evaluate_lib
+from moepp_jax import mesh as mesh_lib
+from moepp_jax import optim
+from moepp_jax import state as state_lib
+from moepp_jax.checkpoint import Checkpoints
+from moepp_jax.config import ConfigError
+from moepp_jax.data import Tokenizer
+from moepp_jax.interrupt import Stopped, StopRequest
+from moepp_jax.metrics import MetricsWriter, read_metrics
+from moepp_jax.train import train
+from moepp_jax.workdir import open_workdir, read_config
+from tests import tiny
+
+# What every training row holds; others may join them.
+ROW = {"step", "loss", "balance_loss", "z_loss", "grad_norm", "lr", "tokens", "tokens_per_s"}
+ROW |= {"ffn_experts_per_token", "drop_rate", "seconds"}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return tmp_path_factory.mktemp("data")
+
+
+def config(data, **changes):
+    steps = {"train.steps": 8, "train.eval_every": 4, "train.save_every": 4}
+    learning = {"optim.lr": 1e-2, "model.init_std": 0.1}
+    return tiny.config(**{"data.dir": str(data)}, **(steps | learning | changes))
+
+
+@pytest.fixture(scope="module")
+def finished(data, tmp_path_factory):
+    """The folder of a run on eight devices, its last state, and what was reported."""
+    folder, lines = tmp_path_factory.mktemp("runs") / "a", []
+    state = train(config(data), folder, lines.append)
+    return folder, jax.device_get(state), lines
+
+
+def training_rows(folder):
+    return [row for row in read_metrics(folder) if "loss" in row]
+
+
+def files(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_the_loss_falls_and_every_number_is_there(finished, data):
+    folder, *_ = finished
+    c = config(data)
+    rows = training_rows(folder)
+    assert [row["step"] for row in rows] == [*range(1, 9)]
+    assert all(row.keys() >= ROW for row in rows)
+    assert rows[-1]["loss"] < rows[0]["loss"] - 0.5
+    assert rows[0]["loss"] == pytest.approx(np.log(c.model.vocab_size), rel=0.05)
+    assert [row["tokens"] for row in rows] == [256 * row["step"] for row in rows]
+    schedule = optim.schedule(c)
+    for row in rows:
+        assert row["lr"] == pytest.approx(float(schedule(row["step"] - 1)))
+        assert 0 <= row["drop_rate"] < 1 and 0 < row["ffn_experts_per_token"] < 2
+        assert row["grad_norm"] > 0 and row["balance_loss"] > 0 and row["z_loss"] > 0
+    seconds = [row["seconds"] for row in rows]
+    assert seconds == sorted(seconds) and seconds[0] > 0
+    for before, row in itertools.pairwise(rows):
+        rate = 256 / (row["seconds"] - before["seconds"])
+        assert row["tokens_per_s"] == pytest.approx(rate, rel=1e-3)
+
+
+def test_held_out_text_is_evaluated_on_the_way_and_at_the_end(finished):
+    folder, *_ = finished
+    rows = [row for row in read_metrics(folder) if "eval_loss" in row]
+    assert [row["step"] for row in rows] == [4, 8]
+    assert rows[1]["eval_loss"] < rows[0]["eval_loss"]
+    assert all(row["eval_bits_per_byte"] > 0 for row in rows)
+
+
+def test_what_a_run_leaves_behind(finished, data):
+    folder, state, lines = finished
+    assert read_config(folder) == config(data)
+    assert Tokenizer.load(folder / "tokenizer.model").vocab_size == 384
+    assert list((folder / "tensorboard").glob("events.*"))
+    assert sorted(entry.name for entry in folder.iterdir()) == sorted(
+        ["checkpoints", "config.json", "metrics.jsonl", "tensorboard", "tokenizer.model"]
+    )
+    with Checkpoints(folder, keep=2) as checkpoints:
+        assert checkpoints.steps() == [4, 8] and checkpoints.best_step() == 8
+    assert state.step == 8
+    assert "mesh data 8 x fsdp 1 x expert 1" in lines[-1] and "step 0 of 8" in lines[-1]
+
+
+def test_a_finished_run_returns_at_once(finished, data, monkeypatch):
+    folder, state, _ = finished
+    before = files(folder)
+    monkeypatch.setattr(state_lib, "make_train_step", lambda *args: pytest.fail("trained again"))
+    lines = []
+    again = train(config(data), folder, lines.append)
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(again), state)
+    assert files(folder) == before
+    assert "step 8 of 8" in lines[-1]
+
+
+def test_another_configuration_changes_nothing(finished, data):
+    folder, *_ = finished
+    before = files(folder)
+    with pytest.raises(ConfigError, match=r"config.moe.tau: 0.75 there, 0.5 now"):
+        train(config(data, **{"moe.tau": 0.5}), folder)
+    assert files(folder) == before
+
+
+def test_text_that_is_not_there_leaves_no_run(data, tmp_path):
+    with pytest.raises(ConfigError, match=r"config.data.corpus = .*nowhere"):
+        train(config(data, **{"data.corpus": str(tmp_path / "nowhere")}), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def after_steps(monkeypatch, count, action):
+    """Does something when a run has started its `count`-th step from here."""
+    make = state_lib.make_train_step
+
+    def made(*args):
+        step, calls = make(*args), []
+
+        def counted(*args):
+            calls.append(1)
+            if len(calls) == count:
+                action()
+            return step(*args)
+
+        return counted
+
+    monkeypatch.setattr(state_lib, "make_train_step", made)
+
+
+def test_a_run_asked_to_stop_saves_and_goes_on_on_fewer_devices(
+    finished, data, tmp_path, monkeypatch
+):
+    whole, *_ = finished
+    handlers = [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)]
+    with monkeypatch.context() as patch:
+        after_steps(patch, 3, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        with pytest.raises(Stopped, match="SIGTERM: stopped and saved at step 3") as e:
+            train(config(data), tmp_path, report=lambda line: None)
+    assert e.value.status == 143
+    assert [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)] == handlers
+    assert training_rows(tmp_path)[-1]["step"] == 3
+    with Checkpoints(tmp_path, keep=2) as checkpoints:
+        assert checkpoints.steps() == [3]
+
+    fewer = config(data, **{"mesh.data": 1, "mesh.expert": 2})
+    two = functools.partial(mesh_lib.make_mesh, devices=jax.devices()[:2])
+    monkeypatch.setattr(mesh_lib, "make_mesh", two)
+    lines = []
+    train(fewer, tmp_path, lines.append)
+    assert "mesh data 1 x fsdp 1 x expert 2" in lines[-1] and "step 3 of 8" in lines[-1]
+    rows, expected = training_rows(tmp_path), training_rows(whole)
+    assert [row["step"] for row in rows] == [*range(1, 9)]
+    for name in ("loss", "grad_norm", "drop_rate"):
+        np.testing.assert_allclose(
+            [row[name] for row in rows], [row[name] for row in expected], rtol=1e-3, err_msg=name
+        )
+    seconds = [row["seconds"] for row in rows]
+    assert seconds == sorted(seconds)
+
+
+def pretended(monkeypatch, seconds_of_step=0.0, seconds_of_evaluation=0.0):
+    """A step and an evaluation that are quick to compile, and take their time."""
+
+    def make_train_step(c, mesh):
+        def step(state, batch):
+            jax.block_until_ready(batch)
+            time.sleep(seconds_of_step)
+            names = ("loss", "grad_norm", "lr", "ffn_experts_per_token", "drop_rate")
+            return state, dict.fromkeys(names, 1.0)
+
+        return step
+
+    def make_evaluate(c, mesh):
+        def evaluate(params, batches):
+            time.sleep(seconds_of_evaluation)
+            names = ("eval_loss", "eval_perplexity", "eval_ffn_experts_per_token", "eval_tokens")
+            return dict.fromkeys(names, 1.0)
+
+        return evaluate
+
+    monkeypatch.setattr(state_lib, "make_train_step", make_train_step)
+    monkeypatch.setattr(evaluate_lib, "make_evaluate", make_evaluate)
+
+
+def test_rows_are_written_every_so_often_and_at_the_end(data, tmp_path, monkeypatch):
+    pretended(monkeypatch, seconds_of_step=0.02, seconds_of_evaluation=0.5)
+    c = config(data, **{"train.log_every": 3, "train.save_every": 5, "train.eval_every": 2})
+    train(c, tmp_path, report=lambda line: None)
+    rows = read_metrics(tmp_path)
+    assert [row["step"] for row in rows if "loss" in row] == [3, 6, 8]
+    assert [row["step"] for row in rows if "eval_loss" in row] == [2, 4, 6, 8]
+    with Checkpoints(tmp_path, keep=2) as checkpoints:
+        assert checkpoints.steps() == [5, 8]
+    # Evaluations are no part of the time that training took: there were three before this row.
+    assert 8 * 0.02 < rows[-2]["seconds"] < 3 * 0.5
+
+
+def test_time_goes_on_where_it_was(data, tmp_path, monkeypatch):
+    pretended(monkeypatch)
+    open_workdir(tmp_path, config(data))
+    with MetricsWriter(tmp_path) as writer:
+        writer.write(0, seconds=1000.0)
+    train(config(data), tmp_path, report=lambda line: None)
+    assert all(1000 < row["seconds"] < 1100 for row in training_rows(tmp_path))
+
+
+def test_the_first_signal_asks_and_the_second_one_insists():
+    with StopRequest() as stop:
+        assert stop.signal is None
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.signal == signal.SIGINT
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(5)
+    assert Stopped(signal.SIGINT, 1).status == 130
+
+
+def test_metrics_are_json_that_anyone_can_read(finished):
+    folder, *_ = finished
+    for line in (folder / "metrics.jsonl").read_text().splitlines():
+        json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
