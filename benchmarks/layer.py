@@ -71,10 +71,9 @@ def subjects(shape: Shape) -> list[Subject]:
 
 
 def layer_of(subject: Subject, mode: str) -> moe.MoE:
-    platform = jax.default_backend()
     paths = {
-        "capacity": moe.with_capacity(subject.weight, GAMMA, kernels.expert_function(platform)),
-        "dropless": moe.dropless(kernels.grouped_function(platform)),
+        "capacity": moe.with_capacity(subject.weight, GAMMA),
+        "dropless": moe.dropless(kernels.grouped_function(jax.default_backend())),
     }
     return moe.MoE(subject.pool, moe.Router(router_lib.top_k(TOP_K)), paths[mode])
 

@@ -81,7 +81,7 @@ def moe_of(c: MoEConfig, dispatch: str, platform: str) -> moe_lib.MoE:
         gate=_GATE[c.gate],
     )
     if dispatch == "capacity":
-        path = moe_lib.with_capacity(c.tau, c.gamma, kernels.expert_function(platform))
+        path = moe_lib.with_capacity(c.tau, c.gamma)
     else:
         path = moe_lib.dropless(kernels.grouped_function(platform))
     return moe_lib.MoE(pool_of(c), router, path, c.input_scale)

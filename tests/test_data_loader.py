@@ -193,7 +193,8 @@ def test_a_vocabulary_that_is_not_the_tokenizers_is_an_error_before_any_work(
 
 
 def test_opening_what_is_not_prepared_names_the_folder_and_the_remedy(tmp_path):
-    with pytest.raises(ConfigError, match=rf"there is no {tmp_path}/text-\w+; make it with .*main prepare"):
+    absent = rf"there is no {tmp_path}/text-\w+; make it with .*main prepare"
+    with pytest.raises(ConfigError, match=absent):
         open_dataset(config(tmp_path))
     assert not list(tmp_path.iterdir())
 

@@ -21,7 +21,7 @@ the `layer.MoE` is built, never a flag tested in traced code.
 """
 
 from moepp_jax.moe.dispatch import capacity
-from moepp_jax.moe.experts import OneByOne, Pool, swiglu
+from moepp_jax.moe.experts import Pool, swiglu
 from moepp_jax.moe.grouped import Blocked, ragged_swiglu
 from moepp_jax.moe.layer import MoE, MoEPP, init, local, sharded
 from moepp_jax.moe.losses import Statistics, heterogeneous_balance, summarise
@@ -32,7 +32,6 @@ __all__ = [
     "Blocked",
     "MoE",
     "MoEPP",
-    "OneByOne",
     "Pool",
     "Router",
     "Routing",

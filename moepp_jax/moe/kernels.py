@@ -1,17 +1,12 @@
-"""Which arithmetic of the SwiGLU experts is fastest on which platform: as measured, in one place.
+"""Which arithmetic of the SwiGLU experts a platform gets: as measured, in one place.
 
 `python -m benchmarks.layer` is the measurement.
 """
 
 from collections.abc import Callable
 
-from moepp_jax.moe.experts import OneByOne, swiglu
+from moepp_jax.moe.experts import swiglu
 from moepp_jax.moe.grouped import Blocked, ragged_swiglu
-
-
-def expert_function(platform: str) -> Callable:
-    """For capacity: (params, rows (E, B, D)) -> rows."""
-    return OneByOne(swiglu) if platform == "cpu" else swiglu
 
 
 def grouped_function(platform: str) -> Callable:

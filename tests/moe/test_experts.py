@@ -98,20 +98,11 @@ def plain_swiglu(params, x_EBD):
     return jnp.einsum("ebf,edf->ebd", jax.nn.silu(gate) * linear, params["w_out"])
 
 
-@pytest.mark.parametrize(
-    "ours, plain, params",
-    [
-        (moe.swiglu, plain_swiglu, cases.params(Spec(E))["ffn"]),
-        (moe.OneByOne(moe.swiglu), plain_swiglu, cases.params(Spec(E))["ffn"]),
-        (moe.OneByOne(gelu_mlp), gelu_mlp, gelu_params(np.random.default_rng(0))),
-    ],
-    ids=["swiglu", "swiglu one by one", "GELU one by one"],
-)
-def test_batched_expert_functions(ours, plain, params):
+def test_swiglu():
     """Values without a gradient, values with one, and the gradient."""
     rng = np.random.default_rng(1)
     x, d = (jnp.asarray(rng.normal(size=(E, 5, D)), jnp.float32) for _ in range(2))
-    params = jax.tree.map(jnp.asarray, params)
+    params = jax.tree.map(jnp.asarray, cases.params(Spec(E))["ffn"])
 
     def values_and_gradients(expert):
         def total(params, x):
@@ -120,7 +111,7 @@ def test_batched_expert_functions(ours, plain, params):
 
         return jax.jit(expert)(params, x), jax.jit(jax.grad(total, (0, 1), has_aux=True))(params, x)
 
-    cases.trees_close(values_and_gradients(ours), values_and_gradients(plain), 1e-6)
+    cases.trees_close(values_and_gradients(moe.swiglu), values_and_gradients(plain_swiglu), 1e-6)
 
 
 EXPERTS_IN_PATHS = {
@@ -132,8 +123,8 @@ EXPERTS_IN_PATHS = {
 @pytest.mark.parametrize("path", EXPERTS_IN_PATHS)
 @pytest.mark.parametrize(
     "expert",
-    [moe.swiglu, moe.OneByOne(moe.swiglu), plain_swiglu],
-    ids=["swiglu", "one by one", "own"],
+    [moe.swiglu, plain_swiglu],
+    ids=["swiglu", "own"],
 )
 @pytest.mark.parametrize("finer", ["tokens", "parameters"])
 def test_types_may_differ(path, expert, finer):

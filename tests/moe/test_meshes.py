@@ -107,20 +107,6 @@ def test_dropless_under_extreme_skew(path, mesh, skew):
     check_same(got, want)
 
 
-def test_experts_one_by_one():
-    """Without a gradient they are a loop, which shard_map must be able to type."""
-    spec = SPECS["capacity"]
-    plain = cases.layer(spec)
-    path = moe.with_capacity(spec.tau, spec.gamma, moe.OneByOne(moe.swiglu))
-    layer = moe.MoE(plain.pool, plain.router, path)
-    p, x, previous = cases.case(spec, groups=16, size=4)
-    mesh = mesh_of((2, 1, 4))
-    y, _, stats = jax.jit(lambda *a: moe.sharded(*a, layer, mesh))(x, previous, p)
-    want = run("capacity", None)
-    np.testing.assert_array_equal(stats.kept, want["exact"]["kept"])
-    cases.close(y, want["close"]["y"], 1e-6)
-
-
 def drop_rate(mesh_shape):
     exact = run("capacity", mesh_shape)["exact"]
     return 1 - exact["kept"].sum() / exact["load"].sum()
