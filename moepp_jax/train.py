@@ -20,7 +20,7 @@ from moepp_jax.data import Dataset, prepare
 from moepp_jax.interrupt import Stopped, StopRequest
 from moepp_jax.metrics import MetricsWriter, read_metrics
 from moepp_jax.progress import Progress
-from moepp_jax.workdir import keep_tokenizer, open_workdir
+from moepp_jax.workdir import check_workdir, keep_tokenizer, open_workdir
 
 
 def train(
@@ -37,6 +37,7 @@ def train(
       Stopped: SIGINT or SIGTERM asked for it; the run is saved.
     """
     mesh = mesh_lib.make_mesh(config)
+    check_workdir(workdir, config)
     dataset = prepare(config, report)
     workdir = open_workdir(workdir, config)
     keep_tokenizer(workdir, dataset.tokenizer)

@@ -28,29 +28,38 @@ _FREE = (
 )
 
 
-def open_workdir(path: str | Path, config: Config) -> Path:
-    """The folder of this run, made and given its config.json if it is new.
+def check_workdir(path: str | Path, config: Config) -> None:
+    """Refuses a folder in which this run cannot be; touches nothing.
 
     Raises:
-      ConfigError: the folder belongs to a run of another configuration, or to something else
-        (nothing in it is touched then).
+      ConfigError: the folder belongs to a run of another configuration, or to something else.
     """
     folder = Path(path)
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"workdir {folder} is a file: give --workdir a folder, or a new name")
     if (folder / _CONFIG).exists():
         require_same(folder, config)
-        return folder
-    if folder.exists() and any(not entry.name.startswith(".") for entry in folder.iterdir()):
+    elif folder.exists() and any(not entry.name.startswith(".") for entry in folder.iterdir()):
         raise ConfigError(
             f"workdir {folder} holds files but no {_CONFIG}, so it is no run of ours: give "
             "--workdir a new or an empty folder"
         )
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_atomic(folder / _CONFIG, config.to_json())
-    except OSError as error:
-        raise ConfigError(f"workdir {folder} cannot be written: {error}") from error
+
+
+def open_workdir(path: str | Path, config: Config) -> Path:
+    """The folder of this run, made and given its config.json if it is new.
+
+    Raises:
+      ConfigError: as `check_workdir`, or the folder cannot be written.
+    """
+    check_workdir(path, config)
+    folder = Path(path)
+    if not (folder / _CONFIG).exists():
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            write_atomic(folder / _CONFIG, config.to_json())
+        except OSError as error:
+            raise ConfigError(f"workdir {folder} cannot be written: {error}") from error
     return folder
 
 

@@ -18,25 +18,26 @@ from jaxtyping import Array, Float, Int
 class Blocked:
     """Any expert function, over blocks of rows; work and time follow the rows that exist.
 
-    Experts are taken in order and their last block runs over into the next expert's rows, which
-    that expert then overwrites. The gradient recomputes each block. For CPUs, where
-    `jax.lax.ragged_dot` multiplies every row with every expert.
+    Experts are taken in order: an odd block of one of a few sizes, then full ones. The odd block
+    may run over into the next expert's rows, which that expert then overwrites. The gradient
+    recomputes each block. For CPUs, where `jax.lax.ragged_dot` multiplies every row with every
+    expert.
 
     Attributes:
       expert: (params stacked over E, rows (E, B, D)) -> rows (E, B, D).
-      block: rows of a block, at most.
+      block: rows of a block, at most. The larger, the less often are parameters' gradients added.
     """
 
     expert: Callable
-    block: int = 256
+    block: int = 1024
 
     def __call__(
         self, params, rows_RD: Float[Array, "R D"], counts_E: Int[Array, " E"]
     ) -> Float[Array, "R D"]:
         R = rows_RD.shape[0]
-        block = min(self.block, R)
-        room = jnp.pad(rows_RD, ((0, block), (0, 0)))  # for the last block to run over into
-        return _blocked(self.expert, block, params, room, counts_E)[:R]
+        sizes = _sizes(min(self.block, R))
+        room = jnp.pad(rows_RD, ((0, sizes[-1]), (0, 0)))  # for the last block to run over into
+        return _blocked(self.expert, sizes, params, room, counts_E)[:R]
 
 
 def ragged_swiglu(
@@ -50,76 +51,89 @@ def ragged_swiglu(
     return jax.lax.ragged_dot(a, params["w_out"].swapaxes(1, 2), counts_E)
 
 
+def _sizes(block: int) -> tuple[int, ...]:
+    """Sizes that an odd block may have, in even steps; the last one is the full block's."""
+    step = max(-(-block // 16), 8)
+    return tuple(range(step, block + step, step))
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _blocked(expert, block, params, rows_RD, counts_E):
-    def work(params_e, at, left, out):
-        y = expert(params_e, jax.lax.dynamic_slice_in_dim(rows_RD, at, block)[None])[0]
-        return jax.lax.dynamic_update_slice_in_dim(out, y.astype(out.dtype), at, 0)
+def _blocked(expert, sizes, params, rows_RD, counts_E):
+    def of_block(params_e, at, size, real):
+        x = jax.lax.dynamic_slice_in_dim(rows_RD, at, size)
+        return (), expert(params_e, x[None])[0].astype(x.dtype)
 
-    def per_expert(e, params_e, blocks, out):
-        return blocks(functools.partial(work, params_e), out)
-
-    return _over_experts(per_expert, block, params, counts_E, _zeros_like(rows_RD, counts_E))
+    return _over_blocks(of_block, sizes, params, rows_RD, counts_E, ())[1]
 
 
-def _blocked_fwd(expert, block, params, rows_RD, counts_E):
-    return _blocked(expert, block, params, rows_RD, counts_E), (params, rows_RD, counts_E)
+def _blocked_fwd(expert, sizes, params, rows_RD, counts_E):
+    return _blocked(expert, sizes, params, rows_RD, counts_E), (params, rows_RD, counts_E)
 
 
-def _blocked_bwd(expert, block, saved, d_out):
+def _blocked_bwd(expert, sizes, saved, d_out):
     params, rows_RD, counts_E = saved
 
-    def work(params_e, at, left, carry):
-        d_params, d_rows = carry
-        x = jax.lax.dynamic_slice_in_dim(rows_RD, at, block)
-        d_y = jax.lax.dynamic_slice_in_dim(d_out, at, block)
-        # The block's tail may hold the next expert's rows: not this expert's to learn from.
-        d_y = jnp.where((jnp.arange(block) < left)[:, None], d_y, 0)
+    def of_block(params_e, at, size, real):
+        x = jax.lax.dynamic_slice_in_dim(rows_RD, at, size)
+        d_y = jax.lax.dynamic_slice_in_dim(d_out, at, size)
+        # Past its own rows a block holds the next expert's: not this expert's to learn from.
+        d_y = jnp.where((jnp.arange(size) < real)[:, None], d_y, 0)
         _, pullback = jax.vjp(lambda p, x: expert(p, x[None])[0].astype(x.dtype), params_e, x)
-        d_p, d_x = pullback(d_y)
-        d_rows = jax.lax.dynamic_update_slice_in_dim(d_rows, d_x, at, 0)
-        return jax.tree.map(jnp.add, d_params, d_p), d_rows
+        d_params, d_x = pullback(d_y)
+        return jax.tree.map(_at_least_float32, d_params), d_x
 
-    def per_expert(e, params_e, blocks, carry):
-        d_params, d_rows = carry
-        # In float32: a bfloat16 sum stops growing at 256 times its terms.
-        zeros = jax.tree.map(
-            lambda p: _zeros_like(p.astype(jnp.promote_types(p.dtype, jnp.float32)), counts_E),
-            params_e,
-        )
-        d_p, d_rows = blocks(functools.partial(work, params_e), (zeros, d_rows))
-
-        def put(d_params, d_p):
-            return jax.lax.dynamic_update_slice_in_dim(d_params, d_p.astype(d_params.dtype), e, 0)
-
-        return jax.tree.map(put, d_params, d_p), d_rows
-
-    zeros = jax.tree.map(lambda p: _zeros_like(p, counts_E), (params, rows_RD))
-    d_params, d_rows = _over_experts(per_expert, block, params, counts_E, zeros)
+    zeros = jax.tree.map(lambda p: _zeros_like(p, counts_E), params)
+    d_params, d_rows = _over_blocks(of_block, sizes, params, rows_RD, counts_E, zeros)
     return d_params, d_rows, None
 
 
 _blocked.defvjp(_blocked_fwd, _blocked_bwd)
 
 
-def _over_experts(per_expert, block, params, counts_E, carry):
-    """Calls per_expert(e, its params, blocks, carry) for each expert that has rows, in order."""
+def _over_blocks(of_block, sizes, params, rows_RD, counts_E, totals):
+    """of_block(params of an expert, first row, size, real rows) -> (sums, rows), over all blocks.
+
+    Returns:
+      The totals, with entry e replaced by the sums of expert e's blocks if it has any, and all
+      blocks' rows in their places.
+    """
     starts_E = jnp.cumsum(counts_E) - counts_E
     with_rows_first = jnp.argsort(counts_E == 0, stable=True)
+    step, block = sizes[0], sizes[-1]
+    put = jax.lax.dynamic_update_slice_in_dim
 
-    def body(i, carry):
+    def per_expert(i, carry):
+        totals, out = carry
         e = with_rows_first[i]
         params_e = jax.tree.map(lambda p: jax.lax.dynamic_slice_in_dim(p, e, 1), params)
+        odd = (counts_E[e] - 1) % block + 1
 
-        def blocks(work, carry):
-            def one(b, carry):
-                return work(starts_E[e] + b * block, counts_E[e] - b * block, carry)
+        def odd_block(size):
+            def run(at):
+                sums, y = of_block(params_e, at, size, odd)
+                return sums, jnp.pad(y, ((0, block - size), (0, 0)))
 
-            return jax.lax.fori_loop(0, -(-counts_E[e] // block), one, carry)
+            return run
 
-        return per_expert(e, params_e, blocks, carry)
+        def full_block(b, carry):
+            sums, out = carry
+            at = starts_E[e] + odd + b * block
+            more, y = of_block(params_e, at, block, block)
+            return jax.tree.map(jnp.add, sums, more), put(out, y, at, 0)
 
-    return jax.lax.fori_loop(0, jnp.sum(counts_E > 0), body, carry)
+        sums, y = jax.lax.switch((odd - 1) // step, [odd_block(s) for s in sizes], starts_E[e])
+        carry = sums, put(out, y, starts_E[e], 0)
+        sums, out = jax.lax.fori_loop(0, (counts_E[e] - odd) // block, full_block, carry)
+        totals = jax.tree.map(lambda t, s: put(t, s.astype(t.dtype), e, 0), totals, sums)
+        return totals, out
+
+    carry = totals, _zeros_like(rows_RD, counts_E)
+    return jax.lax.fori_loop(0, jnp.sum(counts_E > 0), per_expert, carry)
+
+
+def _at_least_float32(x):
+    """For sums over blocks: in bfloat16 they stop growing at 256 times their terms."""
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
 def _zeros_like(x, counts_E):
