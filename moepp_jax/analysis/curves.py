@@ -58,6 +58,7 @@ def plot_curves(
             textcoords="offset points",
             ha="right",
             color="0.25",
+            bbox={"fc": "white", "ec": "none", "alpha": 0.7, "pad": 0.5},
         )
     _dress(loss, "loss, nats a token")
     _dress(experts, "FFN experts per token")
