@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from moepp_jax import model as model_lib
+from moepp_jax import vocabulary
 from moepp_jax.checkpoint import Checkpoints
 from moepp_jax.config import Config, ConfigError, GenerateConfig
 from moepp_jax.data import Tokenizer
@@ -49,9 +50,9 @@ class Model:
             raise ValueError(f"tokens of shape {tokens.shape} must be (sequences, tokens)")
         if tokens.dtype.kind not in "iu":
             raise ValueError(f"tokens of type {tokens.dtype} must be whole numbers")
-        vocabulary = self.config.model.vocab_size
-        if tokens.size and not 0 <= tokens.min() <= tokens.max() < vocabulary:
-            raise ValueError(f"tokens hold ids outside the vocabulary of {vocabulary}")
+        vocab_size = self.config.model.vocab_size
+        if tokens.size and not 0 <= tokens.min() <= tokens.max() < vocab_size:
+            raise ValueError(f"tokens hold ids outside the vocabulary of {vocab_size}")
         real = jnp.ones(tokens.shape, bool) if mask is None else jnp.asarray(mask).astype(bool)
         if real.shape != tokens.shape:
             raise ValueError(f"mask of shape {real.shape} must have that of tokens, {tokens.shape}")
@@ -92,7 +93,7 @@ class Model:
         positions = jnp.maximum(jnp.cumsum(real, axis=1) - 1, 0)
         mask = jnp.tril(jnp.ones((S, S), bool)) & real[:, None, :]
         out = self._model.apply({"params": params}, tokens, positions, mask)
-        return model_lib.logits(params, out.hidden)
+        return vocabulary.logits(params, out.hidden)
 
 
 def _ids(i: int, prompt: Any) -> list[int]:

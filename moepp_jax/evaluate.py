@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 
 from moepp_jax import mesh as mesh_lib
 from moepp_jax import model as model_lib
-from moepp_jax import moe
+from moepp_jax import moe, vocabulary
 from moepp_jax import state as state_lib
 from moepp_jax.checkpoint import Checkpoints
 from moepp_jax.config import Config
@@ -37,7 +37,7 @@ def make_evaluate(
     def sums(params, batch):
         mask = model_lib.packed_mask(batch["segments"])
         out = model.apply({"params": params}, batch["tokens"], batch["positions"], mask)
-        nll = model_lib.token_losses(
+        nll = vocabulary.token_losses(
             params, out.hidden, batch["targets"], config.model.loss_chunk, model.mesh
         )
         groups = out.statistics.z.shape[1]

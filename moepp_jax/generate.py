@@ -17,6 +17,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from moepp_jax import model as model_lib
+from moepp_jax import vocabulary
 from moepp_jax.config import ConfigError, GenerateConfig
 
 
@@ -87,12 +88,12 @@ class Generator:
         Raises:
           ConfigError: a prompt is empty, or holds an id outside the vocabulary.
         """
-        vocabulary = self._model.config.vocab_size
+        vocab_size = self._model.config.vocab_size
         for i, prompt in enumerate(prompts):
             if not prompt:
                 raise ConfigError(f"prompt {i} is empty: give at least one token")
-            if not all(0 <= t < vocabulary for t in prompt):
-                raise ConfigError(f"prompt {i} holds ids outside the vocabulary of {vocabulary}")
+            if not all(0 <= t < vocab_size for t in prompt):
+                raise ConfigError(f"prompt {i} holds ids outside the vocabulary of {vocab_size}")
         if not prompts:
             return []
         # Fewer shapes, fewer compilations: the lengths are rounded up, the padding is masked.
@@ -143,7 +144,7 @@ class Generator:
         seen_LM = jnp.arange(places) <= place_L[:, None]
         mask_BLM = seen_LM & (jnp.arange(places) >= first_B[:, None])[:, None, :]
         out = self._model.apply({"params": params}, tokens_BL, positions_BL, mask_BLM, cache, start)
-        logits = model_lib.logits(params, out.hidden[:, -1])
+        logits = vocabulary.logits(params, out.hidden[:, -1])
         return sample(logits, key).astype(jnp.int32)[:, None], out.cache
 
 

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 
 from moepp_jax import mesh as mesh_lib
 from moepp_jax import model as model_lib
-from moepp_jax import moe, optim
+from moepp_jax import moe, optim, vocabulary
 from moepp_jax.config import Config, MoEConfig
 
 Batch = dict[str, jax.Array]
@@ -86,7 +86,7 @@ def loss_function(config: Config, model: model_lib.LanguageModel) -> Callable:
     def loss(params, batch: Batch, total):
         mask = model_lib.packed_mask(batch["segments"])
         out = model.apply({"params": params}, batch["tokens"], batch["positions"], mask)
-        nll = model_lib.token_losses(
+        nll = vocabulary.token_losses(
             params, out.hidden, batch["targets"], config.model.loss_chunk, model.mesh
         )
         cross_entropy = jnp.sum(nll * batch["loss_mask"]) / total

@@ -12,6 +12,7 @@ import pytest
 from moepp_jax import evaluate as evaluate_lib
 from moepp_jax import mesh as mesh_lib
 from moepp_jax import model as model_lib
+from moepp_jax import vocabulary
 from moepp_jax.checkpoint import CheckpointError
 from moepp_jax.config import ConfigError
 from moepp_jax.data import open_dataset
@@ -59,7 +60,7 @@ def naive():
         causal = jnp.tril(jnp.ones((1, L, L), bool))
         places = jnp.arange(L)[None]
         out = model.apply({"params": parameters()}, tokens[None], places, causal)
-        return model_lib.logits(parameters(), out.hidden[0]), out.router_logits[:, 0]
+        return vocabulary.logits(parameters(), out.hidden[0]), out.router_logits[:, 0]
 
     nats, targets, real, experts = 0.0, 0, 0, np.zeros(c.model.num_layers)
     for batch in batches():

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from moepp_jax import model as model_lib
+from moepp_jax import vocabulary
 from moepp_jax.config import ConfigError, GenerateConfig
 from moepp_jax.generate import Generator, sampler
 from tests import reference, tiny
@@ -38,7 +39,7 @@ def without_cache(length=32):
     @jax.jit
     def best(tokens, place):
         out = model.apply({"params": params}, tokens[None], jnp.arange(length)[None], causal)
-        return jnp.argmax(model_lib.logits(params, out.hidden[0, place]))
+        return jnp.argmax(vocabulary.logits(params, out.hidden[0, place]))
 
     def generate(prompt, steps):
         text = list(prompt)
@@ -87,13 +88,13 @@ def test_the_end_token_ends_its_text_only_and_is_not_returned():
 def test_as_many_tokens_as_asked_for_and_a_function_compiled_once(monkeypatch):
     model, params, _ = case()
     traces = []
-    logits = model_lib.logits
+    logits = vocabulary.logits
 
     def counted(*args):
         traces.append(1)
         return logits(*args)
 
-    monkeypatch.setattr(model_lib, "logits", counted)
+    monkeypatch.setattr(vocabulary, "logits", counted)
     generate = Generator(model, params)
     for count in (1, 2, 12, 16):
         settings = dataclasses.replace(GREEDY, max_new_tokens=count, seed=count)

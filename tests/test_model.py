@@ -9,7 +9,7 @@ import pytest
 
 from moepp_jax import mesh as mesh_lib
 from moepp_jax import model as model_lib
-from moepp_jax import optim
+from moepp_jax import optim, vocabulary
 from moepp_jax import state as state_lib
 from tests import tiny
 
@@ -135,7 +135,7 @@ def test_losses_of_chunks_are_the_cross_entropy():
 
     expected = of(plain)
     for chunk in (1, 8, 32, 256):
-        losses = functools.partial(model_lib.token_losses, targets_BL=targets, chunk=chunk)
+        losses = functools.partial(vocabulary.token_losses, targets_BL=targets, chunk=chunk)
         for a, b in zip(of(losses), expected, strict=True):
             close(a, b, 1e-6)
 
@@ -168,7 +168,7 @@ def gradient(c, params):
     def loss(params):
         mask = model_lib.packed_mask(batch["segments"])
         out = model.apply({"params": params}, batch["tokens"], batch["positions"], mask)
-        nll = model_lib.token_losses(params, out.hidden, batch["targets"], c.model.loss_chunk)
+        nll = vocabulary.token_losses(params, out.hidden, batch["targets"], c.model.loss_chunk)
         return jnp.sum(nll * batch["loss_mask"]) / jnp.sum(batch["loss_mask"])
 
     return jax.jit(jax.value_and_grad(loss))(params)
@@ -190,7 +190,7 @@ def test_tied_embeddings_learn_at_both_ends():
     assert "output" not in params
     tokens, *rest = rows(c)
     hidden = run(params, tokens, *rest).hidden
-    close(model_lib.logits(params, hidden), hidden @ params["embedding"].T)
+    close(vocabulary.logits(params, hidden), hidden @ params["embedding"].T)
     _, tied = gradient(c, params)
     untied = params | {"output": params["embedding"]}
     _, apart = gradient(tiny.config(), untied)
@@ -250,7 +250,7 @@ def test_bfloat16_computes_but_float32_routes_and_remembers():
     out = run(params, tokens, *rest)
     assert out.hidden.dtype == out.states.dtype == jnp.bfloat16
     assert out.router_logits.dtype == out.statistics.prob.dtype == jnp.float32
-    assert model_lib.logits(params, out.hidden).dtype == jnp.float32
+    assert vocabulary.logits(params, out.hidden).dtype == jnp.float32
     exact = fresh()[2](params, tokens, *rest)
     # Rounded values would be multiples of 2^-8 of their size.
     rounded = out.router_logits.astype(jnp.bfloat16).astype(jnp.float32)
@@ -271,7 +271,7 @@ def test_the_gradient_of_a_frequent_token_is_summed_in_float32(devices):
     tokens = jnp.full((8, 4096), 7)
 
     def loss(embedding):
-        return jnp.sum(model_lib._look_up(embedding, tokens, jnp.bfloat16, mesh).astype("float32"))
+        return jnp.sum(vocabulary.look_up(embedding, tokens, jnp.bfloat16, mesh).astype("float32"))
 
     grads = jax.jit(jax.grad(loss))(jnp.ones((16, 4)))
     np.testing.assert_array_equal(grads[7], 8 * 4096)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from moepp_jax import model as model_lib
+from moepp_jax import vocabulary
 from tests import reference
 
 
@@ -18,7 +19,7 @@ def case(request):
     @jax.jit
     def run(tokens, positions, mask):
         out = model.apply({"params": params}, tokens, positions, mask)
-        return out, model_lib.logits(params, out.hidden)
+        return out, vocabulary.logits(params, out.hidden)
 
     return config, params, run, reference.expected(request.param)
 
@@ -47,7 +48,7 @@ def test_forward(case):
     close(logits, want["logits"])
     kept = np.asarray(out.statistics.kept).mean(axis=1)
     np.testing.assert_allclose(kept, want["selected"].mean(axis=(1, 2)), atol=1e-6)
-    losses = model_lib.token_losses(params, out.hidden, jnp.roll(tokens, -1, axis=1), chunk=8)
+    losses = vocabulary.token_losses(params, out.hidden, jnp.roll(tokens, -1, axis=1), chunk=8)
     np.testing.assert_allclose(np.mean(losses[:, :-1]), want["lm_loss"], rtol=2e-6)
 
 
