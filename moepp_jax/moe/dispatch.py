@@ -172,7 +172,7 @@ combine.defvjp(_combine_fwd, _combine_bwd)
 
 def _weighted_sum(y_RD, weights_TK, rows: Rows):
     has_row = rows.row < y_RD.shape[0]
-    # One term for each choice fuses; a (T, K, D) intermediate costs three times as much.
+    # One term for each choice, so that no (T, K, D) intermediate is made.
     terms = [
         jnp.where(
             has_row[:, k, None], weights_TK[:, k, None] * y_RD[_clip(rows.row[:, k], y_RD)], 0

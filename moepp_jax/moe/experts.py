@@ -37,7 +37,7 @@ def swiglu(
 ) -> Float[Array, "E B D"]:
     """W_out (SiLU(W_gate x) * W_up x), every expert on its own rows.
 
-    The gradient keeps the two products of x and makes the rest again, which costs less than memory.
+    The gradient keeps the two products of x and computes the activation from them again.
 
     Args:
       params: "w_in" (E, 2, F, D), the gate's matrix and then the linear one, and "w_out" (E, D, F).

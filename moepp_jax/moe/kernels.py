@@ -1,6 +1,6 @@
-"""Which arithmetic of the SwiGLU experts a platform gets: as measured, in one place.
+"""Which arithmetic of the SwiGLU experts a platform gets, in one place.
 
-`python -m benchmarks.layer` is the measurement.
+On CPU `python -m benchmarks.layer` measures it; TPU and GPU are not measured yet.
 """
 
 from collections.abc import Callable
