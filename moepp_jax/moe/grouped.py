@@ -52,9 +52,15 @@ def ragged_swiglu(
 
 
 def _sizes(block: int) -> tuple[int, ...]:
-    """Sizes that an odd block may have, in even steps; the last one is the full block's."""
-    step = max(-(-block // 16), 8)
-    return tuple(range(step, block + step, step))
+    """Sizes that an odd block may have, each at most an eighth above the one before or 8 rows.
+
+    The last one is the full block's.
+    """
+    sizes = [8]
+    while sizes[-1] < block:
+        power_of_two = 1 << (sizes[-1].bit_length() - 1)
+        sizes.append(sizes[-1] + max(8, power_of_two // 8))
+    return tuple(sizes)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -99,7 +105,7 @@ def _over_blocks(of_block, sizes, params, rows_RD, counts_E, totals):
     """
     starts_E = jnp.cumsum(counts_E) - counts_E
     with_rows_first = jnp.argsort(counts_E == 0, stable=True)
-    step, block = sizes[0], sizes[-1]
+    block = sizes[-1]
     put = jax.lax.dynamic_update_slice_in_dim
 
     def per_expert(i, carry):
@@ -121,7 +127,8 @@ def _over_blocks(of_block, sizes, params, rows_RD, counts_E, totals):
             more, y = of_block(params_e, at, block, block)
             return jax.tree.map(jnp.add, sums, more), put(out, y, at, 0)
 
-        sums, y = jax.lax.switch((odd - 1) // step, [odd_block(s) for s in sizes], starts_E[e])
+        fitting = jnp.searchsorted(jnp.asarray(sizes), odd)
+        sums, y = jax.lax.switch(fitting, [odd_block(s) for s in sizes], starts_E[e])
         carry = sums, put(out, y, starts_E[e], 0)
         sums, out = jax.lax.fori_loop(0, (counts_E[e] - odd) // block, full_block, carry)
         totals = jax.tree.map(lambda t, s: put(t, s.astype(t.dtype), e, 0), totals, sums)
