@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 
 from moepp_jax import mesh as mesh_lib
 from moepp_jax import model as model_lib
@@ -34,15 +35,14 @@ def make_evaluate(
     model = model_lib.build(config, mesh, config.moe.eval_dispatch)
     pool = model_lib.pool_of(config.moe)
 
-    def sums(params, batch):
+    def on_device(params, batch):
+        params = model_lib.unite(model, params)
         mask = model_lib.packed_mask(batch["segments"])
         out = model.apply({"params": params}, batch["tokens"], batch["positions"], mask)
-        nll = vocabulary.token_losses(
-            params, out.hidden, batch["targets"], config.model.loss_chunk, model.mesh
-        )
+        nll = vocabulary.token_losses(params, out.hidden, batch["targets"], config.model.loss_chunk)
         groups = out.statistics.z.shape[1]
         weight_G = jnp.mean(batch["segments"].reshape(groups, -1) > 0, axis=1)
-        return {
+        here = {
             "nll": jnp.sum(nll * batch["loss_mask"]),
             "targets": jnp.sum(batch["loss_mask"]),
             "groups": jnp.sum(weight_G),
@@ -50,8 +50,13 @@ def make_evaluate(
                 lambda a: jnp.einsum("lg...,g->l...", a, weight_G), out.statistics
             ),
         }
+        return jax.lax.psum(here, mesh_lib.AXES)
 
-    sums = jax.jit(sums)
+    @jax.jit
+    def sums(params, batch):
+        specs = (mesh_lib.specs(params), mesh_lib.BATCH)
+        return jax.shard_map(on_device, mesh=mesh, in_specs=specs, out_specs=P())(params, batch)
+
     place = mesh_lib.batch_sharding(mesh)
 
     def evaluate(params, batches):

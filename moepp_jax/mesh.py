@@ -1,7 +1,9 @@
 """The mesh of devices, and one table that says how every parameter lies on it.
 
 Axes: `data` (replicas), `fsdp` (parameters and optimizer state sharded) and `expert` (FFN experts
-sharded). Sequences of a batch are split over all three.
+sharded). Sequences of a batch are split over all three. FFN experts lie on the devices of `expert`,
+cut over `fsdp`; everything else is cut over both. Where parameters are used they are put together
+again by `whole`, in a shard_map, so that each byte that moves is written down.
 """
 
 from __future__ import annotations
@@ -12,6 +14,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -20,26 +25,37 @@ from moepp_jax.config import Config, ConfigError
 AXES = ("data", "fsdp", "expert")
 BATCH = P(AXES)
 
+_CUT = ("fsdp", "expert")
+
 # Regular expression on the parameter's path -> spec of its last axes; the axis of a layer stack
-# in front of them is never sharded. Optimizer moments have their parameter's path as a suffix.
+# in front of them is never sharded. Matrices are cut along rows: what is cut along the last axis
+# would be padded to 128 numbers a row on TPU. Optimizer moments have their parameter's path as a
+# suffix.
 TABLE: tuple[tuple[str, P], ...] = (
-    (r"embedding$|output$", P(None, "fsdp")),  # (V, D)
-    (r"attention/(q|k|v)$", P(None, None, "fsdp")),  # (H, width, D)
-    (r"attention/o$", P("fsdp", None, None)),  # (D, H, width)
-    (r"moe/ffn/w_in$", P("expert", None, None, "fsdp")),  # (E, 2, F, D)
+    (r"embedding$|output$", P(_CUT, None)),  # (V, D)
+    (r"attention/(q|k|v)$", P(_CUT, None)),  # (H W, D)
+    (r"attention/o$", P(_CUT, None)),  # (D, H W)
+    (r"moe/ffn/w_in$", P("expert", None, "fsdp", None)),  # (E, 2, F, D)
     (r"moe/ffn/w_out$", P("expert", "fsdp", None)),  # (E, D, F)
-    (r"dense/w_in$", P(None, None, None, "fsdp")),  # (1, 2, F, D)
-    (r"dense/w_out$", P(None, "fsdp", None)),  # (1, D, F)
-    (r"moe/router/|moe/const/|norm$", P()),  # small: replicated
+    (r"dense/w_in$", P(None, None, _CUT, None)),  # (1, 2, F, D)
+    (r"dense/w_out$", P(None, _CUT, None)),  # (1, D, F)
+    (r"norm$", P(_CUT)),  # (D,)
+    (r"moe/router/(w|w_hidden)$", P(None, _CUT)),  # (N, D), (8 N, D)
+    (r"moe/const/v$", P(None, _CUT)),  # (J, D)
+    (r"moe/const/w$", P(None, None, _CUT)),  # (J, 2, D)
+    (r"moe/router/(w_residual|w_logits)$", P()),  # (N, N), (N, 8 N): N need not divide
 )
+
+# Used, and therefore gathered, in float32 whatever the model's arithmetic is.
+_FLOAT32 = re.compile(r"norm$|moe/router/")
 
 
 def mesh_shape(config: Config, num_devices: int) -> tuple[int, int, int]:
     """Sizes of the axes, with -1 resolved.
 
     Raises:
-      ConfigError: the axes do not multiply to the devices, the batch does not divide by them, the
-        fsdp axis does not divide the width, or the expert axis the FFN experts.
+      ConfigError: the axes do not multiply to the devices, or do not divide what they shard: the
+        batch, the FFN experts, the rows of a matrix.
     """
     sizes = [config.mesh.data, config.mesh.fsdp, config.mesh.expert]
     written = " x ".join(f"{axis}={size}" for axis, size in zip(AXES, sizes, strict=True))
@@ -53,16 +69,13 @@ def mesh_shape(config: Config, num_devices: int) -> tuple[int, int, int]:
             f"config.mesh: {written} does not multiply to the {num_devices} devices there are; "
             "set one axis to -1 for the rest, or choose sizes whose product is that number"
         )
-    if config.model.hidden_size % sizes[1]:
+    _, fsdp, expert = sizes
+    if config.moe.n_ffn % expert:
         raise ConfigError(
-            f"config.mesh.fsdp = {sizes[1]} must divide the width that it shards, "
-            f"config.model.hidden_size = {config.model.hidden_size}"
-        )
-    if config.moe.n_ffn % sizes[2]:
-        raise ConfigError(
-            f"config.mesh.expert = {sizes[2]} must divide the FFN experts, "
+            f"config.mesh.expert = {expert} must divide the FFN experts, "
             f"config.moe.n_ffn = {config.moe.n_ffn}"
         )
+    _require_rows(config, fsdp, expert)
     part = config.train.batch_size // config.train.accumulate
     if part % num_devices:
         raise ConfigError(
@@ -73,11 +86,49 @@ def mesh_shape(config: Config, num_devices: int) -> tuple[int, int, int]:
     return tuple(sizes)
 
 
+def _require_rows(config: Config, fsdp: int, expert: int) -> None:
+    m = config.model
+    cut = {
+        "config.model.hidden_size": (m.hidden_size, fsdp * expert),
+        "config.model.vocab_size": (m.vocab_size, fsdp * expert),
+        "config.model.num_kv_heads * head width": (m.num_kv_heads * m.head_dim, fsdp * expert),
+        "config.moe.ffn_size": (config.moe.ffn_size, fsdp),
+    }
+    if m.moe_every > 1:
+        cut["config.model.dense_ffn_size"] = (m.dense_ffn_size, fsdp * expert)
+    for name, (rows, parts) in cut.items():
+        if rows % parts:
+            raise ConfigError(
+                f"config.mesh: fsdp={fsdp} x expert={expert} cuts parameters in {parts} parts "
+                f"along {name} = {rows}, which they must divide"
+            )
+
+
 def make_mesh(config: Config, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """The mesh of a configuration over all devices, or over those given."""
+    """The mesh of a configuration over all devices, or over those given.
+
+    TPU slices are joined by a slower network, which only the data axis crosses.
+
+    Raises:
+      ConfigError: as `mesh_shape`, or the data axis is no multiple of the slices.
+    """
     devices = jax.devices() if devices is None else devices
     shape = mesh_shape(config, len(devices))
-    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if slices == 1:
+        return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+    return Mesh(_across_slices(shape, slices, devices), AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def _across_slices(shape, slices: int, devices: Sequence[jax.Device]) -> np.ndarray:
+    data, fsdp, expert = shape
+    if data % slices:
+        raise ConfigError(
+            f"config.mesh.data = {data} must be a multiple of the {slices} slices: replicas may "
+            f"lie on several, parameters (fsdp={fsdp} x expert={expert}) on one"
+        )
+    within = (data // slices, fsdp, expert)
+    return mesh_utils.create_hybrid_device_mesh(within, (slices, 1, 1), devices)
 
 
 def virtual_cpu_devices(config: Config) -> int:
@@ -103,15 +154,51 @@ def path_of(key_path: tuple) -> str:
     return jax.tree_util.keystr(key_path, simple=True, separator="/")
 
 
+def specs(tree: Any) -> Any:
+    """Specs of a tree of parameters, or of optimizer state; scalars are replicated."""
+
+    def spec(key_path, leaf):
+        return spec_of(path_of(key_path), leaf.ndim) if leaf.ndim else P()
+
+    return jax.tree_util.tree_map_with_path(spec, tree)
+
+
 def shardings(tree: Any, mesh: Mesh) -> Any:
-    """Shardings of a tree of parameters, or of optimizer state; scalars are replicated."""
-
-    def sharding(key_path, leaf):
-        spec = spec_of(path_of(key_path), leaf.ndim) if leaf.ndim else P()
-        return NamedSharding(mesh, spec)
-
-    return jax.tree_util.tree_map_with_path(sharding, tree)
+    """`specs` on a mesh."""
+    is_spec = {"is_leaf": lambda x: isinstance(x, P)}
+    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs(tree), **is_spec)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, BATCH)
+
+
+def whole(params: Any, dtype: Any) -> Any:
+    """Puts parameters together from their parts, inside a shard_map over AXES.
+
+    Of the FFN experts only this device's are, so they stay cut along `expert`. What moves is of
+    `dtype` (norms and routers: float32); the gradient goes back the same way, summed over the
+    devices that it meets: by a reduce-scatter to the parts, then over their replicas.
+
+    Args:
+      params: any subtree of a model's parameters whose paths end as in TABLE.
+    """
+
+    def gather(key_path, part):
+        path = path_of(key_path)
+        spec = spec_of(path, part.ndim)
+        part = part.astype(jnp.float32 if _FLOAT32.search(path) else dtype)
+        part = jax.lax.pcast(part, tuple(a for a in AXES if a not in axes_of(spec)), to="varying")
+        for dim, entry in enumerate(spec):
+            axes = tuple(a for a in axes_of((entry,)) if jax.lax.axis_size(a) > 1)
+            if axes and entry != "expert":
+                part = jax.lax.all_gather(part, axes, axis=dim, tiled=True)
+        return part
+
+    return jax.tree_util.tree_map_with_path(gather, params)
+
+
+def axes_of(spec) -> tuple[str, ...]:
+    """The mesh axes that a spec shards over."""
+    entries = [(e,) if isinstance(e, str) else e for e in spec if e is not None]
+    return tuple(axis for entry in entries for axis in entry)

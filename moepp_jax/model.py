@@ -6,13 +6,14 @@ V vocabulary; the letters of `moepp_jax.moe` besides.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
 from moepp_jax import mesh as mesh_lib
@@ -35,7 +36,19 @@ _GATE = {
     "raw": router_lib.raw,
     "softmax_selected": router_lib.softmax_selected,
 }
+
+
+def _all_but_weights(primitive, *_, **__) -> bool:
+    """Keeps everything for backward, but gathers parameters again: whole, they are another model.
+
+    What only copies them (XLA's or ours) is not kept either; for activations it costs little.
+    """
+    return primitive.name not in _COPIES
+
+
+_COPIES = {"all_gather", "convert_element_type", "reshape", "transpose", "squeeze", "pvary"}
 _REMAT = {
+    "none": _all_but_weights,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "full": jax.checkpoint_policies.nothing_saveable,
 }
@@ -92,7 +105,8 @@ def build(config: Config, mesh: Mesh | None = None, dispatch: str | None = None)
     """The model of a configuration.
 
     Args:
-      mesh: where it runs; None is one device.
+      mesh: the model is to run on a device's part of its parameters and of the batch, inside a
+        shard_map on this mesh; None is one device that has all.
       dispatch: "capacity" or "dropless"; by default that of training.
     """
     dispatch = dispatch or config.moe.dispatch
@@ -102,7 +116,10 @@ def build(config: Config, mesh: Mesh | None = None, dispatch: str | None = None)
         moe_of(config.moe, dispatch, platform),
         ffn_size=config.moe.ffn_size,
         group_size=config.moe.group_size if dispatch == "capacity" else None,
-        mesh=mesh,
+        whole=None
+        if mesh is None
+        else functools.partial(mesh_lib.whole, dtype=jnp.dtype(config.model.dtype)),
+        axis="expert" if mesh is not None and mesh.shape["expert"] > 1 else None,
     )
 
 
@@ -148,8 +165,8 @@ class Attention(nn.Module):
         matrix = nn.initializers.normal(c.init_std)
 
         def project(name, heads):
-            w = self.param(name, matrix, (heads, W, D), jnp.float32).astype(x_BLD.dtype)
-            return jnp.einsum("bld,hwd->blhw", x_BLD, w)
+            w = self.param(name, matrix, (heads * W, D), jnp.float32).astype(x_BLD.dtype)
+            return jnp.einsum("bld,fd->blf", x_BLD, w).reshape(*x_BLD.shape[:2], heads, W)
 
         q = rotate(project("q", H), positions_BL, c.rope_theta)
         k = rotate(project("k", KV), positions_BL, c.rope_theta)
@@ -159,8 +176,8 @@ class Attention(nn.Module):
             v = jax.lax.dynamic_update_slice_in_dim(cache.values, v, start, axis=1)
             cache = Cache(k, v)
         y = jax.nn.dot_product_attention(q, k, v, mask=mask_B1LM)
-        o = self.param("o", matrix, (D, H, W), jnp.float32).astype(x_BLD.dtype)
-        return jnp.einsum("blhw,dhw->bld", y, o), cache
+        o = self.param("o", matrix, (D, H * W), jnp.float32).astype(x_BLD.dtype)
+        return jnp.einsum("blf,df->bld", y.reshape(*y.shape[:2], H * W), o), cache
 
 
 class DenseFFN(nn.Module):
@@ -188,7 +205,7 @@ class Block(nn.Module):
     moe: moe_lib.MoE
     ffn_size: int
     group_size: int | None
-    mesh: Mesh | None
+    axis: str | None
 
     @nn.compact
     def __call__(self, carry, cache: Cache | None, positions_BL, mask_B1LM, start):
@@ -211,7 +228,7 @@ class Block(nn.Module):
             self.moe,
             ffn_size=self.ffn_size,
             group_size=self.group_size or L,
-            mesh=self.mesh,
+            axis=self.axis,
             init_std=c.init_std,
             dtype=x.dtype,
             name="moe",
@@ -227,14 +244,17 @@ class LanguageModel(nn.Module):
 
     Attributes:
       group_size: tokens that share a capacity; None, for dropless dispatch, is the sequence.
-      mesh: the MoE++ layers run under shard_map on it, or on this device if None.
+      whole: puts a subtree of parameters together, of which each device has a part: applied here to
+        a layer's when it runs, and by `unite` to the others. None: the parameters are whole.
+      axis: mesh axis over which the FFN experts are sharded.
     """
 
     config: ModelConfig
     moe: moe_lib.MoE
     ffn_size: int
     group_size: int | None = None
-    mesh: Mesh | None = None
+    whole: Callable[[Any], Any] | None = None
+    axis: str | None = None
 
     @nn.compact
     def __call__(
@@ -258,21 +278,21 @@ class LanguageModel(nn.Module):
         embedding = self.param("embedding", matrix, (c.vocab_size, c.hidden_size), jnp.float32)
         if not c.tied_embeddings:
             self.param("output", matrix, (c.vocab_size, c.hidden_size), jnp.float32)
-        x = vocabulary.look_up(embedding, tokens_BL, dtype, self.mesh)
+        x = vocabulary.look_up(embedding, tokens_BL, dtype)
         no_logits = jnp.zeros((*tokens_BL.shape, self.moe.pool.size), jnp.float32)
+        if self.whole is not None:
+            # In a shard_map, what a scan carries must vary over the devices from the start.
+            no_logits = jax.lax.pcast(no_logits, mesh_lib.AXES, to="varying")
 
-        block = Block
-        if c.remat != "none":
-            block = nn.remat(Block, policy=_REMAT[c.remat], prevent_cse=False)
         blocks = nn.scan(
-            block,
+            self._block(),
             variable_axes={"params": 0},
             split_rngs={"params": True},
             in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
             length=c.num_layers // c.moe_every,
-        )(c, self.moe, self.ffn_size, self.group_size, self.mesh, name="layers")
+        )(c, self.moe, self.ffn_size, self.group_size, self.axis, name="layers")
         (x, _), (cache, stats, logits, states) = blocks(
-            (x, self._constrain(no_logits, mesh_lib.BATCH)),
+            (x, no_logits),
             cache,
             positions_BL,
             mask_BLM[:, None],
@@ -281,18 +301,32 @@ class LanguageModel(nn.Module):
         hidden = RMSNorm(c.norm_eps, name="final")(x)
         return Output(hidden, stats, logits, states.reshape(c.num_layers, *x.shape), cache)
 
-    def _constrain(self, x, spec: P):
-        if self.mesh is None:
-            return x
-        return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, spec))
+    def _block(self) -> type[nn.Module]:
+        """A block that gathers its parameters, and gathers or computes them again in backward."""
+        block, remat = Block, self.config.remat
+        if self.whole is not None:
+            block = nn.map_variables(block, "params", lambda v: {"params": self.whole(v["params"])})
+        if self.whole is not None or remat != "none":
+            block = nn.remat(block, policy=_REMAT[remat], prevent_cse=False)
+        return block
 
 
 def init(model: LanguageModel, key: Array) -> dict[str, Any]:
-    """Fresh parameters, a plain nested dictionary."""
-    size = 1 if model.mesh is None else model.mesh.size
+    """Fresh parameters, a plain nested dictionary, of a model built for one device."""
     L = model.group_size or 1
-    tokens = jnp.zeros((size, L), jnp.int32)
-    return model.init(key, tokens, tokens, jnp.ones((size, L, L), bool))["params"]
+    tokens = jnp.zeros((1, L), jnp.int32)
+    return model.init(key, tokens, tokens, jnp.ones((1, L, L), bool))["params"]
+
+
+def unite(model: LanguageModel, params: dict[str, Any]) -> dict[str, Any]:
+    """The parameters as `apply` and `vocabulary` want them: all that are outside the layers whole.
+
+    In a shard_map; on one device they are so already.
+    """
+    if model.whole is None:
+        return params
+    outside = {name: p for name, p in params.items() if name != "layers"}
+    return model.whole(outside) | {"layers": params["layers"]}
 
 
 def empty_cache(c: ModelConfig, batch: int, places: int) -> Cache:

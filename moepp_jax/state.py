@@ -9,12 +9,14 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from moepp_jax import mesh as mesh_lib
 from moepp_jax import model as model_lib
 from moepp_jax import moe, optim, vocabulary
 from moepp_jax.config import Config, MoEConfig
+from moepp_jax.mesh import AXES
 
 Batch = dict[str, jax.Array]
 Metrics = dict[str, jax.Array]
@@ -65,9 +67,9 @@ def init_state(config: Config, mesh: Mesh) -> State:
 def auxiliary_losses(stats: moe.Statistics, c: MoEConfig) -> tuple[jax.Array, jax.Array]:
     """The balance loss and the z-loss, unweighted, each the mean over the layers.
 
-    Loads and probabilities are averaged over all tokens of the batch before they are multiplied.
+    Args:
+      stats: of every layer, averaged over all tokens: the balance loss multiplies such averages.
     """
-    stats = jax.tree.map(lambda a: a.mean(axis=1), stats)
     balance = jnp.zeros(())
     if c.balance == "heterogeneous":
         pool = model_lib.pool_of(c)
@@ -78,20 +80,22 @@ def auxiliary_losses(stats: moe.Statistics, c: MoEConfig) -> tuple[jax.Array, ja
 def loss_function(config: Config, model: model_lib.LanguageModel) -> Callable:
     """loss(params, batch, total) -> (loss, metrics), for one of the parts of a batch.
 
-    Cross-entropy is divided by the targets of the whole batch, `total`, and all else by the number
-    of parts, so that parts add up to the batch.
+    To be run in a shard_map over the mesh, on each device's part of the parameters and of the
+    sequences; what it returns is of all devices' sequences. Cross-entropy is divided by the targets
+    of the whole batch, `total`, and all else by the number of parts, so that parts add up to the
+    batch.
     """
     parts = config.train.accumulate
 
     def loss(params, batch: Batch, total):
+        params = model_lib.unite(model, params)
         mask = model_lib.packed_mask(batch["segments"])
         out = model.apply({"params": params}, batch["tokens"], batch["positions"], mask)
-        nll = vocabulary.token_losses(
-            params, out.hidden, batch["targets"], config.model.loss_chunk, model.mesh
-        )
-        cross_entropy = jnp.sum(nll * batch["loss_mask"]) / total
-        balance, z = (a / parts for a in auxiliary_losses(out.statistics, config.moe))
-        stats = jax.tree.map(lambda a: a.mean(axis=(0, 1)), out.statistics)
+        nll = vocabulary.token_losses(params, out.hidden, batch["targets"], config.model.loss_chunk)
+        cross_entropy = jax.lax.psum(jnp.sum(nll * batch["loss_mask"]), AXES) / total
+        stats = jax.tree.map(lambda a: jax.lax.pmean(a.mean(axis=1), AXES), out.statistics)
+        balance, z = (a / parts for a in auxiliary_losses(stats, config.moe))
+        stats = jax.tree.map(lambda a: a.mean(axis=0), stats)
         summary = moe.summarise(stats, model_lib.pool_of(config.moe))
         metrics = {"loss": cross_entropy, "balance_loss": balance, "z_loss": z}
         metrics |= {name: value / parts for name, value in summary.items()}
@@ -106,6 +110,8 @@ def make_train_step(config: Config, mesh: Mesh) -> Callable[[State, Batch], tupl
 
     The batch's arrays are (batch_size, seq_len): tokens, targets, segments, positions, loss_mask.
     """
+    abstract = abstract_state(config, mesh)
+    specs = mesh_lib.specs(abstract.params)
     optimizer = optim.make_optimizer(config)
     lr = optim.schedule(config)
     parts = config.train.accumulate
@@ -115,22 +121,32 @@ def make_train_step(config: Config, mesh: Mesh) -> Callable[[State, Batch], tupl
         def part(carry, batch):
             return jax.tree.map(jnp.add, carry, gradient(params, batch, total)), None
 
-        # Every parts-th sequence, not a run of them: a device's sequences stay on the device.
+        # Every parts-th sequence, not a run of them: parts do not depend on the mesh.
         split = {k: v.reshape(-1, parts, v.shape[1]).swapaxes(0, 1) for k, v in batch.items()}
         first = jax.eval_shape(gradient, params, {k: v[0] for k, v in split.items()}, total)
         zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), first)
-        return jax.lax.scan(part, zeros, split)[0]
+        grads = jax.tree.map(_varying, zeros[0], specs)  # as what is added to them
+        return jax.lax.scan(part, (grads, zeros[1]), split)[0]
+
+    def on_device(params, batch):
+        total = jnp.maximum(jax.lax.psum(jnp.sum(batch["loss_mask"]), AXES), 1.0)
+        return (gradient if parts == 1 else accumulated)(params, batch, total)
+
+    on_mesh = jax.shard_map(
+        on_device, mesh=mesh, in_specs=(specs, mesh_lib.BATCH), out_specs=(specs, P())
+    )
 
     def step(state: State, batch: Batch):
-        total = jnp.maximum(jnp.sum(batch["loss_mask"]), 1.0)
-        if parts == 1:
-            grads, metrics = gradient(state.params, batch, total)
-        else:
-            grads, metrics = accumulated(state.params, batch, total)
+        grads, metrics = on_mesh(state.params, batch)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         metrics |= {"grad_norm": optax.global_norm(grads), "lr": lr(state.step)}
         return State(state.step + 1, params, opt_state), metrics
 
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(config, mesh))
-    return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+    everywhere = NamedSharding(mesh, P())
+    return jax.jit(step, donate_argnums=0, out_shardings=(shardings, everywhere))
+
+
+def _varying(x: jax.Array, spec: P) -> jax.Array:
+    return jax.lax.pcast(x, mesh_lib.axes_of(spec), to="varying")

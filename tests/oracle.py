@@ -5,7 +5,7 @@ the paper leaves open follows the authors' inference code and says so ("code"). 
 with the package and knows no device, no buffer and no gradient.
 
 Experts are numbered FFN first, then constant, copy, zero. The parameters are
-  router  w (N, D), or for the two-layer gate w_hidden (H, D) and w (N, H); w_residual (N, N)
+  router  w (N, D), or for the two-layer gate w_hidden (H, D) and w_logits (N, H); w_residual (N, N)
   ffn     w_in (E, 2, F, D), the SiLU half and then the linear half; w_out (E, D, F)
   const   w (J, 2, D), v (J, D)
 """
@@ -88,8 +88,9 @@ def layer(spec: Spec, x_GSD, previous_GSN, params: Mapping) -> Output:
 def route(spec: Spec, x_D, previous_N, router: Mapping):
     """One token's logits, probabilities, chosen experts and their gates (section 3.2)."""
     if spec.two_layer:  # code
-        x_D = np.tanh(router["w_hidden"] @ x_D)
-    logits = router["w"] @ x_D
+        logits = router["w_logits"] @ np.tanh(router["w_hidden"] @ x_D)
+    else:
+        logits = router["w"] @ x_D
     if spec.residual:  # eq. 6; the first layer's previous logits are zeros
         logits = logits + router["w_residual"] @ previous_N
     scored = logits

@@ -53,13 +53,7 @@ def params(name: str) -> dict:
     for file in sorted((ROOT / name).glob("*.safetensors")):
         tensors |= load_file(file)
     c = config(name)
-    D, H, KV, W = (
-        c.model.hidden_size,
-        c.model.num_heads,
-        c.model.num_kv_heads,
-        c.model.head_dim,
-    )
-    E, J, F = c.moe.n_ffn, c.moe.n_const, c.moe.ffn_size
+    D, E, J, F = c.model.hidden_size, c.moe.n_ffn, c.moe.n_const, c.moe.ffn_size
 
     def layer(i):
         def get(key):
@@ -70,7 +64,8 @@ def params(name: str) -> dict:
 
         router = {"w_residual": get("mlp.moe.gate.gate_map")}
         if c.moe.router_layers == 2:
-            router |= {"w_hidden": get("mlp.moe.gate.wg.0"), "w": get("mlp.moe.gate.wg.2")}
+            router["w_hidden"] = get("mlp.moe.gate.wg.0")
+            router["w_logits"] = get("mlp.moe.gate.wg.2")
         else:
             router["w"] = get("mlp.moe.gate.wg")
         up = [expert(e, "up_proj.weight").reshape(2, F, D) for e in range(E)]
@@ -78,10 +73,10 @@ def params(name: str) -> dict:
         constants = range(E, E + J)
         return {
             "attention": {
-                "q": get("self_attn.q_proj").reshape(H, W, D),
-                "k": get("self_attn.k_proj").reshape(KV, W, D),
-                "v": get("self_attn.v_proj").reshape(KV, W, D),
-                "o": get("self_attn.o_proj").reshape(D, H, W),
+                "q": get("self_attn.q_proj"),
+                "k": get("self_attn.k_proj"),
+                "v": get("self_attn.v_proj"),
+                "o": get("self_attn.o_proj"),
             },
             "attention_norm": {"norm": get("input_layernorm")},
             "ffn_norm": {"norm": get("post_attention_layernorm")},

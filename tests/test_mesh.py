@@ -9,6 +9,8 @@ from moepp_jax import mesh as mesh_lib
 from moepp_jax.config import ConfigError
 from tests import tiny
 
+BOTH = ("fsdp", "expert")
+
 
 def shaped(data, fsdp, expert, **changes):
     axes = {"mesh.data": data, "mesh.fsdp": fsdp, "mesh.expert": expert}
@@ -48,7 +50,7 @@ def test_the_open_axis_takes_the_rest(axes, devices, expected):
         (
             (1, -1, 1),
             {"model.hidden_size": 36, "model.num_heads": 2, "model.num_kv_heads": 2},
-            r"config.mesh.fsdp = 8 must divide the width that it shards, config.model.hidden_size",
+            r"fsdp=8 x expert=1 cuts .* 8 parts along config.model.hidden_size = 36",
         ),
         (
             (8, 1, 1),
@@ -79,17 +81,18 @@ def test_virtual_devices_are_made_for_an_open_axis_only(axes, devices):
 @pytest.mark.parametrize(
     ("path", "ndim", "spec"),
     [
-        ("embedding", 2, P(None, "fsdp")),
-        ("output", 2, P(None, "fsdp")),
-        ("layers/attention/q", 4, P(None, None, None, "fsdp")),
-        ("layers/dense_0_attention/o", 4, P(None, "fsdp", None, None)),
-        ("layers/moe/ffn/w_in", 5, P(None, "expert", None, None, "fsdp")),
+        ("embedding", 2, P(BOTH, None)),
+        ("output", 2, P(BOTH, None)),
+        ("layers/attention/q", 3, P(None, BOTH, None)),
+        ("layers/dense_0_attention/o", 3, P(None, BOTH, None)),
+        ("layers/moe/ffn/w_in", 5, P(None, "expert", None, "fsdp", None)),
         ("layers/moe/ffn/w_out", 4, P(None, "expert", "fsdp", None)),
-        ("layers/dense_0_dense/w_out", 4, P(None, None, "fsdp", None)),
+        ("layers/dense_0_dense/w_out", 4, P(None, None, BOTH, None)),
+        ("layers/moe/router/w", 3, P(None, None, BOTH)),
         ("layers/moe/router/w_residual", 3, P()),
-        ("layers/moe/const/v", 3, P()),
-        ("final/norm", 1, P()),
-        ("opt_state/1/0/mu/layers/moe/ffn/w_in", 5, P(None, "expert", None, None, "fsdp")),
+        ("layers/moe/const/v", 3, P(None, None, BOTH)),
+        ("final/norm", 1, P(BOTH)),
+        ("opt_state/1/0/mu/layers/moe/ffn/w_in", 5, P(None, "expert", None, "fsdp", None)),
     ],
 )
 def test_the_table(path, ndim, spec):

@@ -127,7 +127,9 @@ class MoEPP(nn.Module):
       moe: what is computed.
       ffn_size: F.
       group_size: S, tokens that share a capacity; divides L.
-      mesh: run under shard_map on it, or on this device if None.
+      mesh: run under a shard_map on it, or on this device if None.
+      axis: inside the caller's own shard_map, the mesh axis over which the FFN experts are sharded;
+        their parameters are then this device's.
       init_std: standard deviation of every matrix.
       dtype: of the experts' arithmetic; parameters and router are float32.
     """
@@ -136,6 +138,7 @@ class MoEPP(nn.Module):
     ffn_size: int
     group_size: int
     mesh: Mesh | None = None
+    axis: str | None = None
     init_std: float = 0.02
     dtype: Any = jnp.float32
 
@@ -144,7 +147,8 @@ class MoEPP(nn.Module):
         self, x_BLD: Float[Array, "B L D"], previous_BLN: Float[Array, "B L N"]
     ) -> tuple[Float[Array, "B L D"], Float[Array, "B L N"], Statistics]:
         D, N = x_BLD.shape[-1], self.moe.pool.size
-        declared = _declare(self.moe, D, self.ffn_size, self.init_std)
+        devices = jax.lax.axis_size(self.axis) if self.axis else 1
+        declared = _declare(self.moe, D, self.ffn_size, self.init_std, devices)
         params = {group: self.param(group, make) for group, make in declared.items()}
         computed = {group: params[group] for group in params if group != "router"}
         params |= jax.tree.map(lambda p: p.astype(self.dtype), computed)
@@ -155,18 +159,18 @@ class MoEPP(nn.Module):
         x_GSD = x_BLD.reshape(-1, self.group_size, D)
         previous_GSN = previous_BLN.reshape(-1, self.group_size, N)
         if self.mesh is None:
-            y, logits, stats = local(x_GSD, previous_GSN, params, self.moe)
+            y, logits, stats = local(x_GSD, previous_GSN, params, self.moe, self.axis)
         else:
             y, logits, stats = sharded(x_GSD, previous_GSN, params, self.moe, self.mesh)
         return y.reshape(x_BLD.shape), logits.reshape(previous_BLN.shape), stats
 
 
-def _declare(moe: MoE, D: int, F: int, std: float) -> dict[str, Callable]:
-    """For each group of parameters a function key -> {name: array}."""
-    E, J, N = moe.pool.n_ffn, moe.pool.n_const, moe.pool.size
+def _declare(moe: MoE, D: int, F: int, std: float, devices: int = 1) -> dict[str, Callable]:
+    """For each group of parameters a function key -> {name: array}, of one of the devices."""
+    E, J, N = moe.pool.n_ffn // devices, moe.pool.n_const, moe.pool.size
     gate = {"w": (N, D)}
     if moe.router.project is router.two_layer:
-        gate = {"w_hidden": (8 * N, D), "w": (N, 8 * N)}
+        gate = {"w_hidden": (8 * N, D), "w_logits": (N, 8 * N)}
     if moe.router.residual is not router.no_residual:
         gate["w_residual"] = (N, N)
     shapes = {"router": gate, "ffn": {"w_in": (E, 2, F, D), "w_out": (E, D, F)}}

@@ -49,7 +49,7 @@ def linear(x_GSD: Float[Array, "G S D"], p: Params) -> Float[Array, "G S N"]:
 
 def two_layer(x_GSD: Float[Array, "G S D"], p: Params) -> Float[Array, "G S N"]:
     """Two matrices with tanh between, 8 N wide (the authors' `moe_2layer_gate`)."""
-    return _product(jnp.tanh(_product(x_GSD, p["w_hidden"])), p["w"])
+    return _product(jnp.tanh(_product(x_GSD, p["w_hidden"])), p["w_logits"])
 
 
 # Gating residuals: G_j = W_j x_j + W_g G_{j-1} (eq. 6). The first layer is given zeros.
@@ -164,7 +164,7 @@ def route(
     Args:
       x_GSD: the layer's input, any float type; the arithmetic here is float32.
       previous_GSN: raw logits of the MoE layer before, zeros for the first.
-      params: "w" (N, D); for the two-layer gate "w_hidden" (8 N, D) and "w" (N, 8 N); with a
+      params: "w" (N, D); for the two-layer gate "w_hidden" (8 N, D) and "w_logits" (N, 8 N); with a
         gating residual "w_residual" (N, N).
       first_zero: experts from this number on are zero experts.
     """

@@ -59,7 +59,7 @@ def params(spec: Spec, seed: int = 0) -> dict:
 
     gate = {"w": 2 * matrix(N, D)}
     if spec.two_layer:
-        gate = {"w_hidden": matrix(8 * N, D), "w": 4 * matrix(N, 8 * N)}
+        gate = {"w_hidden": matrix(8 * N, D), "w_logits": 4 * matrix(N, 8 * N)}
     if spec.residual:
         gate["w_residual"] = matrix(N, N)
     p = {"router": gate, "ffn": {"w_in": matrix(E, 2, F, D), "w_out": matrix(E, D, F)}}

@@ -59,9 +59,10 @@ def layer_params(name, i):
     def experts(numbers, key):
         return np.stack([get(f"experts.experts.{e}.{key}") for e in numbers])
 
-    gate = {"w": get("gate.wg.2.weight" if spec.two_layer else "gate.wg.weight")}
     if spec.two_layer:
-        gate["w_hidden"] = get("gate.wg.0.weight")
+        gate = {"w_hidden": get("gate.wg.0.weight"), "w_logits": get("gate.wg.2.weight")}
+    else:
+        gate = {"w": get("gate.wg.weight")}
     up = experts(range(E), "up_proj.weight")  # the SiLU half first
     constants = range(E, E + spec.n_const)
     return {
