@@ -15,7 +15,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -28,17 +27,17 @@ BATCH = P(AXES)
 _CUT = ("fsdp", "expert")
 
 # Regular expression on the parameter's path -> spec of its last axes; the axis of a layer stack
-# in front of them is never sharded. Matrices are cut along rows: what is cut along the last axis
-# would be padded to 128 numbers a row on TPU. Optimizer moments have their parameter's path as a
-# suffix.
+# in front of them is never sharded. Matrices are cut along rows: the last axis is padded to a
+# multiple of 128 on TPU. Only w_out is cut along F, which is long: cut along D, its gradient is
+# all-reduced whole there. Optimizer moments have their parameter's path as a suffix.
 TABLE: tuple[tuple[str, P], ...] = (
     (r"embedding$|output$", P(_CUT, None)),  # (V, D)
     (r"attention/(q|k|v)$", P(_CUT, None)),  # (H W, D)
     (r"attention/o$", P(_CUT, None)),  # (D, H W)
     (r"moe/ffn/w_in$", P("expert", None, "fsdp", None)),  # (E, 2, F, D)
-    (r"moe/ffn/w_out$", P("expert", "fsdp", None)),  # (E, D, F)
-    (r"dense/w_in$", P(None, None, _CUT, None)),  # (1, 2, F, D)
-    (r"dense/w_out$", P(None, _CUT, None)),  # (1, D, F)
+    (r"moe/ffn/w_out$", P("expert", None, "fsdp")),  # (E, D, F)
+    (r"dense/w_in$", P(None, _CUT, None)),  # (2, F, D)
+    (r"dense/w_out$", P(_CUT, None)),  # (D, F)
     (r"norm$", P(_CUT)),  # (D,)
     (r"moe/router/(w|w_hidden)$", P(None, _CUT)),  # (N, D), (8 N, D)
     (r"moe/const/v$", P(None, _CUT)),  # (J, D)
@@ -115,20 +114,24 @@ def make_mesh(config: Config, devices: Sequence[jax.Device] | None = None) -> Me
     devices = jax.devices() if devices is None else devices
     shape = mesh_shape(config, len(devices))
     slices = len({getattr(device, "slice_index", 0) for device in devices})
+    # An axis may be a part of a torus' side, or parts of several.
+    how = {"devices": devices, "allow_split_physical_axes": True}
     if slices == 1:
-        return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
-    return Mesh(_across_slices(shape, slices, devices), AXES, axis_types=(AxisType.Auto,) * 3)
+        grid = mesh_utils.create_device_mesh(shape, **how)
+    else:
+        grid = mesh_utils.create_hybrid_device_mesh(*_across(slices, shape), **how)
+    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * 3)
 
 
-def _across_slices(shape, slices: int, devices: Sequence[jax.Device]) -> np.ndarray:
+def _across(slices: int, shape: tuple[int, int, int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The shape within a slice, and that of the slices."""
     data, fsdp, expert = shape
     if data % slices:
         raise ConfigError(
             f"config.mesh.data = {data} must be a multiple of the {slices} slices: replicas may "
             f"lie on several, parameters (fsdp={fsdp} x expert={expert}) on one"
         )
-    within = (data // slices, fsdp, expert)
-    return mesh_utils.create_hybrid_device_mesh(within, (slices, 1, 1), devices)
+    return (data // slices, fsdp, expert), (slices, 1, 1)
 
 
 def virtual_cpu_devices(config: Config) -> int:
@@ -190,9 +193,12 @@ def whole(params: Any, dtype: Any) -> Any:
         part = part.astype(jnp.float32 if _FLOAT32.search(path) else dtype)
         part = jax.lax.pcast(part, tuple(a for a in AXES if a not in axes_of(spec)), to="varying")
         for dim, entry in enumerate(spec):
-            axes = tuple(a for a in axes_of((entry,)) if jax.lax.axis_size(a) > 1)
-            if axes and entry != "expert":
-                part = jax.lax.all_gather(part, axes, axis=dim, tiled=True)
+            if entry == "expert":
+                continue
+            # Axis by axis: TPUs have no gather over all of a torus and would all-reduce zeros.
+            for axis in reversed(axes_of((entry,))):
+                if jax.lax.axis_size(axis) > 1:
+                    part = jax.lax.all_gather(part, axis, axis=dim, tiled=True)
         return part
 
     return jax.tree_util.tree_map_with_path(gather, params)

@@ -191,10 +191,10 @@ class DenseFFN(nn.Module):
         matrix = nn.initializers.normal(c.init_std)
         D, F = c.hidden_size, c.dense_ffn_size
         params = {
-            "w_in": self.param("w_in", matrix, (1, 2, F, D), jnp.float32),
-            "w_out": self.param("w_out", matrix, (1, D, F), jnp.float32),
+            "w_in": self.param("w_in", matrix, (2, F, D), jnp.float32),
+            "w_out": self.param("w_out", matrix, (D, F), jnp.float32),
         }
-        params = jax.tree.map(lambda p: p.astype(x_BLD.dtype), params)
+        params = jax.tree.map(lambda p: p[None].astype(x_BLD.dtype), params)
         return moe_lib.swiglu(params, x_BLD.reshape(1, -1, D)).reshape(x_BLD.shape)
 
 

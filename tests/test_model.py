@@ -223,7 +223,7 @@ def test_dense_layers_stand_between():
 
     silent = layers | {
         "dense_0_attention": layers["dense_0_attention"] | {"o": jnp.zeros((2, 32, 32))},
-        "dense_0_dense": layers["dense_0_dense"] | {"w_out": jnp.zeros((2, 1, 32, 48))},
+        "dense_0_dense": layers["dense_0_dense"] | {"w_out": jnp.zeros((2, 32, 48))},
     }
     few = {name: value for name, value in layers.items() if name not in dense}
     alone = fresh()[2](params | {"layers": few}, tokens, *rest)
@@ -237,7 +237,7 @@ def test_a_dense_layer_is_one_swiglu():
     c = tiny.config()
     x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 5, 32)), jnp.float32)
     y, variables = model_lib.DenseFFN(c.model).init_with_output(jax.random.key(0), x)
-    (w_gate, w_up), w_out = variables["params"]["w_in"][0], variables["params"]["w_out"][0]
+    (w_gate, w_up), w_out = variables["params"]["w_in"], variables["params"]["w_out"]
     close(y, (jax.nn.silu(x @ w_gate.T) * (x @ w_up.T)) @ w_out.T, 1e-5)
 
 
