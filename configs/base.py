@@ -24,7 +24,9 @@ def get_config() -> ConfigDict:
     m.norm_eps = 1e-6
     m.init_std = 0.01  # of every matrix (the released value); constants are N(0, 1), norms 1
     m.dtype = "bfloat16"  # of the arithmetic; parameters and router are float32
-    m.remat = "none"  # what backward recomputes: "none", "dots" (all but products), "full"
+    # What backward recomputes, from least to most: "none", "dots" (all but matrix products of the
+    # attention), "exchanged" (all but what crossed the expert axis), "full".
+    m.remat = "none"
     m.loss_chunk = 256  # tokens of a sequence whose logits exist at once
 
     c.moe = e = ConfigDict()

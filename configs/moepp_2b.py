@@ -12,5 +12,8 @@ from configs import base
 
 def get_config() -> ConfigDict:
     c = base.get_config()
+    c.model.remat = "exchanged"
     c.moe.update(n_ffn=32, n_const=6, n_copy=1, n_zero=1)
+    c.mesh.update(data=-1, fsdp=1, expert=16)
+    c.train.accumulate = 16  # for 16 TPU v5e; on 256 of them 1
     return c

@@ -18,7 +18,8 @@ def get_config() -> ConfigDict:
         num_heads=16,
         num_kv_heads=16,
         dense_ffn_size=4096,
-        remat="full",
+        remat="exchanged",
     )
     c.moe.update(n_ffn=16, n_const=2, n_copy=1, n_zero=1, ffn_size=4096)
+    c.mesh.update(data=-1, fsdp=4, expert=16)  # 64 TPU v5p, or a multiple of them
     return c

@@ -207,7 +207,7 @@ def _typed(name: str, value: Any, kind: type) -> Any:
 
 _CHOICES = {
     "model.dtype": ("float32", "bfloat16", "float16"),
-    "model.remat": ("none", "dots", "full"),
+    "model.remat": ("none", "dots", "exchanged", "full"),
     "moe.dispatch": ("capacity", "dropless"),
     "moe.eval_dispatch": ("capacity", "dropless"),
     "moe.router_layers": (1, 2),

@@ -46,10 +46,19 @@ def _all_but_weights(primitive, *_, **__) -> bool:
     return primitive.name not in _COPIES
 
 
+def _exchanged(primitive, *_, **__) -> bool:
+    """Keeps what came over the expert axis: tokens at their experts, and the experts' answers."""
+    return primitive.name in _EXCHANGES
+
+
 _COPIES = {"all_gather", "convert_element_type", "reshape", "transpose", "squeeze", "pvary"}
+_EXCHANGES = {"all_to_all", "ragged_all_to_all"}
 _REMAT = {
     "none": _all_but_weights,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "dots": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable, _exchanged
+    ),
+    "exchanged": _exchanged,
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 

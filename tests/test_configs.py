@@ -53,7 +53,7 @@ def test_paper_sizes(name):
 
 @pytest.mark.parametrize("name", FILES)
 def test_every_parameter_and_moment_has_its_place(name):
-    config = recipe(name)
+    config = recipe(name).replace("mesh", data=-1, fsdp=2, expert=4)
     devices = mesh.make_mesh(config)
     abstract = state.abstract_state(config, devices)
     specs = {
