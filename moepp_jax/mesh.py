@@ -119,12 +119,18 @@ def make_mesh(config: Config, devices: Sequence[jax.Device] | None = None) -> Me
     if slices == 1:
         grid = mesh_utils.create_device_mesh(shape, **how)
     else:
-        grid = mesh_utils.create_hybrid_device_mesh(*_across(slices, shape), **how)
+        grid = mesh_utils.create_hybrid_device_mesh(*across_slices(slices, shape), **how)
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * 3)
 
 
-def _across(slices: int, shape: tuple[int, int, int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The shape within a slice, and that of the slices."""
+def across_slices(
+    slices: int, shape: tuple[int, int, int]
+) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
+    """A mesh's shape within a slice, and that of the slices, whose product is the mesh's.
+
+    Raises:
+      ConfigError: the data axis is no multiple of the slices.
+    """
     data, fsdp, expert = shape
     if data % slices:
         raise ConfigError(
@@ -198,7 +204,9 @@ def whole(params: Any, dtype: Any) -> Any:
             # Axis by axis: TPUs have no gather over all of a torus and would all-reduce zeros.
             for axis in reversed(axes_of((entry,))):
                 if jax.lax.axis_size(axis) > 1:
-                    part = jax.lax.all_gather(part, axis, axis=dim, tiled=True)
+                    # With an axis for the devices: else the gradient's is an all-reduce on TPU.
+                    parts = jax.lax.all_gather(part, axis, axis=dim)
+                    part = parts.reshape(*part.shape[:dim], -1, *part.shape[dim + 1 :])
         return part
 
     return jax.tree_util.tree_map_with_path(gather, params)

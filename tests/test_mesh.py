@@ -70,6 +70,12 @@ def test_a_mesh_that_does_not_fit_is_named(axes, changes, said):
         mesh_lib.make_mesh(shaped(*axes, **changes))
 
 
+def test_parameters_stay_on_one_slice():
+    assert mesh_lib.across_slices(2, (4, 2, 2)) == ((2, 2, 2), (2, 1, 1))
+    with pytest.raises(ConfigError, match=r"config.mesh.data = 1 .* multiple of the 2 slices"):
+        mesh_lib.across_slices(2, (1, 4, 2))
+
+
 @pytest.mark.parametrize(
     ("axes", "devices"),
     [((-1, 1, 1), 1), ((-1, 1, 2), 2), ((-1, 2, 4), 8), ((2, 1, 4), 1), ((1, 1, 1), 1)],
