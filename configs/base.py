@@ -41,6 +41,9 @@ def get_config() -> ConfigDict:
     e.group_size = 2048  # S, consecutive tokens of one sequence that share a capacity
     e.dispatch = "capacity"  # in training: "capacity" (drops) or "dropless" (exact)
     e.eval_dispatch = "dropless"  # in evaluation; generation is always dropless
+    # Dropless on an expert axis: rows that a device can be sent, in units of the K T that its own
+    # tokens choose. What does not fit is dropped and counted; 0 is room for the worst case.
+    e.exchange_buffer = 0.0
     e.router_layers = 1  # 1 matrix, or 2 with tanh between (8 N wide)
     e.logit_norm = False  # divide the router's logits by their standard deviation ...
     e.logit_norm_std = 1.0  # ... over this

@@ -57,6 +57,7 @@ class MoEConfig:
     group_size: int
     dispatch: str
     eval_dispatch: str
+    exchange_buffer: float
     router_layers: int
     logit_norm: bool
     logit_norm_std: float
@@ -235,6 +236,7 @@ _AT_LEAST = {
     "moe.ffn_size": 1,
     "moe.top_k": 1,
     "moe.group_size": 1,
+    "moe.exchange_buffer": 0,
     "moe.balance_weight": 0,
     "moe.z_weight": 0,
     "data.seq_len": 2,

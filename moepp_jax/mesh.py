@@ -204,8 +204,10 @@ def whole(params: Any, dtype: Any) -> Any:
             # Axis by axis: TPUs have no gather over all of a torus and would all-reduce zeros.
             for axis in reversed(axes_of((entry,))):
                 if jax.lax.axis_size(axis) > 1:
-                    # With an axis for the devices: else the gradient's is an all-reduce on TPU.
-                    parts = jax.lax.all_gather(part, axis, axis=dim)
+                    # Along a matrix's first axis the devices need one of their own, behind it none:
+                    # else TPUs all-reduce the gradient whole.
+                    tiled = dim > 0 or part.ndim == 1
+                    parts = jax.lax.all_gather(part, axis, axis=dim, tiled=tiled)
                     part = parts.reshape(*part.shape[:dim], -1, *part.shape[dim + 1 :])
         return part
 

@@ -46,13 +46,9 @@ def _all_but_weights(primitive, *_, **__) -> bool:
     return primitive.name not in _COPIES
 
 
-def _exchanged(primitive, *_, **__) -> bool:
-    """Keeps what came over the expert axis: tokens at their experts, and the experts' answers."""
-    return primitive.name in _EXCHANGES
-
-
 _COPIES = {"all_gather", "convert_element_type", "reshape", "transpose", "squeeze", "pvary"}
-_EXCHANGES = {"all_to_all", "ragged_all_to_all"}
+# What came over the expert axis: tokens at their experts, and the experts' answers.
+_exchanged = jax.checkpoint_policies.save_only_these_names("to_experts", "from_experts")
 _REMAT = {
     "none": _all_but_weights,
     "dots": jax.checkpoint_policies.save_from_both_policies(
@@ -93,7 +89,7 @@ def pool_of(c: MoEConfig) -> moe_lib.Pool:
 
 
 def moe_of(c: MoEConfig, dispatch: str, platform: str) -> moe_lib.MoE:
-    """The layer that a configuration asks for, with the dropless kernel that the platform has."""
+    """The layer that a configuration asks for, with the kernels and exchange of the platform."""
     norm = router_lib.divided_by_deviation(c.logit_norm_std)
     router = moe_lib.Router(
         select=router_lib.top_k(c.top_k),
@@ -104,9 +100,11 @@ def moe_of(c: MoEConfig, dispatch: str, platform: str) -> moe_lib.MoE:
         gate=_GATE[c.gate],
     )
     if dispatch == "capacity":
-        path = moe_lib.with_capacity(c.tau, c.gamma)
+        path = moe_lib.with_capacity(c.tau, c.gamma, exchanged=kernels.exchanged(platform))
     else:
-        path = moe_lib.dropless(kernels.grouped_function(platform))
+        path = moe_lib.dropless(
+            kernels.grouped_function(platform), kernels.move(platform), c.exchange_buffer or None
+        )
     return moe_lib.MoE(pool_of(c), router, path, c.input_scale)
 
 

@@ -12,9 +12,9 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from moepp_jax import compiler, moe, optim, vocabulary
 from moepp_jax import mesh as mesh_lib
 from moepp_jax import model as model_lib
-from moepp_jax import moe, optim, vocabulary
 from moepp_jax.config import Config, MoEConfig
 from moepp_jax.mesh import AXES
 
@@ -145,7 +145,12 @@ def make_train_step(config: Config, mesh: Mesh) -> Callable[[State, Batch], tupl
 
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
     everywhere = NamedSharding(mesh, P())
-    return jax.jit(step, donate_argnums=0, out_shardings=(shardings, everywhere))
+    return jax.jit(
+        step,
+        donate_argnums=0,
+        out_shardings=(shardings, everywhere),
+        compiler_options=compiler.options(mesh.devices.flat[0].platform),
+    )
 
 
 def _varying(x: jax.Array, spec: P) -> jax.Array:

@@ -72,13 +72,22 @@ class Rows(NamedTuple):
     row: Int[Array, "T K"]
 
 
+# A TPU keeps rows in tiles of eight: an expert's rows that do not fill theirs are copied to be
+# exchanged.
+TILE = 8
+
+
 def capacity_rows(experts_GSK: Int[Array, "G S K"], plan: Plan, n_ffn: int, slots: int) -> Rows:
-    """Rows of a buffer (E, G, C): the order in which the exchange and the experts read it."""
+    """Rows of a buffer (E, B), the order in which the exchange and the experts read it.
+
+    An expert's B rows are its slots (G, C), then empty rows up to a whole tile.
+    """
     G, S, K = experts_GSK.shape
     group = jnp.arange(G)[:, None, None]
-    row = (experts_GSK * G + group) * slots + plan.slot
-    row = jnp.where(plan.kept & (experts_GSK < n_ffn), row, n_ffn * G * slots)
-    return _rows(row.reshape(G * S, K), n_ffn * G * slots)
+    of_expert = -(-G * slots // TILE) * TILE
+    row = experts_GSK * of_expert + group * slots + plan.slot
+    row = jnp.where(plan.kept & (experts_GSK < n_ffn), row, n_ffn * of_expert)
+    return _rows(row.reshape(G * S, K), n_ffn * of_expert)
 
 
 def sorted_rows(experts_TK: Int[Array, "T K"], n_ffn: int) -> tuple[Rows, Int[Array, " E"]]:
@@ -93,20 +102,6 @@ def sorted_rows(experts_TK: Int[Array, "T K"], n_ffn: int) -> tuple[Rows, Int[Ar
     is_ffn = experts_TK < n_ffn
     row = jnp.where(is_ffn, starts_E[jnp.where(is_ffn, experts_TK, 0)] + place, size)
     return _rows(row, size), counts_E
-
-
-def device_rows(experts_TK: Int[Array, "T K"], n_ffn: int, devices: int) -> tuple[Rows, Array]:
-    """Rows (devices, T K): for each device those of its experts, sorted, then empty ones.
-
-    Also the counts (devices, E / devices) of rows per expert.
-    """
-    size = experts_TK.size
-    rows, counts_E = sorted_rows(experts_TK, n_ffn)
-    counts = counts_E.reshape(devices, -1)
-    before = jnp.cumsum(counts.sum(1)) - counts.sum(1)
-    device = jnp.minimum(experts_TK // (n_ffn // devices), devices - 1)
-    row = jnp.where(rows.row < size, device * size + rows.row - before[device], devices * size)
-    return _rows(row, devices * size), counts
 
 
 def _rows(row_TK: Int[Array, "T K"], size: int) -> Rows:

@@ -31,11 +31,22 @@ class Pool(NamedTuple):
         return self.size - self.n_zero
 
 
+def activate(h_BH: Float[Array, "*B H"]) -> Float[Array, "*B F"]:
+    """SiLU of the first half times the second."""
+    gate, linear = jnp.split(h_BH, 2, axis=-1)
+    return jax.nn.silu(gate) * linear
+
+
+def as_one(w_in: Float[Array, "E 2 F D"]) -> Float[Array, "E H D"]:
+    """Both matrices as one of H = 2 F rows: products over two axes make XLA copy them first."""
+    return w_in.reshape(w_in.shape[0], -1, w_in.shape[3])
+
+
 @jax.custom_vjp
 def swiglu(
-    params: Mapping[str, Float[Array, "..."]], x_EBD: Float[Array, "E B D"]
-) -> Float[Array, "E B D"]:
-    """W_out (SiLU(W_gate x) * W_up x), every expert on its own rows.
+    params: Mapping[str, Float[Array, "..."]], x_EBD: Float[Array, "*n E B D"]
+) -> Float[Array, "*n E B D"]:
+    """W_out (SiLU(W_gate x) * W_up x), every expert on its own rows, whatever axes come before.
 
     The gradient keeps the two products of x and computes the activation from them again.
 
@@ -45,35 +56,26 @@ def swiglu(
     return _swiglu_fwd(params, x_EBD)[0]
 
 
-def _activate(h_EBH: Float[Array, "E B H"]) -> Float[Array, "E B F"]:
-    gate, linear = jnp.split(h_EBH, 2, axis=-1)
-    return jax.nn.silu(gate) * linear
-
-
-def _as_one(w_in: Float[Array, "E 2 F D"]) -> Float[Array, "E H D"]:
-    """Both matrices as one of H = 2 F rows: products over two axes make XLA copy them first."""
-    return w_in.reshape(w_in.shape[0], -1, w_in.shape[3])
-
-
 def _swiglu_fwd(params, x_EBD):
-    h = jnp.einsum("ebd,ehd->ebh", x_EBD, _as_one(params["w_in"]))
-    return jnp.einsum("ebf,edf->ebd", _activate(h), params["w_out"]), (params, x_EBD, h)
+    h = jnp.einsum("...ebd,ehd->...ebh", x_EBD, as_one(params["w_in"]))
+    return jnp.einsum("...ebf,edf->...ebd", activate(h), params["w_out"]), (params, x_EBD, h)
 
 
 def _swiglu_bwd(saved, d_y):
     params, x_EBD, h = saved
     w_in, w_out = params["w_in"], params["w_out"]
-    a, pullback = jax.vjp(_activate, h)
-    (d_h,) = pullback(jnp.einsum("ebd,edf->ebf", d_y, w_out).astype(a.dtype))
-    d_in = jnp.einsum("ebh,ebd->ehd", d_h, x_EBD).reshape(w_in.shape)
-    d_out = jnp.einsum("ebd,ebf->edf", d_y, a)
-    d_x = jnp.einsum("ebh,ehd->ebd", d_h, _as_one(w_in)).astype(x_EBD.dtype)
+    a, pullback = jax.vjp(activate, h)
+    (d_h,) = pullback(jnp.einsum("...ebd,edf->...ebf", d_y, w_out).astype(a.dtype))
+    d_in = jnp.einsum("...ebh,...ebd->ehd", d_h, x_EBD).reshape(w_in.shape)
+    d_out = jnp.einsum("...ebd,...ebf->edf", d_y, a)
+    d_x = jnp.einsum("...ebh,ehd->...ebd", d_h, as_one(w_in)).astype(x_EBD.dtype)
     return {"w_in": d_in.astype(w_in.dtype), "w_out": d_out.astype(w_out.dtype)}, d_x
 
 
 swiglu.defvjp(_swiglu_fwd, _swiglu_bwd)
 
 
+@jax.named_scope("zero_computation")
 def zero_computation(
     x_GSD: Float[Array, "G S D"],
     experts_GSK: Int[Array, "G S K"],

@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from moepp_jax.moe.experts import activate, as_one
+
 
 @dataclass(frozen=True)
 class Blocked:
@@ -40,15 +42,65 @@ class Blocked:
         return _blocked(self.expert, sizes, params, room, counts_E)[:R]
 
 
+@jax.custom_vjp
 def ragged_swiglu(
     params, rows_RD: Float[Array, "R D"], counts_E: Int[Array, " E"]
 ) -> Float[Array, "R D"]:
-    """`experts.swiglu` with `jax.lax.ragged_dot`, a real kernel on TPU."""
-    E, _, F, D = params["w_in"].shape
-    w_in = params["w_in"].reshape(E, 2 * F, D).swapaxes(1, 2)
-    h = jax.lax.ragged_dot(rows_RD, w_in, counts_E)
-    a = jax.nn.silu(h[:, :F]) * h[:, F:]
-    return jax.lax.ragged_dot(a, params["w_out"].swapaxes(1, 2), counts_E)
+    """`experts.swiglu` with `jax.lax.ragged_dot`, a real kernel on TPU.
+
+    The parameters' gradients are summed block by block: of `ragged_dot` they are, on TPU too, a
+    product of all rows of the buffer with every expert.
+    """
+    return _ragged_swiglu_fwd(params, rows_RD, counts_E)[0]
+
+
+def _ragged_swiglu_fwd(params, rows_RD, counts_E):
+    h = jax.lax.ragged_dot(rows_RD, as_one(params["w_in"]).swapaxes(1, 2), counts_E)
+    y = jax.lax.ragged_dot(activate(h), params["w_out"].swapaxes(1, 2), counts_E)
+    return y, (params, rows_RD, counts_E, h)
+
+
+def _ragged_swiglu_bwd(saved, d_y):
+    params, rows_RD, counts_E, h = saved
+    w_in, w_out = params["w_in"], params["w_out"]
+    a, pullback = jax.vjp(activate, h)
+    (d_h,) = pullback(jax.lax.ragged_dot(d_y, w_out, counts_E).astype(a.dtype))
+    d_in = _products_of_rows(d_h, rows_RD, counts_E).reshape(w_in.shape)
+    d_out = _products_of_rows(d_y, a, counts_E)
+    d_x = jax.lax.ragged_dot(d_h, as_one(w_in), counts_E).astype(rows_RD.dtype)
+    return {"w_in": d_in.astype(w_in.dtype), "w_out": d_out.astype(w_out.dtype)}, d_x, None
+
+
+ragged_swiglu.defvjp(_ragged_swiglu_fwd, _ragged_swiglu_bwd)
+
+
+def _products_of_rows(
+    a_RF: Float[Array, "R F"], b_RD: Float[Array, "R D"], counts_E: Int[Array, " E"]
+) -> Float[Array, "E F D"]:
+    """For each expert the sum of a b^T over its rows, in float32; work follows the rows there are.
+
+    Blocks are so large that a TPU multiplies for longer than it reads and writes the sum.
+    """
+    block = min(2048, a_RF.shape[0])
+    zeros = _zeros_like(jax.ShapeDtypeStruct((a_RF.shape[1], b_RD.shape[1]), jnp.float32), counts_E)
+
+    def of_expert(start_and_count):
+        start, count = start_and_count
+
+        def add_block(i, total):
+            first = start + i * block
+            at = jnp.minimum(first, a_RF.shape[0] - block)
+            row = at + jnp.arange(block)
+            mine = (row >= first) & (row < start + count)
+            a, b = (
+                jnp.where(mine[:, None], jax.lax.dynamic_slice_in_dim(x, at, block), 0)
+                for x in (a_RF, b_RD)
+            )
+            return total + jnp.einsum("rf,rd->fd", a, b, preferred_element_type=jnp.float32)
+
+        return jax.lax.fori_loop(0, (count + block - 1) // block, add_block, zeros)
+
+    return jax.lax.map(of_expert, (jnp.cumsum(counts_E) - counts_E, counts_E))
 
 
 def _sizes(block: int) -> tuple[int, ...]:

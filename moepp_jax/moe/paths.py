@@ -4,20 +4,28 @@ A path is a function (x, experts, gates, params of the FFN experts, pool, axis) 
 experts add to the output, which assignments were kept).
 """
 
+import functools
+import math
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Bool, Float
 
-from moepp_jax.moe import dispatch, exchange
+from moepp_jax.moe import dispatch, exchange, transfer
 from moepp_jax.moe.experts import Pool, swiglu
 from moepp_jax.moe.grouped import Blocked
 
 Path = Callable[..., tuple[Float[Array, "G S D"], Bool[Array, "G S K"]]]
 
 
-def with_capacity(tau: float, gamma: float, expert: Callable = swiglu) -> Path:
+def with_capacity(
+    tau: float,
+    gamma: float,
+    expert: Callable = swiglu,
+    exchanged: Callable = exchange.by_expert,
+) -> Path:
     """Every expert has a fixed number of slots a group (eq. 8); what does not fit is dropped.
 
     A dropped assignment adds nothing, and the gates of the kept ones stay as they were. Capacity
@@ -25,6 +33,8 @@ def with_capacity(tau: float, gamma: float, expert: Callable = swiglu) -> Path:
 
     Args:
       expert: (params stacked over E, rows (E, B, D)) -> rows (E, B, D).
+      exchanged: (expert, params, rows (E, B, D), axis) -> rows (E, B, D): `exchange.by_expert` or
+        `exchange.by_device`.
     """
 
     def path(x_GSD, experts_GSK, gates_GSK, params, pool: Pool, axis: str | None):
@@ -34,56 +44,71 @@ def with_capacity(tau: float, gamma: float, expert: Callable = swiglu) -> Path:
         plan = dispatch.assign(experts_GSK, capacity_N)
         rows = dispatch.capacity_rows(experts_GSK, plan, pool.n_ffn, capacity_N[0])
         buffer = dispatch.gather(x_GSD.reshape(G * S, D), rows).reshape(pool.n_ffn, -1, D)
-        y = exchange.from_experts(expert(params, exchange.to_experts(buffer, axis)), axis)
+        y = exchanged(expert, params, buffer, axis)
         y = dispatch.combine(y.reshape(-1, D), gates_GSK.reshape(G * S, K), rows)
         return y.reshape(G, S, D), plan.kept
 
     return path
 
 
-def dropless(grouped: Callable | None = None) -> Path:
-    """Every assignment is served, whatever the load.
+def dropless(
+    grouped: Callable | None = None,
+    moved: transfer.Move = transfer.dense,
+    buffer: float | None = None,
+) -> Path:
+    """Every assignment is served, whatever the load, unless `buffer` says otherwise.
 
-    On an expert axis each device reserves room for all its assignments going to any one device: n
-    times the rows that it has, the worst case, so nothing can overflow.
+    On an expert axis of n devices the most rows that a device can be sent are n T min(K, E / n):
+    every token of every device chooses its experts. Room for all of them costs memory n times what
+    a balanced load needs; `buffer` gives the device less. Assignments past that are dropped: they
+    add nothing, and are not among the kept.
 
     Args:
       grouped: a grouped function of `grouped.py`; by default `Blocked(swiglu)`.
+      moved: how rows cross the expert axis: `transfer.ragged`, or `transfer.dense`.
+      buffer: rows that a device has room for, in units of T K: 1 is what it receives if all
+        assignments go to FFN experts, evenly. By default there is room for the worst case.
+
+    Raises:
+      ValueError: `buffer` is not positive.
     """
     grouped = grouped or Blocked(swiglu)
+    if buffer is not None and buffer <= 0:
+        raise ValueError(f"buffer = {buffer} leaves no room for a row: give a number above 0")
 
     def path(x_GSD, experts_GSK, gates_GSK, params, pool: Pool, axis: str | None):
         G, S, D = x_GSD.shape
         K = experts_GSK.shape[-1]
-        serve = _serve_here if axis is None else _serve_across
-        y = serve(
-            grouped,
-            x_GSD.reshape(G * S, D),
-            experts_GSK.reshape(G * S, K),
-            gates_GSK.reshape(G * S, K),
-            params,
-            pool.n_ffn,
-            axis,
-        )
-        return y.reshape(G, S, D), jnp.ones_like(experts_GSK, dtype=bool)
+        experts_TK = experts_GSK.reshape(G * S, K)
+        kept_TK = jnp.ones_like(experts_TK, dtype=bool)
+        work = functools.partial(grouped, params)
+        if axis is not None:
+            devices = jax.lax.axis_size(axis)
+            room = worst = devices * G * S * min(K, pool.n_ffn // devices)
+            if buffer is not None:
+                room = min(worst, math.ceil(buffer * experts_TK.size))
+            if room < worst:
+                kept_TK = transfer.admitted(experts_TK, pool.n_ffn, room, axis)
+            work = _elsewhere(work, moved, room, axis)
+        served_TK = jnp.where(kept_TK, experts_TK, pool.n_ffn)
+        rows, counts_E = dispatch.sorted_rows(served_TK, pool.n_ffn)
+        y_RD = work(dispatch.gather(x_GSD.reshape(G * S, D), rows), counts_E)
+        y_TD = dispatch.combine(y_RD, gates_GSK.reshape(G * S, K), rows)
+        return y_TD.reshape(G, S, D), kept_TK.reshape(G, S, K)
 
     return path
 
 
-def _serve_here(grouped, x_TD, experts_TK, gates_TK, params, n_ffn, axis=None):
-    rows, counts_E = dispatch.sorted_rows(experts_TK, n_ffn)
-    y_RD = grouped(params, dispatch.gather(x_TD, rows), counts_E)
-    return dispatch.combine(y_RD, gates_TK, rows)
+def _elsewhere(work: Callable, moved: transfer.Move, room: int, axis: str) -> Callable:
+    """work(rows, counts), done by the devices of the experts, in buffers of `room` rows."""
 
+    def done(rows_RD, counts_E):
+        there, counts_e = transfer.to_experts(counts_E, axis)
+        with jax.named_scope("to_experts"):
+            received = transfer.move(moved, rows_RD, room, there, axis)
+        y = work(checkpoint_name(received, "to_experts"), counts_e)
+        with jax.named_scope("from_experts"):
+            y = transfer.move(moved, y, len(rows_RD), there.back(), axis)
+        return checkpoint_name(y, "from_experts")
 
-def _serve_across(grouped, x_TD, experts_TK: Int[Array, "T K"], gates_TK, params, n_ffn, axis):
-    devices = jax.lax.axis_size(axis)
-    rows, counts = dispatch.device_rows(experts_TK, n_ffn, devices)
-    there = exchange.swap(dispatch.gather(x_TD, rows), axis)
-    # Row j of a part belongs to the first local expert whose running count exceeds j.
-    ends = jnp.cumsum(exchange.swap(counts, axis), axis=1)
-    place = jnp.arange(experts_TK.size)
-    experts = jnp.sum(place[None, :, None] >= ends[:, None, :], axis=-1).reshape(-1, 1)
-    unweighted = (experts >= 0).astype(jnp.float32)
-    y = _serve_here(grouped, there, experts, unweighted, params, n_ffn // devices)
-    return dispatch.combine(exchange.swap(y, axis), gates_TK, rows)
+    return done

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from moepp_jax import moe
-from moepp_jax.moe import router
+from moepp_jax.moe import exchange, router
 from tests import oracle
 from tests.oracle import Spec
 
@@ -23,13 +23,14 @@ GATES = {
     "softmax_selected": router.softmax_selected,
 }
 DROPLESS = {"blocked": moe.Blocked(moe.swiglu, block=3), "ragged": moe.ragged_swiglu}
+EXCHANGED = {"capacity": exchange.by_expert, "by device": exchange.by_device}
 PATHS = ("capacity", *DROPLESS)
 
 
 def layer(spec: Spec, path: str = "capacity", gate=None) -> moe.MoE:
-    """The package's layer of a spec; "capacity" with no gamma has room for every assignment."""
-    if path == "capacity":
-        chosen = moe.with_capacity(spec.tau, spec.gamma or 1e3)
+    """The package's layer of a spec; capacity with no gamma has room for every assignment."""
+    if path in EXCHANGED:
+        chosen = moe.with_capacity(spec.tau, spec.gamma or 1e3, exchanged=EXCHANGED[path])
     else:
         assert spec.gamma is None, "a dropless path has no capacity"
         chosen = moe.dropless(DROPLESS[path])

@@ -1,0 +1,26 @@
+"""What the compiler is told on each platform: the one place where its options stand.
+
+The exchange of tokens is meant to run beside the arithmetic that needs none of it. For that the
+compiler has to split it into a start and a done, and to put other work between the two.
+"""
+
+from __future__ import annotations
+
+_OPTIONS: dict[str, dict[str, bool | str]] = {
+    "tpu": {
+        # It moves the sum of gradients out of the loop over parts of a batch, and fails with an
+        # internal error where what is summed comes from a reduce-scatter.
+        "xla_disable_hlo_passes": "while-loop-all-reduce-code-motion",
+        "xla_tpu_enable_async_all_to_all": True,
+        "xla_tpu_enable_async_ragged_all_to_all": True,
+        "xla_tpu_enable_latency_hiding_scheduler": True,
+    },
+    "gpu": {"xla_gpu_enable_latency_hiding_scheduler": True},
+    "cpu": {},
+}
+_NAMES = {"cuda": "gpu", "rocm": "gpu"}
+
+
+def options(platform: str) -> dict[str, bool | str]:
+    """For `jax.jit(..., compiler_options=...)`; the platform is `jax.Device.platform`."""
+    return dict(_OPTIONS[_NAMES.get(platform, platform)])
