@@ -3,12 +3,14 @@ SHELL := /bin/bash
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 PY := .venv/bin/python
 
-.PHONY: help train test test-slow check format benchmark lock clean
+.PHONY: help train test test-slow test-tpu-compile scaling check format benchmark lock clean
 
 help:
 	@echo "make train      train a tiny MoE++ model and its vanilla twin on real text, and compare them"
 	@echo "make test       the quick tests"
 	@echo "make test-slow  the tests that take minutes"
+	@echo "make test-tpu-compile  compile for TPU pods, which need not be there: ten minutes"
+	@echo "make scaling    the table of docs/scaling anew: rows that are there are kept"
 	@echo "make check      lint and format checks"
 	@echo "make format     mend what they find, where it can be mended"
 	@echo "make benchmark  time the layer against its matrix products and against a vanilla MoE"
@@ -26,6 +28,13 @@ help:
 	@$(PY) -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	@touch $@
 
+# Beside the other packages, not among them: JAX would look for a TPU whenever it starts.
+.venv/tpu: .venv/dev requirements-tpu.txt
+	@echo "adding the TPU compiler"
+	@$(PY) -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $@ \
+	  $$(grep '^libtpu==' requirements-tpu.txt)
+	@touch $@
+
 train: .venv/run
 	$(PY) -m experiments.twins --config=configs/tiny.py --workdir=runs/tiny
 
@@ -34,6 +43,12 @@ test: .venv/dev
 
 test-slow: .venv/dev
 	$(PY) -m pytest -m slow
+
+test-tpu-compile: .venv/tpu
+	PYTHONPATH=.venv/tpu $(PY) -m pytest -m tpu_compile tests/tpu
+
+scaling: .venv/tpu
+	PYTHONPATH=.venv/tpu $(PY) -m experiments.scaling
 
 check: .venv/dev
 	$(PY) -m ruff check .
@@ -48,7 +63,7 @@ benchmark: .venv/run
 
 lock: .venv/dev
 	$(PY) -m pip install --quiet pip-tools==7.6.2
-	for f in requirements requirements-dev; do \
+	for f in requirements requirements-cloud requirements-cuda requirements-dev requirements-tpu; do \
 	  $(PY) -m piptools compile --quiet --no-header --no-annotate --strip-extras \
 	    --no-emit-index-url --no-emit-find-links --output-file $$f.txt $$f.in; done
 

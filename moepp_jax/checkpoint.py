@@ -7,13 +7,11 @@ without it a flipped byte would restore silently. The checksums are taken before
 step, in its background thread, so a step is never there without them.
 """
 
-import concurrent.futures
 import dataclasses
-import hashlib
 import json
 import math
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -21,10 +19,10 @@ import orbax.checkpoint as ocp
 from flax.serialization import from_state_dict, to_state_dict
 from jax.experimental import multihost_utils
 
-from moepp_jax.workdir import write_atomic
+from moepp_jax import checksums
+from moepp_jax.storage import AnyPath, is_local, open_path
 
 _ITEMS = ("params", "rest", "meta")
-_CHECKSUMS = "checksums.json"
 
 
 class CheckpointError(ValueError):
@@ -38,15 +36,16 @@ class Checkpoints:
     abstract ones are of jax.ShapeDtypeStruct, each with the sharding that the array shall get.
 
     Args:
-      workdir: the run's folder, on a disk that all processes see.
+      workdir: the run's folder, on a disk or in a store that all processes see.
       keep: how many of the newest steps are kept, beside the one of the lowest eval_loss.
     """
 
-    def __init__(self, workdir: str | Path, keep: int):
-        self._folder = Path(workdir).absolute() / "checkpoints"
+    def __init__(self, workdir: str | os.PathLike, keep: int):
+        folder = open_path(workdir)
+        self._folder = (folder.absolute() if is_local(folder) else folder) / "checkpoints"
         self._saving: int | None = None
         self._policy = _NewestAndBest(keep)
-        self._manager = ocp.CheckpointManager(
+        self._manager = _Manager(
             self._folder,
             options=ocp.CheckpointManagerOptions(
                 create=False,
@@ -148,7 +147,9 @@ class Checkpoints:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self.close()
+        # A process that fails would wait here for the others, which wait for it.
+        if error[0] is None or jax.process_count() == 1:
+            self.close()
 
     def _read(self, step: int | None, items: dict[str, Any]) -> dict[str, Any]:
         self.wait()
@@ -198,7 +199,7 @@ class Checkpoints:
         """What is wrong with a step's files. Process 0 reads them, all return alike."""
         found = None
         if jax.process_index() == 0:
-            found = _find_damage(self._folder / str(step), frozenset(items))
+            found = checksums.damage(self._folder / str(step), frozenset(items))
         with jax.transfer_guard("allow"):
             damaged = multihost_utils.broadcast_one_to_all(found is not None)
         return (found or "process 0 says so") if damaged else None
@@ -206,10 +207,20 @@ class Checkpoints:
     def _write_checksums(self) -> None:
         """Called by orbax on process 0 when all is written, before the folder gets its name."""
         folder = self._folder / f"{self._saving}{ocp.path.atomicity.TMP_DIR_SUFFIX}"
-        files = [file for item in _ITEMS for file in (folder / item).rglob("*") if file.is_file()]
-        names = [file.relative_to(folder).as_posix() for file in files]
-        sums = dict(zip(names, _sha256(files), strict=True))
-        write_atomic(folder / _CHECKSUMS, json.dumps(sums, indent=0))
+        if not folder.exists():
+            folder = self._folder / str(self._saving)  # a bucket's, which a last file completes
+        checksums.write(folder, _ITEMS)
+
+
+class _Manager(ocp.CheckpointManager):
+    """Orbax's, but it never asks for a preemption itself.
+
+    It would do so from its thread and for the step that it saves, which the run has passed: JAX
+    takes the last step that was asked about for the one that the process is at.
+    """
+
+    def reached_preemption(self, step: int) -> bool:
+        return False
 
 
 @dataclasses.dataclass
@@ -250,40 +261,12 @@ def _shapes(items: dict[str, Any]) -> dict[str, list[int]]:
     }
 
 
-def _meta(folder: Path) -> dict[str, Any]:
+def _meta(folder: AnyPath) -> dict[str, Any]:
     return json.loads((folder / "meta" / "metadata").read_text(encoding="utf-8"))
 
 
-def _metrics(folder: Path) -> dict[str, float]:
+def _metrics(folder: AnyPath) -> dict[str, float]:
     try:
         return dict(_meta(folder)["metrics"])
     except (OSError, ValueError, LookupError):
         return {}  # damaged: an error for who restores this step, not for who opens the run
-
-
-def _find_damage(folder: Path, items: frozenset[str]) -> str | None:
-    """Which file of a step is not what was saved, if any; None for a step without checksums."""
-    if not (folder / _CHECKSUMS).exists():
-        return None
-    try:
-        sums = dict(json.loads((folder / _CHECKSUMS).read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
-        return f"{_CHECKSUMS} is no JSON object ({error})"
-    names = [name for name in sums if name.split("/")[0] in items]
-    for name, found in zip(names, _sha256([folder / name for name in names]), strict=True):
-        if found != sums[name]:
-            return f"{name} is missing" if found is None else f"{name} is not as it was saved"
-    return None
-
-
-def _sha256(files: Sequence[Path]) -> list[str | None]:
-    """Of several files at once, as hashing leaves the interpreter to others; None if not there."""
-
-    def digest(file: Path) -> str | None:
-        if not file.exists():
-            return None
-        with file.open("rb") as stream:
-            return hashlib.file_digest(stream, "sha256").hexdigest()
-
-    with concurrent.futures.ThreadPoolExecutor() as pool:
-        return list(pool.map(digest, files))

@@ -7,9 +7,11 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+from moepp_jax import distributed, processes
 from moepp_jax.checkpoint import CheckpointError
 from moepp_jax.config import ConfigError
 from moepp_jax.interrupt import Stopped
@@ -28,7 +30,10 @@ def define_config(default: str | None = None) -> flags.FlagHolder:
 
 
 def run(main: Callable[[Sequence[str]], None]) -> None:
-    """As `absl.app.run`; what the user got wrong is told as `error: ...`, with exit status 1."""
+    """As `absl.app.run`; what the user got wrong is told as `error: ...`, with exit status 1.
+
+    One of several processes that fails otherwise ends the whole run.
+    """
 
     def quietly(argv):
         logging.set_verbosity(logging.WARNING)
@@ -37,10 +42,15 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
     try:
         app.run(quietly, flags_parser=_parse)
     except Stopped as stopped:
-        print(stopped)
+        if processes.is_first():
+            print(stopped)
         sys.exit(stopped.status)
     except (ConfigError, CheckpointError) as error:
         sys.exit(f"error: {error}")
+    except (Exception, KeyboardInterrupt) as error:
+        if not jax.distributed.is_initialized():
+            raise
+        distributed.abandon(error)
 
 
 def _parse(argv: Sequence[str]) -> list[str]:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Iterable
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -20,12 +20,15 @@ from moepp_jax import state as state_lib
 from moepp_jax.checkpoint import Checkpoints
 from moepp_jax.config import Config
 from moepp_jax.data import open_dataset
+from moepp_jax.processes import Rows, agree, require_alike
 
 
 def make_evaluate(
     config: Config, mesh: Mesh
 ) -> Callable[[dict[str, Any], Iterable[dict[str, np.ndarray]]], dict[str, Any]]:
     """A function (params, batches) -> metrics of all the batches' text together.
+
+    The batches hold the rows of this process; the metrics are of all, and alike in all processes.
 
     The metrics: eval_loss (nats a target), eval_perplexity, eval_tokens (targets),
     eval_ffn_experts_per_token, eval_drop_rate, and by layer eval_load (share of the tokens that
@@ -57,12 +60,12 @@ def make_evaluate(
         specs = (mesh_lib.specs(params), mesh_lib.BATCH)
         return jax.shard_map(on_device, mesh=mesh, in_specs=specs, out_specs=P())(params, batch)
 
-    place = mesh_lib.batch_sharding(mesh)
+    rows = Rows(mesh_lib.batch_sharding(mesh), config.train.batch_size)
 
     def evaluate(params, batches):
         total = None
         for batch in batches:
-            part = jax.device_get(sums(params, jax.device_put(batch, place)))
+            part = jax.device_get(sums(params, rows.place(batch)))
             # Float32 counts targets exactly up to 2^24 of them: enough for one batch.
             part = jax.tree.map(np.float64, part)
             total = part if total is None else jax.tree.map(np.add, total, part)
@@ -90,7 +93,9 @@ def bits_per_byte(metrics: dict[str, Any], num_bytes: float) -> float:
     return metrics["eval_loss"] * metrics["eval_tokens"] / math.log(2) / num_bytes
 
 
-def evaluate_run(config: Config, workdir: str | Path, step: int | None = None) -> dict[str, Any]:
+def evaluate_run(
+    config: Config, workdir: str | os.PathLike, step: int | None = None
+) -> dict[str, Any]:
     """A checkpoint of a run on all of the held-out text.
 
     Args:
@@ -102,13 +107,15 @@ def evaluate_run(config: Config, workdir: str | Path, step: int | None = None) -
     Raises:
       ConfigError, CheckpointError: no prepared data; no checkpoint, not that one, or damaged.
     """
+    require_alike(f"{workdir} {config.to_json()}")
     mesh = mesh_lib.make_mesh(config)
-    dataset = open_dataset(config)
+    dataset = agree(lambda: open_dataset(config))
+    rows = Rows(mesh_lib.batch_sharding(mesh), config.train.batch_size).indices
     abstract = state_lib.abstract_state(config, mesh)
     with Checkpoints(workdir, config.train.keep) as checkpoints:
         step = checkpoints.choose(step)
         params = checkpoints.restore_params(step, abstract.params)
-    metrics = make_evaluate(config, mesh)(params, dataset.eval_batches(0))
+    metrics = make_evaluate(config, mesh)(params, dataset.eval_batches(rows=rows))
     metrics["eval_bits_per_byte"] = bits_per_byte(metrics, dataset.eval_bytes(0))
     arrays_as_lists = {name: np.asarray(value).tolist() for name, value in metrics.items()}
     return {"step": step} | arrays_as_lists

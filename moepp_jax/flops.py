@@ -8,24 +8,13 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from moepp_jax import chips
 from moepp_jax.config import Config
 from moepp_jax.model import pool_of
 from moepp_jax.moe import capacity
 
-# Dense bfloat16 peak of one chip in FLOP/s, by the vendors' data sheets.
-PEAK = {
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5e": 197e12,
-    "TPU v5": 459e12,
-    "TPU v5p": 459e12,
-    "TPU v6 lite": 918e12,
-    "TPU v6e": 918e12,
-    "NVIDIA A100-SXM4-40GB": 312e12,
-    "NVIDIA A100-SXM4-80GB": 312e12,
-    "NVIDIA H100 80GB HBM3": 989e12,
-    "NVIDIA H200": 989e12,
-}
+# Dense bfloat16 peak of one chip in FLOP/s, by what JAX calls it.
+PEAK = {kind: chip.flops for chip in chips.CHIPS.values() for kind in chip.kinds}
 
 
 class Parameters(NamedTuple):

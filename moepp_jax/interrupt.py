@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from types import FrameType
+
+import jax
+from jax.experimental import multihost_utils
 
 
 class Stopped(Exception):  # noqa: N818 (nothing went wrong)
@@ -25,27 +29,42 @@ class Stopped(Exception):  # noqa: N818 (nothing went wrong)
 class StopRequest:
     """A context in which a signal is noted instead of ending the process.
 
+    Among several processes JAX's runtime catches SIGTERM, tells the others and names a step that
+    all can reach, so that one signal to one process stops the run; a SIGINT is passed on as such.
+
     Attributes:
       signal: that asked to stop, None so far.
     """
 
     def __init__(self):
         self.signal: signal.Signals | None = None
+        self._several = jax.distributed.is_initialized()
         self._before: dict[int, object] = {}
 
     def __enter__(self) -> StopRequest:
         # Python delivers signals to the main thread alone.
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
+            for number in [signal.SIGINT] + [signal.SIGTERM] * (not self._several):
                 self._before[number] = signal.signal(number, self._note)
         return self
 
     def __exit__(self, *error: object) -> None:
         self._restore()
 
+    def after(self, step: int) -> bool:
+        """Whether to stop after this step, alike in all processes; to be asked after each."""
+        if not self._several:
+            return self.signal is not None
+        reached = multihost_utils.reached_preemption_sync_point(step)
+        if reached and self.signal is None:
+            self.signal = signal.SIGTERM
+        return reached
+
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.signal = signal.Signals(number)
         self._restore()
+        if self._several:
+            os.kill(os.getpid(), signal.SIGTERM)
 
     def _restore(self) -> None:
         for number, handler in self._before.items():

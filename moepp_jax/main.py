@@ -4,31 +4,64 @@
     python -m moepp_jax.main evaluate --workdir=runs/x
     python -m moepp_jax.main generate --workdir=runs/x --prompt="In the beginning"
     python -m moepp_jax.main prepare  --config=configs/tiny.py
+    python -m moepp_jax.main compile  --config=configs/moepp_7b.py --topology=v5p:4x4x4
 
 Every field of the configuration is a flag: --config.moe.tau=0.5. evaluate and generate take the
 work directory's configuration; with --config they check that it is the same.
 
+train and evaluate run on many hosts: start the same command on each. Under SLURM, Open MPI, on
+Cloud TPU and with JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID set the processes
+find each other; else tell them with --coordinator, --num_processes and --process_id. A work
+directory may be in a bucket: gs://bucket/run, s3://bucket/run. --profile=10:13 traces three steps.
+
 A training run that is killed goes on when the same command is given again. SIGTERM or SIGINT lets
 it save first; it then ends with exit status 143 or 130. Errors end with status 1 and one message.
+compile needs no such devices, and ends with status 2 where the training step does not fit them.
 """
 
 import dataclasses
 import json
 import os
+import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 import jax
 from absl import flags
 
-from moepp_jax import api, cli, data, evaluate, mesh, train, workdir
+from moepp_jax import (
+    api,
+    cli,
+    compile,
+    data,
+    distributed,
+    evaluate,
+    mesh,
+    processes,
+    profiling,
+    storage,
+    topology,
+    train,
+    workdir,
+)
 from moepp_jax.config import Config, ConfigError
 
 _CONFIG = cli.define_config()
 _WORKDIR = flags.DEFINE_string("workdir", None, "folder of the run")
 _STEP = flags.DEFINE_integer("step", None, "checkpoint to use; by default the best")
+_PROFILE = flags.DEFINE_string(
+    "profile", None, "train: START:STOP, steps to trace, counted from 0 where this command goes on"
+)
+_DISTRIBUTED = flags.DEFINE_string(
+    "distributed", "auto", f"join other processes: {', '.join(distributed.MODES)}"
+)
+_PROCESSES = {
+    "coordinator": flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0"),
+    "num_processes": flags.DEFINE_integer("num_processes", None, "processes of the run"),
+    "process_id": flags.DEFINE_integer("process_id", None, "number of this one, from 0"),
+}
 _PROMPT = flags.DEFINE_multi_string("prompt", [], "text to continue; may be given several times")
-_JSON = flags.DEFINE_string("json", None, "evaluate: write the result to this file")
+_JSON = flags.DEFINE_string("json", None, "evaluate, compile: write the result to this file")
+_TOPOLOGY = flags.DEFINE_string("topology", None, f"compile: devices, {topology.EXAMPLES}")
 _SETTINGS = {
     "max_new_tokens": flags.DEFINE_integer("max_new_tokens", None, "generate: tokens at most"),
     "temperature": flags.DEFINE_float("temperature", None, "generate: 0 is greedy"),
@@ -44,20 +77,26 @@ def _prepare() -> None:
 
 def _train() -> None:
     config, folder = _given_config(), _given_workdir()
-    _make_virtual_devices(config)
-    train.train(config, folder)
+    steps = profiling.parse(_PROFILE.value) if _PROFILE.value else None
+    _start_devices(config)
+    train.train(config, folder, profile=steps)
 
 
 def _evaluate() -> None:
     config, folder = _config_of_run(), _given_workdir()
-    if _JSON.value and not Path(_JSON.value).parent.is_dir():
-        raise ConfigError(f"--json={_JSON.value}: there is no such folder")
-    _make_virtual_devices(config)
+    file = storage.open_path(_JSON.value) if _JSON.value else None
+    if file and not file.parent.is_dir():
+        raise ConfigError(f"--json={file}: there is no such folder")
+    # A signal to one process of an evaluation ends it, and so the others: nothing is to be saved.
+    jax.config.update("jax_enable_preemption_service", False)
+    _start_devices(config)
     result = evaluate.evaluate_run(config, folder, _STEP.value)
+    if not processes.is_first():
+        return
     text = json.dumps(result, indent=2)
     print(text)
-    if _JSON.value:
-        workdir.write_atomic(Path(_JSON.value), text + "\n")
+    if file:
+        storage.write_atomic(file, text + "\n")
 
 
 def _generate() -> None:
@@ -72,11 +111,19 @@ def _generate() -> None:
         print(f"{prompt}{text}\n")
 
 
+def _compile() -> None:
+    if not _TOPOLOGY.value:
+        raise ConfigError(f"no --topology was given: write --topology={topology.EXAMPLES}")
+    if not compile.run(_given_config(), _TOPOLOGY.value, _JSON.value):
+        sys.exit(2)
+
+
 _COMMANDS = {
     "train": _train,
     "evaluate": _evaluate,
     "generate": _generate,
     "prepare": _prepare,
+    "compile": _compile,
 }
 
 
@@ -102,12 +149,18 @@ def _config_of_run() -> Config:
     return given
 
 
-def _make_virtual_devices(config: Config) -> None:
-    """CPUs are as many devices as one says; a mesh that leaves the number open gets its fill."""
+def _start_devices(config: Config) -> None:
+    """Joins the processes of the run, if there are several, and sees to their virtual devices.
+
+    CPUs are as many devices as one says; a mesh that leaves the number open gets its fill of them,
+    or one a process.
+    """
+    given = {name: flag.value for name, flag in _PROCESSES.items()}
+    joined = distributed.initialize(_DISTRIBUTED.value, **given)
     said = "JAX_NUM_CPU_DEVICES" in os.environ or (
         "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
     )
-    devices = mesh.virtual_cpu_devices(config)
+    devices = 1 if joined else mesh.virtual_cpu_devices(config)
     if not said:
         jax.config.update("jax_num_cpu_devices", devices)
     # Collectives block a thread of JAX's pools each. The pools are sized by the cores, and with

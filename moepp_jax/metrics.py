@@ -8,13 +8,14 @@ as null in metrics.jsonl (and as they are in TensorBoard).
 
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from tensorboardX import SummaryWriter
 
-from moepp_jax.workdir import write_atomic
+from moepp_jax.storage import Staging, open_path, write_atomic
 
 _FILE = "metrics.jsonl"
 
@@ -22,19 +23,25 @@ _FILE = "metrics.jsonl"
 class MetricsWriter:
     """Appends rows to a run's metrics; one process of a run has one.
 
+    Under an object store rows appear there some time later: at once with `flush` and `close`.
+
     Args:
       workdir: the run's folder.
       resume_step: the step that the run goes on from, -1 for its start. Later rows are dropped, as
         they will be written again; with None every row is kept.
+
+    Attributes:
+      seconds_so_far: that the training of the rows which were kept took.
     """
 
-    def __init__(self, workdir: str | Path, resume_step: int | None = None):
-        file = Path(workdir) / _FILE
-        if file.exists():
-            _repair(file, math.inf if resume_step is None else resume_step)
+    def __init__(self, workdir: str | os.PathLike, resume_step: int | None = None):
+        self._staging = Staging(workdir)
+        file = self._staging.fetch(_FILE)
+        rows = _repair(file, math.inf if resume_step is None else resume_step)
+        self.seconds_so_far = max((row.get("seconds", 0.0) for row in rows), default=0.0)
         self._file = file.open("a", encoding="utf-8")
         self._events = SummaryWriter(
-            str(Path(workdir) / "tensorboard"),
+            str(self._staging.folder / "tensorboard"),
             purge_step=None if resume_step is None else resume_step + 1,
             flush_secs=10,
         )
@@ -48,10 +55,17 @@ class MetricsWriter:
         for name, value in values.items():
             if not isinstance(value, list):
                 self._events.add_scalar(name, value, step)
+        self._staging.copy()
+
+    def flush(self) -> None:
+        """Puts the rows so far where they are safe."""
+        self._events.flush()
+        self._staging.copy(now=True)
 
     def close(self) -> None:
         self._file.close()
         self._events.close()
+        self._staging.close()
 
     def __enter__(self) -> "MetricsWriter":
         return self
@@ -60,7 +74,7 @@ class MetricsWriter:
         self.close()
 
 
-def read_metrics(workdir: str | Path) -> list[dict[str, Any]]:
+def read_metrics(workdir: str | os.PathLike) -> list[dict[str, Any]]:
     """The rows of a run in the order in which they were written.
 
     A last line that a kill cut off is no row.
@@ -69,10 +83,10 @@ def read_metrics(workdir: str | Path) -> list[dict[str, Any]]:
       FileNotFoundError: nothing was measured in this folder yet.
       ValueError: another line is not a row; the message names it.
     """
-    file = Path(workdir) / _FILE
+    file = open_path(workdir) / _FILE
     if not file.exists():
         raise FileNotFoundError(f"there is no {file}: training writes it")
-    lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
+    lines = file.read_bytes().decode(errors="replace").splitlines()
     rows = []
     for number, line in enumerate(lines, start=1):
         row = _row(line)
@@ -83,12 +97,15 @@ def read_metrics(workdir: str | Path) -> list[dict[str, Any]]:
     return rows
 
 
-def _repair(file: Path, last_step: int | float) -> None:
+def _repair(file: Path, last_step: int | float) -> list[dict[str, Any]]:
     """Leaves only whole rows up to a step, so that the next row starts on a line of its own."""
+    if not file.exists():
+        return []
     rows = [row for row in read_metrics(file.parent) if row["step"] <= last_step]
     text = "".join(json.dumps(row) + "\n" for row in rows)
     if text != file.read_text(encoding="utf-8", errors="replace"):
         write_atomic(file, text)
+    return rows
 
 
 def _row(line: str) -> dict[str, Any] | None:

@@ -3,44 +3,53 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jax
 
 from moepp_jax import evaluate as evaluate_lib
-from moepp_jax import flops
+from moepp_jax import flops, processes
 from moepp_jax import mesh as mesh_lib
 from moepp_jax import state as state_lib
 from moepp_jax.checkpoint import Checkpoints
 from moepp_jax.config import Config
-from moepp_jax.data import Dataset, prepare
+from moepp_jax.data import Dataset, open_dataset, prepare
 from moepp_jax.interrupt import Stopped, StopRequest
-from moepp_jax.metrics import MetricsWriter, read_metrics
+from moepp_jax.metrics import MetricsWriter
+from moepp_jax.profiling import Profile
 from moepp_jax.progress import Progress
 from moepp_jax.workdir import check_workdir, keep_tokenizer, open_workdir
 
 
 def train(
-    config: Config, workdir: str | Path, report: Callable[[str], None] = print
+    config: Config,
+    workdir: str | os.PathLike,
+    report: Callable[[str], None] = print,
+    profile: range | None = None,
 ) -> state_lib.State:
     """Trains until config.train.steps, from the newest checkpoint of the work directory if any.
 
     Writes config.json, tokenizer.model, metrics.jsonl, TensorBoard events and checkpoints there. A
-    run that was stopped and started again ends with the same bits as one that never was.
+    run that was stopped and started again ends with the same bits as one that never was. Of several
+    processes each calls this; the first writes and reports, all write their part of checkpoints.
+
+    Args:
+      profile: steps, counted from 0 where this call goes on, whose trace is written too.
 
     Raises:
       ConfigError: the configuration does not fit the devices, the data or the work directory.
       CheckpointError: every checkpoint there is damaged, or they are of another architecture.
       Stopped: SIGINT or SIGTERM asked for it; the run is saved.
     """
+    processes.require_alike(f"{workdir} {config.to_json()}")
     mesh = mesh_lib.make_mesh(config)
-    check_workdir(workdir, config)
-    dataset = prepare(config, report)
-    workdir = open_workdir(workdir, config)
-    keep_tokenizer(workdir, dataset.tokenizer)
+    first = processes.is_first()
+    report = report if first else _in_silence
+    made = processes.on_first(lambda: _make(config, workdir, report))
+    dataset = processes.agree(lambda: made or open_dataset(config))
     with Checkpoints(workdir, config.train.keep) as checkpoints:
         step = checkpoints.latest_intact_step(report)
         if step is None:
@@ -50,59 +59,91 @@ def train(
         report(_headline(config, mesh, step))
         if step >= config.train.steps:
             return state
-        with MetricsWriter(workdir, resume_step=step) as writer:
-            return _loop(config, mesh, dataset, state, step, workdir, checkpoints, writer, report)
-
-
-def _loop(config, mesh, dataset: Dataset, state, step, workdir, checkpoints, writer, report):
-    t = config.train
-    train_step = state_lib.make_train_step(config, mesh)
-    evaluate = evaluate_lib.make_evaluate(config, mesh)
-    place = mesh_lib.batch_sharding(mesh)
-    with Progress(t.steps, step) as progress, StopRequest() as stop:
-        log = _Log(config, mesh, writer, progress, _seconds_so_far(workdir), step)
-        for batch in dataset.train_batches(step):
-            batch = jax.device_put(batch, place)
-            with jax.transfer_guard("disallow"):
-                state, metrics = train_step(state, batch)
-            step += 1
-            # The device is busy with this step: now there is time for the one before.
-            log.flush()
-            last = step == t.steps or stop.signal is not None
-            if step % t.log_every == 0 or last:
-                log.note(step, metrics)
-            held_out = {}
-            if step % t.eval_every == 0 or step == t.steps:
-                log.flush()
-                with log.paused(state):
-                    held_out = evaluate(state.params, dataset.eval_batches(t.eval_batches))
-                    num_bytes = dataset.eval_bytes(t.eval_batches)
-                    held_out["eval_bits_per_byte"] = evaluate_lib.bits_per_byte(held_out, num_bytes)
-                    writer.write(step, **held_out)
-                    progress.message(_held_out_line(step, held_out))
-            if step % t.save_every == 0 or last:
-                log.flush()
-                with log.paused(state):
-                    loss = {k: v for k, v in held_out.items() if k == "eval_loss"}
-                    checkpoints.save(step, state, loss)
-            if last:
-                break
-        checkpoints.wait()
-    if step < t.steps:
+        with contextlib.ExitStack() as stack:
+            tracer = stack.enter_context(Profile(workdir, profile, config.train.steps - step))
+            stop = stack.enter_context(StopRequest())
+            writer = progress = None
+            if first:
+                writer = stack.enter_context(MetricsWriter(workdir, resume_step=step))
+                progress = stack.enter_context(Progress(config.train.steps, step))
+            log = _Log(config, mesh, writer, progress, step)
+            state, step = _loop(config, mesh, dataset, state, step, checkpoints, log, tracer, stop)
+    if step < config.train.steps:
         raise Stopped(stop.signal, step)
     return state
 
 
-class _Log:
-    """Rows of training metrics: noted when their step is started, written when it is done."""
+def _make(config: Config, workdir: str | os.PathLike, report) -> Dataset:
+    """Data and the run's folder with what is written there once; nothing if one cannot be."""
+    check_workdir(workdir, config)
+    dataset = prepare(config, report)
+    keep_tokenizer(open_workdir(workdir, config), dataset.tokenizer)
+    return dataset
 
-    def __init__(self, config: Config, mesh, writer, progress, seconds: float, step: int):
+
+def _in_silence(line: str) -> None:
+    """What another process reports already."""
+
+
+def _loop(config, mesh, dataset: Dataset, state, step, checkpoints, log, tracer, stop):
+    t = config.train
+    train_step = state_lib.make_train_step(config, mesh)
+    evaluate = evaluate_lib.make_evaluate(config, mesh)
+    rows = processes.Rows(mesh_lib.batch_sharding(mesh), t.batch_size)
+    for batch in dataset.train_batches(step, rows.indices):
+        batch = rows.place(batch)
+        tracer.before_step()
+        with jax.transfer_guard("disallow"):
+            state, metrics = train_step(state, batch)
+        tracer.after_step(state)
+        step += 1
+        # The device is busy with this step: now there is time for the one before.
+        log.flush()
+        last = stop.after(step) or step == t.steps
+        if step % t.log_every == 0 or last:
+            log.note(step, metrics)
+        held_out = {}
+        if step % t.eval_every == 0 or step == t.steps:
+            log.flush()
+            with log.paused(state):
+                batches = dataset.eval_batches(t.eval_batches, rows.indices)
+                held_out = evaluate(state.params, batches)
+                num_bytes = dataset.eval_bytes(t.eval_batches)
+                held_out["eval_bits_per_byte"] = evaluate_lib.bits_per_byte(held_out, num_bytes)
+                log.held_out(step, held_out)
+        if step % t.save_every == 0 or last:
+            log.flush()
+            with log.paused(state):
+                log.keep()
+                loss = {k: v for k, v in held_out.items() if k == "eval_loss"}
+                checkpoints.save(step, state, loss)
+        if last:
+            break
+    checkpoints.wait()
+    return state, step
+
+
+class _Log:
+    """Rows of metrics: training's noted when their step is started, written when it is done.
+
+    Args:
+      writer: None, like progress, in a process that is not the first: it only keeps pace.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        mesh,
+        writer: MetricsWriter | None,
+        progress: Progress | None,
+        step: int,
+    ):
         self._config = config
         self._mesh = mesh
         self._writer = writer
         self._progress = progress
         self._pending: tuple[int, Any] | None = None
-        self._seconds = seconds
+        self._seconds = writer.seconds_so_far if writer else 0.0
         self._step = step
         self._since = time.perf_counter()
 
@@ -116,6 +157,8 @@ class _Log:
         step, metrics = self._pending
         self._pending = None
         values = {name: float(v) for name, v in jax.device_get(metrics).items()}
+        if self._writer is None:
+            return
         now = time.perf_counter()
         interval, self._since = now - self._since, now
         self._seconds += interval
@@ -131,6 +174,17 @@ class _Log:
         self._writer.write(step, **values)
         self._progress.update(step, **values)
 
+    def held_out(self, step: int, values: dict[str, Any]) -> None:
+        """Writes the row of an evaluation."""
+        if self._writer is not None:
+            self._writer.write(step, **values)
+            self._progress.message(_held_out_line(step, values))
+
+    def keep(self) -> None:
+        """Sees to it that no checkpoint outlives the rows before it."""
+        if self._writer is not None:
+            self._writer.flush()
+
     @contextlib.contextmanager
     def paused(self, state):
         """What happens in this context is not time spent training; getting to this state is."""
@@ -138,10 +192,6 @@ class _Log:
         start = time.perf_counter()
         yield
         self._since += time.perf_counter() - start
-
-
-def _seconds_so_far(workdir: Path) -> float:
-    return max((row.get("seconds", 0.0) for row in read_metrics(workdir)), default=0.0)
 
 
 def _headline(config: Config, mesh, step: int) -> str:

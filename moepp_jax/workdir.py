@@ -1,16 +1,17 @@
 """The working directory of a run: a folder with the configuration that made what lies in it.
 
+It is local or in an object store (gs://, s3://).
+
 `config.json` is written once, by the first run. A later run in the same folder continues it, so it
 must compute the same thing.
 """
 
 import json
 import os
-import uuid
-from pathlib import Path
 from typing import Any
 
 from moepp_jax.config import Config, ConfigError, differences
+from moepp_jax.storage import AnyPath, open_path, write_atomic
 
 _CONFIG = "config.json"
 
@@ -28,13 +29,13 @@ _FREE = (
 )
 
 
-def check_workdir(path: str | Path, config: Config) -> None:
+def check_workdir(path: str | os.PathLike, config: Config) -> None:
     """Refuses a folder in which this run cannot be; touches nothing.
 
     Raises:
       ConfigError: the folder belongs to a run of another configuration, or to something else.
     """
-    folder = Path(path)
+    folder = open_path(path)
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"workdir {folder} is a file: give --workdir a folder, or a new name")
     if (folder / _CONFIG).exists():
@@ -46,14 +47,14 @@ def check_workdir(path: str | Path, config: Config) -> None:
         )
 
 
-def open_workdir(path: str | Path, config: Config) -> Path:
+def open_workdir(path: str | os.PathLike, config: Config) -> AnyPath:
     """The folder of this run, made and given its config.json if it is new.
 
     Raises:
       ConfigError: as `check_workdir`, or the folder cannot be written.
     """
     check_workdir(path, config)
-    folder = Path(path)
+    folder = open_path(path)
     if not (folder / _CONFIG).exists():
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -63,15 +64,15 @@ def open_workdir(path: str | Path, config: Config) -> Path:
     return folder
 
 
-def read_config(path: str | Path) -> Config:
+def read_config(path: str | os.PathLike) -> Config:
     """The configuration that the run in this folder was made with.
 
     Raises:
       ConfigError: there is no run, or its config.json cannot be read or is of another version.
     """
-    file = Path(path) / _CONFIG
+    file = open_path(path) / _CONFIG
     if not file.exists():
-        missing = f"has no {_CONFIG}" if Path(path).is_dir() else "is no folder"
+        missing = f"has no {_CONFIG}" if file.parent.is_dir() else "is no folder"
         raise ConfigError(
             f"workdir {path} {missing}: `python -m moepp_jax.main train --workdir={path}` makes it"
         )
@@ -85,12 +86,12 @@ def read_config(path: str | Path) -> Config:
         raise ConfigError(f"{file}: {error}") from error
 
 
-def tokenizer_file(path: str | Path) -> Path:
+def tokenizer_file(path: str | os.PathLike) -> AnyPath:
     """Where a run keeps the tokenizer that its model was trained with."""
-    return Path(path) / "tokenizer.model"
+    return open_path(path) / "tokenizer.model"
 
 
-def keep_tokenizer(folder: Path, tokenizer: Any) -> None:
+def keep_tokenizer(folder: AnyPath, tokenizer: Any) -> None:
     """Puts the Tokenizer into the run's folder, so that the run can be used without its data.
 
     Its class is not imported here: analysis reads folders of runs, and goes without JAX.
@@ -100,7 +101,7 @@ def keep_tokenizer(folder: Path, tokenizer: Any) -> None:
     """
     file = tokenizer_file(folder)
     if not file.exists():
-        tokenizer.save(file)
+        write_atomic(file, tokenizer.model)
     elif type(tokenizer).load(file).fingerprint != tokenizer.fingerprint:
         raise ConfigError(
             f"{file} is not the tokenizer of the prepared data: the run was started on other text; "
@@ -108,17 +109,7 @@ def keep_tokenizer(folder: Path, tokenizer: Any) -> None:
         )
 
 
-def write_atomic(file: Path, content: str | bytes) -> None:
-    """Writes a file so that no one ever sees half of it, killed or not."""
-    temporary = file.with_name(f".{file.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
-        os.replace(temporary, file)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def require_same(folder: str | Path, config: Config) -> None:
+def require_same(folder: str | os.PathLike, config: Config) -> None:
     """Refuses a configuration that computes something else than the run in this folder did.
 
     Raises:

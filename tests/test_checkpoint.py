@@ -10,7 +10,7 @@ import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from moepp_jax import checkpoint
+from moepp_jax import checksums
 from moepp_jax.checkpoint import CheckpointError, Checkpoints
 
 
@@ -269,7 +269,7 @@ def test_a_save_that_fails_is_raised_and_leaves_the_steps_before(tmp_path, monke
         raise OSError("disk full")
 
     with Checkpoints(tmp_path, 1) as checkpoints:
-        monkeypatch.setattr(checkpoint, "write_atomic", fail)
+        monkeypatch.setattr(checksums, "write_atomic", fail)
         checkpoints.save(20, _state())
         with pytest.raises(OSError, match="disk full"):
             checkpoints.wait()

@@ -218,6 +218,18 @@ def cases(folder: Path) -> list[tuple[list[str], str]]:
             r"workdir .*run holds a run of another configuration:\n"
             r"  config.moe.tau: 0.75 there, 0.5 now\nGive another --workdir, or the old values.",
         ),
+        (["train", *tiny_flags, "--workdir=ftp://a/b"], "ftp://a/b: ftp:// is no known storage"),
+        (["train", *tiny_flags, "--profile=9", new], "--profile=9 must be START:STOP, whole num"),
+        (["train", *tiny_flags, "--distributed=no", new], "--distributed=no must be one of auto"),
+        (
+            ["train", *tiny_flags, "--coordinator=a:1", new],
+            "--coordinator=a:1 needs --num_processes, --process_id too",
+        ),
+        (
+            ["train", *tiny_flags, "--distributed=off", "--process_id=0", new],
+            "--distributed=off contradicts --process_id=0",
+        ),
+        (["train", *tiny_flags, "--distributed=on", new], "--distributed=on: JAX cannot join .*"),
         (["evaluate", new], "workdir .*new is no folder: .*train.* makes it"),
         (["evaluate", run, f"--json={folder}/no/x.json"], "--json=.*/no/x.json: there is no such"),
         (

@@ -23,6 +23,9 @@ from moepp_jax.data.tokens import TokenDocuments, prepare_tokens, tokens_folder
 
 Batch = dict[str, np.ndarray]  # what PackedRows says of a row, each [batch_size, seq_len]
 
+# The rows of a batch that are wanted: a slice, or their indices.
+Rows = slice | np.ndarray
+
 _ALL = slice(None)
 
 # Batches that `Dataset.train_batches` reads ahead.
@@ -57,7 +60,7 @@ class Dataset:
     def num_train_tokens(self) -> int:
         return self._train.num_tokens
 
-    def train_batch(self, step: int, rows: slice = _ALL) -> Batch:
+    def train_batch(self, step: int, rows: Rows = _ALL) -> Batch:
         """The batch of a step, a function of the seed and the step alone.
 
         Every row comes once before any comes again, in a new order each time.
@@ -66,9 +69,9 @@ class Dataset:
           ConfigError: the split has fewer rows than a batch.
         """
         start = step * self._batch_size
-        return _stack([self._shuffled[start + i] for i in range(self._batch_size)[rows]])
+        return _stack([self._shuffled[start + i] for i in self._chosen(rows)])
 
-    def train_batches(self, start_step: int = 0, rows: slice = _ALL) -> Iterator[Batch]:
+    def train_batches(self, start_step: int = 0, rows: Rows = _ALL) -> Iterator[Batch]:
         """`train_batch` of each step from `start_step` on, without end, read ahead on a thread.
 
         Raises:
@@ -77,7 +80,7 @@ class Dataset:
         _ = self._shuffled  # raise here, not at the first batch
         return self._read_ahead(start_step, rows)
 
-    def _read_ahead(self, start_step: int, rows: slice) -> Iterator[Batch]:
+    def _read_ahead(self, start_step: int, rows: Rows) -> Iterator[Batch]:
         pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="train-batches")
         steps = itertools.count(start_step)
         batches = collections.deque()
@@ -101,15 +104,18 @@ class Dataset:
         source = grain.MapDataset.source(self._train)
         return source.seed(self._config.seed % 2**32).shuffle().repeat(None)
 
-    def eval_batches(self, num_batches: int = 0, rows: slice = _ALL) -> Iterator[Batch]:
+    def eval_batches(self, num_batches: int = 0, rows: Rows = _ALL) -> Iterator[Batch]:
         """The first batches of the validation split, always the same; 0 is the whole split.
 
         The last one is filled up with rows of padding.
         """
         padding = self._eval.padding()
         for start in range(0, self._num_eval_rows(num_batches), self._batch_size):
-            indices = range(start, start + self._batch_size)[rows]
+            indices = [start + i for i in self._chosen(rows)]
             yield _stack([self._eval[i] if i < len(self._eval) else padding for i in indices])
+
+    def _chosen(self, rows: Rows) -> list[int]:
+        return np.arange(self._batch_size)[rows].tolist()
 
     def eval_bytes(self, num_batches: int = 0) -> float:
         """UTF-8 bytes of the text that these batches predict: nats / ln 2 / this is bits per byte.
@@ -156,7 +162,7 @@ def prepare(config: Config, report: Report = print) -> Dataset:
       ConfigError: the corpus or the tokenizer cannot be used; the message says why.
     """
     data = config.data
-    _check_folder(Path(data.dir))
+    _check_folder(data.dir)
     if data.tokenizer:
         _load_tokenizer(config, Path(data.tokenizer))  # a wrong one is an error before any work
     text = prepare_text(data, open_corpus(data), report)
@@ -188,12 +194,18 @@ def _require(path: Path, what: str) -> Path:
     return path
 
 
-def _check_folder(folder: Path) -> None:
+def _check_folder(name: str) -> None:
+    folder = Path(name)
+    if "://" in name:
+        raise ConfigError(
+            f"config.data.dir = {name!r} must be a folder: mount the bucket, or prepare the data "
+            "on a disk that all processes see"
+        )
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(
-            f"config.data.dir = {str(folder)!r} cannot be made a folder: {error.strerror}"
+            f"config.data.dir = {name!r} cannot be made a folder: {error.strerror}"
         ) from None
 
 

@@ -14,6 +14,7 @@ import sentencepiece
 
 from moepp_jax.config import ConfigError
 from moepp_jax.data.storage import publish
+from moepp_jax.storage import open_path
 
 # Raise it when `Tokenizer.train` would make another model of the same text.
 TRAINER_VERSION = 1
@@ -32,7 +33,7 @@ class Tokenizer:
     """
 
     def __init__(self, model: bytes):
-        self._model = model
+        self.model = model  # the bytes of its .model file
         self._processor = sentencepiece.SentencePieceProcessor()
         self._processor.LoadFromSerializedProto(model)
         self.fingerprint = hashlib.sha256(model).hexdigest()[:12]
@@ -66,7 +67,7 @@ class Tokenizer:
         return self._processor.decode([int(i) for i in ids if int(i) not in self._specials])
 
     def save(self, path: str | os.PathLike) -> None:
-        publish(Path(path), lambda made: made.write_bytes(self._model))
+        publish(Path(path), lambda made: made.write_bytes(self.model))
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> Tokenizer:
@@ -75,7 +76,7 @@ class Tokenizer:
           ConfigError: there is no such file, or it is not a SentencePiece model with BOS and EOS.
         """
         try:
-            tokenizer = cls(Path(path).read_bytes())
+            tokenizer = cls(open_path(path).read_bytes())
         except OSError as error:
             raise ConfigError(
                 f"the tokenizer {path} cannot be read: {error.strerror}; config.data.tokenizer "

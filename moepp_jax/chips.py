@@ -1,0 +1,146 @@
+"""Published peak figures of accelerators, each with the vendor's document that states it.
+
+They are upper bounds: no program reaches them, and what is derived from them is a bound too.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+GB = 10**9
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Chip:
+    """One chip, which is one JAX device.
+
+    Attributes:
+      kinds: what `jax.Device.device_kind` calls it.
+      flops: dense bfloat16 operations a second.
+      hbm_bytes: memory.
+      hbm_bandwidth: bytes a second.
+      torus: dimensions of the interconnect's torus; 0 is a switch.
+      links: interconnect links of a chip; a torus has two in each dimension.
+      link_bandwidth: bytes a second of one link in one direction.
+      wraps_at: a torus dimension closes to a ring when its size is a multiple of this.
+      dcn_bandwidth: bytes a second of a chip between slices or hosts, in one direction; None where
+        it is not published.
+      source: the documents.
+    """
+
+    kinds: tuple[str, ...]
+    flops: float
+    hbm_bytes: int
+    hbm_bandwidth: int
+    torus: int
+    links: int
+    link_bandwidth: int
+    wraps_at: int
+    dcn_bandwidth: float | None
+    source: str
+
+
+CHIPS: dict[str, Chip] = {
+    "v4": Chip(
+        kinds=("TPU v4",),
+        flops=275e12,
+        hbm_bytes=32 * GIB,
+        hbm_bandwidth=1200 * GB,
+        torus=3,
+        links=6,
+        link_bandwidth=50 * GB,
+        wraps_at=4,
+        dcn_bandwidth=None,
+        source="Google Cloud documentation, TPU v4; links: Jouppi et al., arXiv 2304.01433",
+    ),
+    "v5e": Chip(
+        kinds=("TPU v5 lite", "TPU v5e"),
+        flops=197e12,
+        hbm_bytes=16 * GIB,
+        hbm_bandwidth=819 * GB,
+        torus=2,
+        links=4,
+        link_bandwidth=50 * GB,  # 400 GB/s a chip, both directions of 4 links
+        wraps_at=16,
+        dcn_bandwidth=6.4e12 / 8 / 256,  # 6.4 Tbit/s a pod of 256 chips
+        source="Google Cloud documentation, TPU v5e",
+    ),
+    "v5p": Chip(
+        kinds=("TPU v5", "TPU v5p"),
+        flops=459e12,
+        hbm_bytes=95 * GIB,
+        hbm_bandwidth=2765 * GB,
+        torus=3,
+        links=6,
+        link_bandwidth=100 * GB,  # 1,200 GB/s a chip, both directions of 6 links
+        wraps_at=4,
+        dcn_bandwidth=50e9 / 8,
+        source="Google Cloud documentation, TPU v5p",
+    ),
+    "v6e": Chip(
+        kinds=("TPU v6 lite", "TPU v6e"),
+        flops=918e12,
+        hbm_bytes=32 * GIB,
+        hbm_bandwidth=1638 * GB,
+        torus=2,
+        links=4,
+        link_bandwidth=100 * GB,  # 800 GB/s a chip, both directions of 4 links
+        wraps_at=16,
+        dcn_bandwidth=25.6e12 / 8 / 256,  # 25.6 Tbit/s a pod of 256 chips
+        source="Google Cloud documentation, TPU v6e",
+    ),
+    "A100-40GB": Chip(
+        kinds=("NVIDIA A100-SXM4-40GB",),
+        flops=312e12,
+        hbm_bytes=40 * GB,
+        hbm_bandwidth=1555 * GB,
+        torus=0,
+        links=12,
+        link_bandwidth=25 * GB,
+        wraps_at=1,
+        dcn_bandwidth=200e9 / 8,
+        source="NVIDIA A100 data sheet; network: DGX A100 data sheet, 8 x 200 Gbit/s for 8 GPUs",
+    ),
+    "A100-80GB": Chip(
+        kinds=("NVIDIA A100-SXM4-80GB",),
+        flops=312e12,
+        hbm_bytes=80 * GB,
+        hbm_bandwidth=2039 * GB,
+        torus=0,
+        links=12,
+        link_bandwidth=25 * GB,
+        wraps_at=1,
+        dcn_bandwidth=200e9 / 8,
+        source="NVIDIA A100 data sheet; network: DGX A100 data sheet, 8 x 200 Gbit/s for 8 GPUs",
+    ),
+    "H100": Chip(
+        kinds=("NVIDIA H100 80GB HBM3",),
+        flops=989e12,
+        hbm_bytes=80 * GB,
+        hbm_bandwidth=3350 * GB,
+        torus=0,
+        links=18,
+        link_bandwidth=25 * GB,
+        wraps_at=1,
+        dcn_bandwidth=400e9 / 8,
+        source="NVIDIA H100 data sheet (SXM, without sparsity); network: DGX H100 data sheet",
+    ),
+    "H200": Chip(
+        kinds=("NVIDIA H200",),
+        flops=989e12,
+        hbm_bytes=141 * GB,
+        hbm_bandwidth=4800 * GB,
+        torus=0,
+        links=18,
+        link_bandwidth=25 * GB,
+        wraps_at=1,
+        dcn_bandwidth=400e9 / 8,
+        source="NVIDIA H200 data sheet (SXM, without sparsity); network: DGX H200 data sheet",
+    ),
+}
+
+
+def of_kind(device_kind: str) -> Chip | None:
+    """The chip that JAX calls by this name, or None if its figures are not known."""
+    return next((chip for chip in CHIPS.values() if device_kind in chip.kinds), None)

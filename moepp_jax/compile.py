@@ -1,0 +1,145 @@
+"""Compiling the training step for devices that are not there: does it fit, and what bounds it.
+
+The step is the one that `train` runs, compiled by the compiler that the devices would use. What is
+told of memory and of collectives is the compiler's; bounds are by published peak figures.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from rich.console import Console
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+from moepp_jax import compile_tables, findings, hlo, remedies, state, storage
+from moepp_jax import mesh as mesh_lib
+from moepp_jax.config import Config, ConfigError
+from moepp_jax.topology import Topology, devices
+
+_TYPES = {name: jnp.int32 for name in ("tokens", "targets", "segments", "positions")}
+_TYPES |= {"loss_mask": jnp.float32}
+
+
+class OutOfMemoryError(Exception):
+    """The compiler found no way to fit the step into a chip's memory.
+
+    Attributes:
+      needed: bytes that it asked for, None if it did not say.
+    """
+
+    def __init__(self, message: str):
+        super().__init__(message)
+        needed = re.search(r"(?:[Uu]sed |temporaries \()([\d.]+)([KMGT])", message)
+        self.needed = int(float(needed[1]) * 1024 ** (" KMGT".index(needed[2]))) if needed else None
+
+
+def run(config: Config, topology_text: str, json_file: str | None = None) -> bool:
+    """Compiles, prints what was found, writes it to a file if one is named; does the step fit?
+
+    Raises:
+      ConfigError: see `topology.devices` and `mesh.mesh_shape`; or the file's folder is missing.
+    """
+    file = storage.open_path(json_file) if json_file else None
+    if file and not file.parent.is_dir():
+        raise ConfigError(f"--json={file}: there is no such folder")
+    topology = Topology.parse(topology_text)
+    there = devices(topology)
+    mesh_lib.mesh_shape(config, len(there))  # its errors come before a long compilation
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=120)  # of a file or a pipe it cannot know
+    with _spinner(console) as spinner:
+        report = examine(config, there, topology, spinner.say)
+        if not report["fits"]:
+            report["remedy"] = remedies.find(
+                config,
+                len(there),
+                report["hbm_limit_bytes"],
+                lambda c: examine(c, there, topology, spinner.say)["hbm_bytes"],
+            )
+    compile_tables.show(report, console)
+    if file:
+        storage.write_atomic(file, json.dumps(report, indent=2) + "\n")
+    return report["fits"]
+
+
+class _Spinner(Progress):
+    def say(self, text: str) -> None:
+        self.reset(self.tasks[0].id, description=text)
+
+
+def _spinner(console: Console) -> _Spinner:
+    """What is being compiled, and for how long; only seen on a terminal."""
+    columns = (SpinnerColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
+    spinner = _Spinner(*columns, console=console, transient=True, disable=not console.is_terminal)
+    spinner.add_task("")
+    return spinner
+
+
+def examine(
+    config: Config,
+    there: Sequence[jax.Device],
+    topology: Topology,
+    say: Callable[[str], None] = lambda text: None,
+) -> dict[str, Any]:
+    """Everything that is known of the step after compiling it, as JSON has it."""
+    sizes = mesh_lib.mesh_shape(config, len(there))
+    say(f"compiling for {topology.text}: {describe(config, sizes)}")
+    mesh = _mesh(config, there, topology)
+    report = findings.described(config, mesh, topology)
+    try:
+        compiled = compile_step(config, mesh)
+    except OutOfMemoryError as error:
+        needed = max(error.needed or 0, report["state_bytes"])
+        return report | {"fits": False, "hbm_bytes": needed, "error": str(error)}
+    limit = report["hbm_limit_bytes"]
+    memory = findings.memory(compiled)
+    report |= memory | {"fits": limit is None or memory["hbm_bytes"] <= limit}
+    return report | findings.work(config, mesh, topology, hlo.parse(compiled.as_text()))
+
+
+def _mesh(config: Config, there: Sequence[jax.Device], topology: Topology) -> Mesh:
+    try:
+        return mesh_lib.make_mesh(config, there)
+    except NotImplementedError as error:  # what JAX says of a torus that cannot be cut so
+        sizes = mesh_lib.mesh_shape(config, len(there))
+        written = " x ".join(map(str, sizes))
+        raise ConfigError(
+            f"config.mesh: {written} cannot be laid on the torus of {topology.text}: each axis "
+            "must be the product of some of its dimensions"
+        ) from error
+
+
+def describe(config: Config, sizes: Sequence[int]) -> str:
+    """What varies from one compilation to the next, short enough for a line of a terminal."""
+    mesh = "x".join(map(str, sizes))
+    return f"mesh {mesh}, remat {config.model.remat}, accumulate {config.train.accumulate}"
+
+
+def compile_step(config: Config, mesh: Mesh) -> jax.stages.Compiled:
+    """The training step, compiled for the devices of the mesh.
+
+    Raises:
+      OutOfMemoryError: it does not fit.
+    """
+    lowered = state.make_train_step(config, mesh).lower(
+        state.abstract_state(config, mesh), abstract_batch(config, mesh)
+    )
+    try:
+        return lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise OutOfMemoryError(str(error).strip().splitlines()[0]) from error
+
+
+def abstract_batch(config: Config, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+    shape = (config.train.batch_size, config.data.seq_len)
+    sharding = mesh_lib.batch_sharding(mesh)
+    return {k: jax.ShapeDtypeStruct(shape, t, sharding=sharding) for k, t in _TYPES.items()}

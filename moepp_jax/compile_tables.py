@@ -1,0 +1,150 @@
+"""What `compile` found, as tables for a terminal."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from moepp_jax.chips import GIB
+
+
+def show(report: dict[str, Any], console: Console) -> None:
+    """Prints the tables, and last whether the step fits."""
+    console.print(_step(report))
+    console.print(_memory(report))
+    if "flops" in report:
+        console.print(_collectives(report))
+        if report["exchanges"]:
+            console.print(_exchanges(report))
+        console.print(_bounds(report))
+        if loops := report["loops_counted_once"]:
+            said = f"{len(loops)} loops depend on data and are counted as one round: what is in"
+            console.print(f"{said} them runs more often than the tables say.", soft_wrap=True)
+    console.print(verdict(report), highlight=False, soft_wrap=True, markup=False)
+
+
+def verdict(report: dict[str, Any]) -> str:
+    """One sentence: does it fit, and if not, what would."""
+    needed, limit = report["hbm_bytes"], report["hbm_limit_bytes"]
+    if limit is None:
+        return f"The step needs {_gib(needed)} a device; a CPU device has no limit of its own."
+    if report["fits"]:
+        return f"It fits: {_gib(needed)} of {_gib(limit)} a chip ({needed / limit:.0%})."
+    said = f"It does not fit: {_gib(needed)} or more a chip, which has {_gib(limit)}."
+    remedy = report.get("remedy")
+    if remedy is None:
+        return f"{said} Nor does any other mesh, remat or accumulate tried: use more chips."
+    found = f"{' '.join(remedy['flags'])}: {_gib(remedy['hbm_bytes'])}, found by compiling it."
+    return f"{said} This fits: {found}"
+
+
+def _gib(size: int) -> str:
+    return f"{size / GIB:.2f} GiB"
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+    for i, column in enumerate(columns):
+        table.add_column(column, justify="right" if i else "left", no_wrap=i == 0)
+    return table
+
+
+def _step(r: dict[str, Any]) -> Table:
+    table = _table(f"Training step on {r['topology']}", "", "")
+    table.add_row("devices", f"{r['devices']:,} x {r['chip'] or 'CPU'}")
+    table.add_row("mesh", " x ".join(f"{axis}={size}" for axis, size in r["mesh"].items()))
+    table.add_row("dispatch", r["dispatch"])
+    table.add_row("remat", r["remat"])
+    table.add_row("parts of the batch", str(r["accumulate"]))
+    table.add_row("tokens a step", f"{r['tokens_per_step']:,}")
+    table.add_row("parameters", f"{r['parameters']:,}")
+    table.add_row("active a token, at most", f"{r['active_parameters']:,}")
+    return table
+
+
+def _memory(r: dict[str, Any]) -> Table:
+    table = _table("Memory of a device", "", "GiB", "of the limit")
+    rows = [("parameters", "parameter_bytes"), ("optimizer state", "optimizer_bytes")]
+    rows += [("activations and temporaries", "temporary_bytes"), ("program", "code_bytes")]
+    rows += [("all, as the compiler lays it out", "hbm_bytes"), ("limit", "hbm_limit_bytes")]
+    for name, key in rows:
+        if r.get(key) is not None:
+            limit = r["hbm_limit_bytes"]
+            share = f"{r[key] / limit:.1%}" if limit else ""
+            table.add_row(name, _number(r[key] / GIB), share)
+    return table
+
+
+def _collectives(r: dict[str, Any]) -> Table:
+    columns = ("collective", "mesh axes", "type", "times", "async", "MB sent", "least", "ms alone")
+    table = _table("Collectives of a device and step", *columns)
+    least = dict(r["least_wire_bytes"])
+    for row in r["collectives"]:
+        table.add_row(
+            row["kind"],
+            ", ".join(row["axes"]) or "-",
+            ", ".join(row["types"]),
+            f"{row['count']:,}",
+            f"{row['asynchronous']:,}",
+            _number(row["bytes"] / 1e6),
+            _megabytes(least.pop(row["kind"].removeprefix("ragged-"), None)),
+            "" if row["seconds"] is None else _number(1e3 * row["seconds"]),
+        )
+    for kind, size in least.items():
+        if size:
+            table.add_row(kind, "-", "-", "0", "0", "0.00", _megabytes(size), "")
+    ratio = "" if r["wire_ratio"] is None else f"ratio {r['wire_ratio']:.3f}"
+    table.add_section()
+    total = sum(r["least_wire_bytes"].values())
+    table.add_row("all", "", "", "", ratio, _number(r["wire_bytes"] / 1e6), _megabytes(total), "")
+    return table
+
+
+def _exchanges(r: dict[str, Any]) -> Table:
+    columns = ("exchange", "pass", "times", "instructions", "zero-computation", "GFLOP")
+    table = _table("What is scheduled while tokens are exchanged", *columns)
+    for row in r["exchanges"]:
+        table.add_row(
+            "/".join(row["scope"].split("/")[-2:]),
+            "backward" if row["backward"] else "forward",
+            f"{row['count']:,}",
+            f"{row['instructions']:,}",
+            f"{row['zero_computation']:,}",
+            f"{row['flops'] / 1e9:,.1f}",
+        )
+    return table
+
+
+def _megabytes(size: float | None) -> str:
+    return "" if size is None else _number(size / 1e6)
+
+
+def _number(value: float) -> str:
+    """With two places, or what is below one with two digits that say something."""
+    return f"{value:,.2f}" if value >= 1 or value == 0 else f"{value:.2g}"
+
+
+def _bounds(r: dict[str, Any]) -> Table:
+    table = _table("Work of a device and step, and what bounds it", "", "amount", "ms at least")
+    bounds = r.get("bounds", {})
+
+    def row(name: str, amount: str, bound: str) -> None:
+        table.add_row(name, amount, f"{1e3 * bounds[bound]:,.1f}" if bound in bounds else "")
+
+    row(
+        "matrix products compiled, loops counted",
+        f"{_number(r['flops'] / 1e12)} TFLOP",
+        "arithmetic",
+    )
+    row("  of the model itself, by hand", f"{_number(r['model_flops'] / 1e12)} TFLOP", "")
+    row("main memory", f"{_number(r['hbm_traffic_bytes'] / 1e9)} GB", "hbm")
+    row("interconnect", f"{_number(r['wire_bytes'] / 1e9)} GB", "interconnect")
+    if "mfu" in r:
+        table.add_section()
+        table.add_row("tokens/s, at most", f"{r['tokens_per_second']:,.0f}", "")
+        table.add_row("MFU, at most", f"{r['mfu']:.1%}", "")
+        table.caption = f"Peak figures: {r['peak_source']}"
+    return table

@@ -1,0 +1,185 @@
+"""The processes of one run: joined by JAX's multi-controller runtime, and ended together.
+
+Every process runs the same program on its own devices; arrays span the devices of all.
+
+A process that dies ends the others: at once where the connection of a collective breaks, with an
+`error: ...` and status 1; else JAX aborts them with a message of its own, at once if it was process
+0 that died and at the latest HEARTBEAT_TIMEOUT seconds after another one fell silent.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import re
+import sys
+import threading
+import traceback
+from collections.abc import Mapping
+from typing import Any, NoReturn
+
+import jax
+
+from moepp_jax.config import ConfigError
+
+MODES = ("auto", "on", "off")
+
+# Seconds that processes wait for each other at the start.
+INITIALIZATION_TIMEOUT = 300
+
+# Seconds without a sign of life after which a process counts as dead.
+HEARTBEAT_TIMEOUT = 30
+
+_SLURM = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID")
+
+
+def initialize(
+    mode: str = "auto",
+    coordinator: str | None = None,
+    num_processes: int | None = None,
+    process_id: int | None = None,
+    timeout: float = INITIALIZATION_TIMEOUT,
+) -> bool:
+    """Joins the processes of this run, before JAX touches a device; whether there are any to join.
+
+    Args:
+      mode: "auto" joins if the environment says that there are several processes, "on" always lets
+        JAX detect them, "off" is a process for itself.
+      coordinator: HOST:PORT of process 0. With the two that follow: no detection at all.
+      timeout: seconds; a process that waits longer ends with status 1.
+
+    Raises:
+      ConfigError: the arguments contradict each other, or the processes cannot be found.
+    """
+    found = settings(os.environ, mode, coordinator, num_processes, process_id)
+    if found is None:
+        return False
+    # Collectives block a thread of JAX's CPU pools each; sized by the cores, they can deadlock.
+    os.environ.setdefault("PJRT_NPROC", "32")
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    where = found["coordinator_address"] or "the detected address"
+    # JAX's own timeout ends the process with a stack trace.
+    watch = threading.Timer(timeout, _give_up, [where, timeout])
+    watch.daemon = True
+    watch.start()
+    try:
+        jax.distributed.initialize(
+            **found,
+            initialization_timeout=int(2 * timeout),
+            heartbeat_timeout_seconds=HEARTBEAT_TIMEOUT,
+            shutdown_timeout_seconds=HEARTBEAT_TIMEOUT,
+        )
+    except Exception as error:  # of any kind, as each environment is asked in its own way
+        raise ConfigError(
+            f"--distributed={mode}: JAX cannot join the processes of this run ({error}); give "
+            "--coordinator=HOST:PORT --num_processes=N --process_id=I, or set "
+            "JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID; a process for itself "
+            "takes --distributed=off"
+        ) from error
+    finally:
+        watch.cancel()
+    faulthandler.disable()  # absl's: its dump would bury what JAX says when it ends this process
+    return True
+
+
+def settings(
+    environ: Mapping[str, str],
+    mode: str = "auto",
+    coordinator: str | None = None,
+    num_processes: int | None = None,
+    process_id: int | None = None,
+) -> dict[str, Any] | None:
+    """What jax.distributed.initialize is to be told; None for a process for itself.
+
+    Raises:
+      ConfigError: flags or variables that are partial, contradictory or no numbers.
+    """
+    if mode not in MODES:
+        raise ConfigError(f"--distributed={mode} must be one of {', '.join(MODES)}")
+    flags = {"coordinator": coordinator, "num_processes": num_processes, "process_id": process_id}
+    given = [name for name, value in flags.items() if value is not None]
+    if mode == "off":
+        if given:
+            raise ConfigError(f"--distributed=off contradicts --{given[0]}={flags[given[0]]}")
+        return None
+    if given and len(given) < len(flags):
+        missing = ", ".join(f"--{name}" for name in flags if name not in given)
+        raise ConfigError(f"--{given[0]}={flags[given[0]]} needs {missing} too")
+    if not given:
+        if mode == "auto" and not several(environ):
+            return None
+        coordinator = environ.get("JAX_COORDINATOR_ADDRESS") or None
+        if coordinator:
+            num_processes = _number(environ, "JAX_NUM_PROCESSES")
+            process_id = _number(environ, "JAX_PROCESS_ID", "JOB_COMPLETION_INDEX")
+    if coordinator and not coordinator.rpartition(":")[2].isdigit():
+        raise ConfigError(f"the coordinator {coordinator!r} must be HOST:PORT")
+    if None not in (num_processes, process_id) and not 0 <= process_id < num_processes:
+        raise ConfigError(
+            f"process_id = {process_id} must be at least 0 and less than num_processes = "
+            f"{num_processes}"
+        )
+    known = None not in (coordinator, num_processes, process_id)
+    return {
+        "coordinator_address": coordinator,
+        "num_processes": num_processes,
+        "process_id": process_id,
+        "cluster_detection_method": "deactivate" if known else None,
+    }
+
+
+def several(environ: Mapping[str, str]) -> bool:
+    """Whether the environment is that of one process of several, or a Cloud TPU VM, which may be.
+
+    Raises:
+      ConfigError: a number in it is none.
+    """
+    if environ.get("JAX_COORDINATOR_ADDRESS") or environ.get("JAX_NUM_PROCESSES"):
+        return _number(environ, "JAX_NUM_PROCESSES") != 1
+    if all(name in environ for name in _SLURM):
+        return _number(environ, "SLURM_NTASKS") > 1
+    if "OMPI_COMM_WORLD_SIZE" in environ:
+        return _number(environ, "OMPI_COMM_WORLD_SIZE") > 1
+    hosts = environ.get("TPU_PROCESS_ADDRESSES") or environ.get("TPU_WORKER_HOSTNAMES")
+    if hosts:
+        return "," in hosts or (_number(environ, "MEGASCALE_NUM_SLICES") or 1) > 1
+    # JAX marks a Cloud TPU VM like this; how many there are, it asks the metadata server.
+    if environ.get("TPU_ML_PLATFORM"):
+        return True
+    return "KUBERNETES_SERVICE_HOST" in environ and "JOB_COMPLETION_INDEX" in environ
+
+
+def _number(environ: Mapping[str, str], *names: str) -> int | None:
+    """The first of these variables that is set."""
+    for name in names:
+        if value := environ.get(name):
+            try:
+                return int(value)
+            except ValueError:
+                raise ConfigError(f"{name}={value} must be a whole number") from None
+    return None
+
+
+def _give_up(where: str, timeout: float) -> NoReturn:
+    _end(
+        f"not all processes of this run met at {where} within {timeout:g} s; each must be started "
+        "with the same coordinator and number of processes, and an id of its own"
+    )
+
+
+def abandon(error: BaseException) -> NoReturn:
+    """Ends this process now, which ends the others: an orderly exit would wait for them."""
+    cause = error
+    while cause is not None:
+        said = " ".join(str(cause).split())
+        if re.search("Gloo|coordination service", said):
+            _end(f"another process of this run is gone: {said}")
+        cause = cause.__cause__
+    traceback.print_exception(error)
+    _end(f"{type(error).__name__} in process {jax.process_index()}: the whole run ends")
+
+
+def _end(message: str) -> NoReturn:
+    sys.stdout.flush()
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    os._exit(1)

@@ -1,0 +1,199 @@
+"""Work of a program: operations of its products, and bytes between memory and chip."""
+
+from __future__ import annotations
+
+import math
+import re
+from functools import cache
+
+from moepp_jax.hlo.loops import executions
+from moepp_jax.hlo.text import Computation, Instruction, Module
+
+# They move nothing: names for what others made, or calls whose inside is counted.
+_FREE = {
+    "parameter",
+    "constant",
+    "tuple",
+    "get-tuple-element",
+    "bitcast",
+    "while",
+    "conditional",
+    "call",
+    "async-start",
+    "partition-id",
+    "replica-id",
+    "after-all",
+    "optimization-barrier",
+    "iota",
+}
+
+
+_PRODUCTS = ("dot", "convolution")
+
+
+def product_flops(module: Module) -> int:
+    """Operations of all matrix products, two for a multiplication and its addition.
+
+    Kernels that are not HLO (custom calls) count nothing.
+    """
+    return sum(
+        times * _product(module.computations[name], instruction)
+        for name, times in executions(module).items()
+        for instruction in module.computations[name].instructions
+        if instruction.opcode in _PRODUCTS
+    )
+
+
+def flops_of(module: Module, computation: str, instruction: Instruction) -> int:
+    """Operations of the products in one instruction of a computation, a fusion's among them."""
+    if instruction.opcode in _PRODUCTS:
+        return _product(module.computations[computation], instruction)
+    if instruction.opcode != "fusion":
+        return 0
+    inner = instruction.called["calls"][0]
+    return sum(flops_of(module, inner, i) for i in module.computations[inner].instructions)
+
+
+def _product(computation: Computation, instruction: Instruction) -> int:
+    left, right = (computation.by_name[name].shapes[0] for name in instruction.operands[:2])
+    out = instruction.shapes[0]
+    if instruction.opcode == "dot":
+        axes = re.findall(r"\d+", instruction.attribute("lhs_contracting_dims") or "")
+        return 2 * out.size * math.prod(left.dims[int(axis)] for axis in axes)
+    labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", instruction.attributes)
+    lhs, rhs, result = labels.groups()
+    spatial = [label for label in result if label.isdigit()]
+    pairs = 1
+    for label in spatial:
+        pairs *= _window_pairs(
+            _window(instruction, spatial.index(label)),
+            left.dims[lhs.index(label)],
+            right.dims[rhs.index(label)],
+            out.dims[result.index(label)],
+        )
+    others = math.prod(out.dims[i] for i, label in enumerate(result) if not label.isdigit())
+    return 2 * others * pairs * right.dims[rhs.index("i")]
+
+
+def _window(instruction: Instruction, at: int) -> tuple[int, int, int, int]:
+    """(stride, padding before, dilation of the left, of the right) of a spatial dimension.
+
+    Batch dimensions are written so: a window as wide as the batch, of which one place is real.
+    """
+
+    def value(name: str, default: str) -> str:
+        found = re.search(rf"\bwindow=\{{[^}}]*\b{name}=([\dx_\-]+)", instruction.attributes)
+        return found[1].split("x")[at] if found else default
+
+    return (
+        int(value("stride", "1")),
+        int(value("pad", "0_0").split("_")[0]),
+        int(value("lhs_dilate", "1")),
+        int(value("rhs_dilate", "1")),
+    )
+
+
+@cache
+def _window_pairs(window: tuple[int, int, int, int], left: int, right: int, out: int) -> int:
+    """How many (place of the output, place of the window) meet an element of the left."""
+    stride, pad, dilate_left, dilate_right = window
+    length = (left - 1) * dilate_left + 1
+    places = (o * stride + k * dilate_right - pad for o in range(out) for k in range(right))
+    return sum(0 <= p < length and p % dilate_left == 0 for p in places)
+
+
+def memory_bytes(module: Module) -> int:
+    """Bytes that instructions read from main memory and write to it.
+
+    Each fusion reads its operands and writes its result once, of a slice only what is sliced. What
+    stays in memory on the chip is not counted.
+    """
+    times = executions(module)
+    fused = {
+        name
+        for computation in module.computations.values()
+        for instruction in computation.instructions
+        if instruction.opcode == "fusion"
+        for name in instruction.called["calls"]
+    }
+    return sum(
+        times[name] * _traffic(module, computation, instruction)
+        for name, computation in module.computations.items()
+        if name in times and name not in fused
+        for instruction in computation.instructions
+    )
+
+
+def _traffic(module: Module, computation: Computation, instruction: Instruction) -> int:
+    opcode = instruction.opcode
+    if opcode in _FREE or opcode.endswith(("-done", "-update")):
+        return 0
+    if opcode == "custom-call" and "AllocateBuffer" in instruction.attributes:
+        return 0
+    if opcode == "fusion":
+        inner = module.computations[instruction.called["calls"][0]]
+        read = sum(
+            _read(module, inner, inner.parameters[i])
+            for i, name in enumerate(instruction.operands)
+            if _in_memory(computation.by_name[name])
+        )
+        return read + _written(module, inner, instruction)
+    operands = [computation.by_name[name] for name in instruction.operands]
+    if opcode in ("dynamic-slice", "slice", "gather"):
+        return 2 * _in_memory(instruction)
+    if opcode == "dynamic-update-slice":
+        return 2 * _in_memory(operands[1])
+    if opcode == "scatter":
+        return 2 * _in_memory(operands[-1])
+    read = sum(map(_in_memory, operands))
+    if opcode.endswith("-start"):
+        # The result also names the operand, and counters.
+        arrays = [s for s in instruction.shapes if s.dims and s.space == 0]
+        return read + max(sum(s.bytes for s in arrays) - read, 0)
+    return read + _in_memory(instruction)
+
+
+def _in_memory(instruction: Instruction) -> int:
+    return sum(s.bytes for s in instruction.shapes if s.space == 0)
+
+
+def _read(module: Module, inner: Computation, parameter: Instruction) -> int:
+    """How much of a fusion's parameter is read."""
+    whole, total = sum(s.bytes for s in parameter.shapes), 0
+    for user in inner.users.get(parameter.name, ()):
+        first = user.operands[0] == parameter.name
+        if user.opcode in ("dynamic-slice", "slice", "gather") and first:
+            total += user.shapes[0].bytes
+        elif user.opcode == "dynamic-update-slice" and first:
+            continue  # changed in place
+        elif user.opcode == "bitcast":
+            total += _read(module, inner, user)
+        elif user.opcode == "fusion":
+            nested = module.computations[user.called["calls"][0]]
+            places = [i for i, name in enumerate(user.operands) if name == parameter.name]
+            total += sum(_read(module, nested, nested.parameters[i]) for i in places)
+        else:
+            return whole
+    return min(total, whole)
+
+
+def _written(module: Module, inner: Computation, fusion: Instruction) -> int:
+    root = inner.root
+    roots = [inner.by_name[n] for n in root.operands] if root.opcode == "tuple" else [root]
+    total = 0
+    for shape, source in zip(fusion.shapes, roots, strict=False):
+        update = _update(module, inner, source)
+        total += 0 if shape.space else min(shape.bytes, update if update else shape.bytes)
+    return total
+
+
+def _update(module: Module, inner: Computation, source: Instruction) -> int | None:
+    """Bytes of the slice that is written, if the source writes into what is there already."""
+    while source.opcode == "bitcast":
+        source = inner.by_name[source.operands[0]]
+    if source.opcode == "fusion":
+        nested = module.computations[source.called["calls"][0]]
+        return _update(module, nested, nested.root)
+    if source.opcode != "dynamic-update-slice":
+        return None
+    return inner.by_name[source.operands[1]].shapes[0].bytes

@@ -1,0 +1,126 @@
+"""What the processes of a run do in agreement; a process alone agrees with itself."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from typing import TypeVar
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Sharding
+
+from moepp_jax.config import ConfigError
+
+T = TypeVar("T")
+
+# Bytes of an error's text that the other processes are told.
+_MESSAGE = 2000
+
+# Seconds of a process's work after which the others hear that it goes on.
+_PATIENCE = 10.0
+
+
+def is_first() -> bool:
+    """Whether this is the process that writes what the run writes once."""
+    return jax.process_index() == 0
+
+
+def agree(work: Callable[[], T]) -> T:
+    """What `work` returns here, when it has succeeded in every process.
+
+    Processes wait for the slowest as long as it lives, but never long in one collective.
+
+    Raises:
+      ConfigError: it was raised here or in another process, so in all.
+    """
+    if jax.process_count() == 1:
+        return work()
+    pool = ThreadPoolExecutor(max_workers=1)
+    try:
+        future = pool.submit(work)
+        working = True
+        while working:
+            wait([future], timeout=_PATIENCE)
+            heard = _gather(_said(future))
+            working = any(said is None for said in heard)
+    finally:
+        pool.shutdown(wait=False)
+    if not future.exception():
+        for process, said in enumerate(heard):
+            if said:
+                raise ConfigError(f"process {process}: {said}")
+    return future.result()
+
+
+def _said(future: Future) -> str | None:
+    """The error that ended some work, "" for success, None for work that goes on."""
+    if not future.done():
+        return None
+    error = future.exception()
+    if error is not None and not isinstance(error, ConfigError):
+        raise error  # a fault, which ends this process
+    return str(error or "")
+
+
+def _gather(said: str | None) -> list[str | None]:
+    """What each process says."""
+    message = np.zeros(_MESSAGE, np.uint8)
+    if said is not None:
+        text = said.encode()[: _MESSAGE - 1]
+        message[: len(text) + 1] = np.frombuffer(b"!" + text, np.uint8)
+    with jax.transfer_guard("allow"):
+        messages = multihost_utils.process_allgather(message)
+    texts = [m.tobytes().rstrip(b"\0").decode(errors="replace") for m in messages]
+    return [text[1:] if text else None for text in texts]
+
+
+def require_alike(text: str) -> None:
+    """Refuses processes that were started with something else.
+
+    Raises:
+      ConfigError: this text is not that of the first process; in all processes.
+    """
+    mine = hashlib.sha256(text.encode()).hexdigest()
+    digests = _gather(mine) if jax.process_count() > 1 else [mine]
+    others = [process for process, digest in enumerate(digests) if digest != digests[0]]
+    if others:
+        raise ConfigError(
+            f"process {others[0]} was started with another configuration or --workdir than process "
+            "0: give every process the same command"
+        )
+
+
+def on_first(work: Callable[[], T]) -> T | None:
+    """As `agree`, but only the first process works; the others get None."""
+    return agree(lambda: work() if is_first() else None)
+
+
+class Rows:
+    """The rows of a global batch that lie on this process's devices: all that it has to load.
+
+    Attributes:
+      indices: of these rows in the batch, ascending; a mesh may leave gaps between them.
+    """
+
+    def __init__(self, sharding: Sharding, batch_size: int):
+        self._sharding = sharding
+        self._all = np.arange(batch_size)
+        parts = sharding.addressable_devices_indices_map((batch_size,)).values()
+        self.indices = np.unique(np.concatenate([self._all[part] for part in parts]))
+
+    def place(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
+        """The global arrays [batch_size, ...] of which these are this process's rows."""
+        return {name: self._array(here) for name, here in batch.items()}
+
+    def _array(self, here: np.ndarray) -> jax.Array:
+        if len(here) != len(self.indices):
+            raise ValueError(f"{len(here)} rows for the {len(self.indices)} of this process")
+
+        def part(index):
+            return here[np.searchsorted(self.indices, self._all[index[0]])]
+
+        shape = (len(self._all), *here.shape[1:])
+        return jax.make_array_from_callback(shape, self._sharding, part)

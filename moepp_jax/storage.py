@@ -1,0 +1,120 @@
+"""Where a run is kept: in a local folder, or under a prefix of an object store (gs://, s3://)."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+import time
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import fsspec
+from etils import epath
+
+from moepp_jax.config import ConfigError
+
+STORES = {"gs": "gcsfs", "s3": "s3fs"}  # scheme: the package that reads it
+
+# Seconds between two copies of a file that grows to an object store.
+_COPY_EVERY = 30.0
+
+# pathlib.Path where files are local, epath.Path elsewhere: the same methods as far as we use them.
+AnyPath = Any
+
+
+def open_path(path: str | os.PathLike) -> AnyPath:
+    """This path, on whichever storage it names.
+
+    Raises:
+      ConfigError: of a storage that is not known, or whose package is not installed.
+    """
+    scheme, url, _ = os.fspath(path).partition("://")
+    if not url:
+        return Path(path)
+    if scheme not in STORES:
+        known = ", ".join(f"{name}://" for name in STORES)
+        raise ConfigError(f"{path}: {scheme}:// is no known storage; there are {known} and folders")
+    # Other processes, and tensorstore in this one, write there too: no listing may be remembered.
+    fsspec.config.conf.setdefault(scheme, {})["use_listings_cache"] = False
+    opened = epath.Path(path)
+    try:
+        opened.exists()
+    except ImportError as error:
+        raise ConfigError(
+            f"{path}: {scheme}:// needs a package that is not installed ({error}): "
+            f"pip install {STORES[scheme]}"
+        ) from error
+    return opened
+
+
+def is_local(path: AnyPath) -> bool:
+    return isinstance(path, Path)
+
+
+def write_atomic(file: AnyPath, content: str | bytes) -> None:
+    """Writes a file so that no one ever sees half of it, killed or not."""
+    content = content.encode() if isinstance(content, str) else content
+    if not is_local(file):
+        file.write_bytes(content)  # an object appears when it is whole
+        return
+    temporary = file.with_name(f".{file.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        temporary.write_bytes(content)
+        os.replace(temporary, file)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def files_below(folder: AnyPath) -> Iterator[AnyPath]:
+    """Every file of a folder and of the folders in it; none if it is not there."""
+    for entry in folder.iterdir() if folder.is_dir() else ():
+        if entry.is_dir():
+            yield from files_below(entry)
+        else:
+            yield entry
+
+
+class Staging:
+    """A local folder for files that grow, as objects cannot: a copy of each is kept at `target`.
+
+    Where `target` is local it is this folder itself. The files are few and small: numbers of a run.
+
+    Attributes:
+      folder: where to write.
+    """
+
+    def __init__(self, target: str | os.PathLike):
+        self._target = open_path(target)
+        self._remote = not is_local(self._target)
+        self.folder = Path(tempfile.mkdtemp()) if self._remote else self._target
+        self._copied: dict[Path, tuple[int, int]] = {}
+        self._last = -_COPY_EVERY
+
+    def fetch(self, name: str) -> Path:
+        """The local file of this name, with what `target` has of it."""
+        file = self.folder / name
+        if self._remote and (self._target / name).exists():
+            file.write_bytes((self._target / name).read_bytes())
+        return file
+
+    def copy(self, now: bool = False) -> None:
+        """Brings `target` up to date, if it was not just done or must be done now."""
+        if not self._remote or not (now or time.monotonic() - self._last >= _COPY_EVERY):
+            return
+        for file in files_below(self.folder):
+            stat = file.stat()
+            state = (stat.st_size, stat.st_mtime_ns)
+            if self._copied.get(file) != state:
+                target = self._target / file.relative_to(self.folder).as_posix()
+                target.parent.mkdir(parents=True, exist_ok=True)
+                target.write_bytes(file.read_bytes())
+                self._copied[file] = state
+        self._last = time.monotonic()
+
+    def close(self) -> None:
+        self.copy(now=True)
+        if self._remote:
+            shutil.rmtree(self.folder, ignore_errors=True)

@@ -1,0 +1,315 @@
+"""`compile`: what it says of a small step on CPUs, what it advises, and its errors."""
+
+import dataclasses
+import io
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import jax
+import numpy as np
+import pytest
+from rich.console import Console
+
+from moepp_jax import compile as compile_lib
+from moepp_jax import compile_tables, compiler, flops, hlo, remedies, state, traffic
+from moepp_jax import mesh as mesh_lib
+from moepp_jax.chips import CHIPS, GB, of_kind
+from moepp_jax.config import ConfigError
+from moepp_jax.roofline import Interconnect
+from moepp_jax.topology import Topology, devices
+from tests import tiny
+
+SIZES = {"mesh.data": 2, "mesh.fsdp": 2, "mesh.expert": 2}
+
+
+@pytest.fixture(scope="module")
+def config():
+    # 4 slots of 2 groups: as many rows as are exchanged, which come in eights.
+    return tiny.config(**SIZES | {"moe.gamma": 1.6})
+
+
+@pytest.fixture(scope="module")
+def report(config, tmp_path_factory) -> dict:
+    file = tmp_path_factory.mktemp("compile") / "report.json"
+    assert compile_lib.run(config, "cpu:8", str(file))
+    return json.loads(file.read_text())
+
+
+def test_state_bytes_are_those_of_the_arrays(config, report):
+    held = state.init_state(config, mesh_lib.make_mesh(config))
+    mine = [a.addressable_shards[0].data.nbytes for a in jax.tree.leaves(held)]
+    assert report["state_bytes"] == sum(mine)
+    parameters = [a.addressable_shards[0].data.nbytes for a in jax.tree.leaves(held.params)]
+    assert report["parameter_bytes"] == sum(parameters)
+    assert report["optimizer_bytes"] == pytest.approx(2 * sum(parameters), rel=1e-3)
+    assert report["hbm_bytes"] > report["state_bytes"]
+    assert report["hbm_limit_bytes"] is None
+
+
+def test_products_are_those_of_the_model(config, report):
+    """By hand: three times forward, of slots filled or not, and the logits once more."""
+    tokens = config.train.batch_size * config.data.seq_len / 8
+    slots = flops.executed_ffn_experts(config)
+    by_hand = flops.per_token(config, ffn_experts=slots)
+    # Zero-computation experts are no products, and a chunk's logits are computed again.
+    products = 3 * (by_hand.forward - by_hand.zero_computation) + by_hand.vocabulary
+    assert report["flops"] == pytest.approx(tokens * products, rel=0.05)
+
+
+def test_exchanges_are_the_least_there_are(config, report):
+    """Of each of 2 layers to the experts and back, forward and backward: 8, in float32."""
+    [row] = [row for row in report["collectives"] if row["kind"] == "all-to-all"]
+    assert (row["axes"], row["types"], row["count"]) == (["expert"], ["f32"], 8)
+    assert row["bytes"] == report["least_wire_bytes"]["all-to-all"]
+
+
+def test_collectives_add_up(report):
+    assert report["wire_bytes"] == sum(row["bytes"] for row in report["collectives"])
+    assert report["wire_ratio"] * sum(report["least_wire_bytes"].values()) == pytest.approx(
+        report["wire_bytes"]
+    )
+    assert report["loops_counted_once"] == []
+
+
+def test_least_traffic_by_hand():
+    c = tiny.config(**{"train.accumulate": 2, "train.batch_size": 16})
+    sizes = {"data": 2, "fsdp": 2, "expert": 2}
+    ffn = 2 * 8 * 3 * 32 * 24  # layers, experts, matrices
+    rest = flops.parameters(c).total - ffn
+    gathered = 4 * (ffn / 2 / 2 + rest * 3 / 4)
+    slots = flops.executed_ffn_experts(c) * 16 * 32 / 8  # of a device
+    assert traffic.least(c, sizes) == {
+        "all-gather": 2 * 2 * gathered,
+        "reduce-scatter": 2 * gathered,
+        "all-reduce": 2 * 4 * (ffn + rest) / 4 / 2,
+        "all-to-all": pytest.approx(4 * 2 * slots * 32 * 4 / 2),
+    }
+    alone = traffic.least(c, {"data": 1, "fsdp": 1, "expert": 1})
+    assert set(alone.values()) == {0}
+
+
+def test_the_tables(report):
+    console = Console(file=io.StringIO(), width=120)
+    compile_tables.show(report, console)
+    out = console.file.getvalue()
+    assert "mesh data=2 x fsdp=2 x expert=2" in " ".join(out.split())
+    assert "all-to-all" in out and "…" not in out
+    assert "a CPU device has no limit" in out
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("v9:4x4x4", "not known: write v5p:4x4x4"),
+        ("v5p", "not known"),
+        ("v5e:4x4x4", "at most 2 dimensions"),
+        ("v5p:4x0", "at least 1"),
+        ("cpu:0", "at least 1"),
+        ("cpu:1000", "this process has 8 CPU devices"),
+    ],
+)
+def test_topologies_that_are_none(config, text, said):
+    with pytest.raises(ConfigError, match=said):
+        compile_lib.run(config, text)
+
+
+def test_topology_parts():
+    t = Topology.parse("2*v5p:4x4x4")
+    assert (t.slices, t.dims, t.num_devices, t.platform) == (2, (4, 4, 4), 128, "tpu")
+    assert t.chip is CHIPS["v5p"]
+    assert Topology.parse("cpu:3").num_devices == 3
+
+
+def test_a_batch_that_does_not_divide(config):
+    with pytest.raises(ConfigError, match=r"train\.batch_size = 8.*multiple of the 6 devices"):
+        compile_lib.run(config.replace("mesh", data=3, fsdp=2, expert=1), "cpu:6")
+
+
+def test_a_folder_that_is_missing(config, tmp_path):
+    with pytest.raises(ConfigError, match=r"--json=.*no such folder"):
+        compile_lib.run(config, "cpu:8", str(tmp_path / "none" / "x.json"))
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        ("JAX TPU support not installed; cannot", "pip install -r requirements-tpu.txt"),
+        (
+            "ABORTED: Internal error when accessing libtpu multi-process lockfile.",
+            "another process",
+        ),
+        ("INVALID_ARGUMENT: no such\nslice", "v5p:1x1x3: INVALID_ARGUMENT: no such slice"),
+    ],
+)
+def test_what_libtpu_says(monkeypatch, error, said):
+    def fail(**_):
+        raise RuntimeError(error)
+
+    monkeypatch.setattr("jax.experimental.topologies.get_topology_desc", fail)
+    for name in ("SKIP_MDS_QUERY", "ACCELERATOR_TYPE", "WORKER_HOSTNAMES", "WORKER_ID"):
+        monkeypatch.setenv(f"TPU_{name}", "")  # so that they are put back
+    with pytest.raises(ConfigError, match=said):
+        devices(Topology.parse("v5p:1x1x3"))
+
+
+def limited(topology: Topology, limit: int) -> Topology:
+    return dataclasses.replace(topology, chip=dataclasses.replace(CHIPS["v5p"], hbm_bytes=limit))
+
+
+def test_what_does_not_fit_comes_with_what_does(config, report, monkeypatch, tmp_path, capsys):
+    """A chip a little too small: half of the batch at a time is found to fit, by compiling it."""
+    c = config.replace("train", batch_size=64)
+    topology = Topology.parse("cpu:8")
+    needed = compile_lib.examine(c, jax.devices(), topology)["hbm_bytes"]
+    small = limited(topology, needed - 1)
+    monkeypatch.setattr(Topology, "parse", lambda text: small)
+    monkeypatch.setattr(compile_lib, "devices", lambda topology: jax.devices())
+    monkeypatch.setattr(remedies, "estimate", lambda config, sizes: 0.0)
+    file = tmp_path / "report.json"
+    assert not compile_lib.run(c, "cpu:8", str(file))
+    told = json.loads(file.read_text())
+    assert told["remedy"]["flags"] == ["--config.train.accumulate=2"]
+    assert told["remedy"]["hbm_bytes"] < told["hbm_limit_bytes"] < told["hbm_bytes"]
+    out = " ".join(capsys.readouterr().out.split())
+    assert "It does not fit" in out and "This fits: --config.train.accumulate=2" in out
+    bounds = told["bounds"]
+    assert bounds["arithmetic"] == told["flops"] / 459e12
+    assert told["step_seconds"] == max(bounds.values())
+    assert told["mfu"] == pytest.approx(told["model_flops"] / told["step_seconds"] / 459e12)
+
+
+def test_the_compiler_running_out_of_memory(config, monkeypatch):
+    def fail(config, mesh):
+        raise compile_lib.OutOfMemoryError(
+            "RESOURCE_EXHAUSTED: the total memory required for HLO temporaries (150.5G) exceeds"
+        )
+
+    monkeypatch.setattr(compile_lib, "compile_step", fail)
+    got = compile_lib.examine(config, jax.devices(), Topology.parse("cpu:8"))
+    assert not got["fits"] and got["hbm_bytes"] == 150.5 * 2**30
+    assert compile_lib.OutOfMemoryError("Used 17.2M of 16M hbm").needed == int(17.2 * 2**20)
+    assert compile_lib.OutOfMemoryError("no more").needed is None
+
+
+def test_remedies_go_from_cheap_to_dear():
+    c = tiny.config(**{"train.batch_size": 32, "mesh.expert": 2})
+    tried = []
+
+    def needed(changed):
+        tried.append(tuple(remedies.flags(c, changed)))
+        return 10**12 if len(tried) < 3 else 5
+
+    estimates = iter([10.0**15, 900.0, 800.0, 400.0, 100.0, 1.0])
+    original = remedies.estimate
+    try:
+        remedies.estimate = lambda config, sizes: next(estimates)
+        found = remedies.find(c, 8, 10**6, needed)
+    finally:
+        remedies.estimate = original
+    # Without more parts; then 2 parts (estimated too large), 4; with "dots": 1, 2 and so on.
+    assert tried[0] == ("--config.train.accumulate=4",)
+    assert len(tried) == 3
+    assert found == {"flags": list(tried[-1]), "hbm_bytes": 5}
+
+
+def test_nothing_helps():
+    c = tiny.config(**{"train.batch_size": 8})
+    assert remedies.find(c, 8, 1, lambda changed: 2) is None
+    told = {"hbm_bytes": 2, "hbm_limit_bytes": 1, "fits": False, "remedy": None}
+    assert "use more chips" in compile_tables.verdict(told)
+
+
+def test_estimates_fall_where_they_should():
+    c = tiny.config(**{"train.batch_size": 64})
+    guess = remedies.estimate(c, (8, 1, 1))
+    assert remedies.estimate(c.replace("train", accumulate=4), (8, 1, 1)) < guess
+    assert remedies.estimate(c.replace("model", remat="full"), (8, 1, 1)) < guess
+    assert remedies.estimate(c, (1, 8, 1)) < guess
+
+
+def devices_of(shape, slices: int = 1):
+    """Chips of a torus in the order of the flattened mesh, the last dimension fastest."""
+    places = np.stack(np.unravel_index(np.arange(np.prod(shape)), shape), axis=1)
+    return [
+        SimpleNamespace(coords=tuple(map(int, place)), slice_index=s)
+        for s in range(slices)
+        for place in places
+    ]
+
+
+def collective(kind: str, groups, operand_bytes: int, times: int = 1) -> hlo.Collective:
+    return hlo.Collective(
+        kind, "c", "main", operand_bytes, ("bf16",), np.array(groups), times, False, ""
+    )
+
+
+def test_interconnect_by_hand():
+    chip = CHIPS["v5p"]  # 100 GB/s a link
+    network = Interconnect(devices_of((4, 4, 4)), chip)
+    ring = [[0, 1, 2, 3]]
+    # A gather sends three parts of 1 GB, over the two directions of a ring of four.
+    gather = collective("all-gather", ring, GB)
+    assert network.bound([gather]) == pytest.approx(3 / 200)
+    # Each half sends a quarter of its 4 GB across two links ... both ways: 0.5 GB a link.
+    exchange = collective("all-to-all", ring, GB)
+    assert network.bound([exchange]) == pytest.approx(0.5 / 100)
+    # A plane has twice the links.
+    plane = collective("all-gather", [list(range(16))], GB // 15)
+    assert network.bound([plane]) == pytest.approx(1 / 400, rel=1e-6)
+    # Other dimensions work at the same time, the same one does not.
+    across = collective("all-gather", [[0, 4, 8, 12]], GB)
+    assert network.bound([gather, across]) == pytest.approx(3 / 200)
+    assert network.bound([gather, collective("all-gather", ring, GB, times=2)]) == pytest.approx(
+        9 / 200
+    )
+    assert network.bound([]) == 0
+
+
+def test_a_line_has_half_the_links_of_a_ring():
+    network = Interconnect(devices_of((4, 4)), CHIPS["v5e"])  # it closes at 16
+    assert network.bound([collective("all-gather", [[0, 1, 2, 3]], GB)]) == pytest.approx(3 / 50)
+
+
+def test_between_slices_the_slow_network_counts():
+    network = Interconnect(devices_of((2, 2, 1), slices=2), CHIPS["v5p"])
+    reduced = collective("all-reduce", [[0, 4]], GB)  # sends 1 GB, half of it over the network
+    assert network.bound([reduced]) == pytest.approx(0.5 / 6.25)
+
+
+def test_peak_figures():
+    assert flops.PEAK["TPU v5"] == flops.PEAK["TPU v5p"] == 459e12
+    assert of_kind("TPU v5 lite") is CHIPS["v5e"] and of_kind("abacus") is None
+    for chip in CHIPS.values():
+        assert chip.source
+        assert chip.torus == 0 or chip.links == 2 * chip.torus
+        # Arithmetic is quicker than memory, memory than links, links than the slow network.
+        assert chip.flops > 100 * chip.hbm_bandwidth > chip.links * chip.link_bandwidth
+        assert chip.links * chip.link_bandwidth > (chip.dcn_bandwidth or 0)
+
+
+def test_compiler_options():
+    assert compiler.options("cpu") == {}
+    assert compiler.options("tpu")["xla_tpu_enable_async_all_to_all"] is True
+    assert compiler.options("cuda") == compiler.options("gpu") != {}
+    # Names of options are checked by the compiler; those of GPUs are known to all of them.
+    assert jax.jit(lambda x: x + 1, compiler_options=compiler.options("gpu"))(1) == 2
+
+
+def test_the_command():
+    """In a process of its own, which makes itself the devices."""
+    flags = [f"--config.{k}={v}" for k, v in (tiny.CHANGES | SIZES | {"mesh.data": -1}).items()]
+    command = [sys.executable, "-m", "moepp_jax.main", "compile", "--config=configs/tiny.py"]
+    root = Path(__file__).parents[1]
+
+    def run(*more):
+        return subprocess.run([*command, *flags, *more], cwd=root, capture_output=True, text=True)
+
+    done = run("--topology=cpu:4")
+    assert done.returncode == 0, done.stderr
+    assert "data=1 x fsdp=2 x expert=2" in done.stdout
+    missing = run()
+    assert missing.returncode == 1
+    assert missing.stderr.startswith("error: no --topology was given")

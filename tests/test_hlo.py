@@ -1,0 +1,354 @@
+"""Reading HLO: written by hand, every number known; and programs compiled for 8 devices."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from moepp_jax import hlo
+
+MESH = {"data": 2, "fsdp": 2, "expert": 2}
+
+# Two loops in one another, 3 x 4 rounds: the outer one's length is noted, the inner one's is not.
+LOOPS = """HloModule loops, is_scheduled=true, replica_count=1, num_partitions=8
+
+%add (x: f32[], y: f32[]) -> f32[] {
+  %x = f32[] parameter(0)
+  %y = f32[] parameter(1)
+  ROOT %sum = f32[] add(%x, %y)
+}
+
+%inner_body (p.1: (s32[], bf16[16,8])) -> (s32[], bf16[16,8]) {
+  %p.1 = (s32[]{:T(128)}, bf16[16,8]{1,0:T(8,128)(2,1)S(1)}) parameter(0)
+  %i.1 = s32[]{:T(128)} get-tuple-element(%p.1), index=0
+  %two = s32[] constant(2)
+  %copied = s32[] copy(%i.1)
+  %next.1 = s32[] add(%copied, %two), metadata={op_name="jit(f)/while/add)("}
+  %rows = bf16[16,8]{1,0:T(8,128)(2,1)S(1)} get-tuple-element(%p.1), index=1
+  %exchanged = bf16[16,8]{1,0} all-to-all(%rows), replica_groups={{0,1},{2,3},{4,5},{6,7}}, dimensions={0}, metadata={op_name="jit(f)/while/to_experts/all_to_all"}
+  ROOT %out.1 = (s32[], bf16[16,8]) tuple(%next.1, %exchanged)
+}
+
+%inner_condition (p.2: (s32[], bf16[16,8])) -> pred[] {
+  %p.2 = (s32[], bf16[16,8]{1,0}) parameter(0)
+  %i.2 = s32[] get-tuple-element(%p.2), index=0
+  %limit = s32[] constant(9)
+  ROOT %less = pred[] compare(%i.2, %limit), direction=LT
+}
+
+%outer_body (p.3: (s32[], bf16[16,8])) -> (s32[], bf16[16,8]) {
+  %p.3 = (s32[], bf16[16,8]{1,0}) parameter(0)
+  %i.3 = s32[] get-tuple-element(%p.3), index=0
+  %rows.3 = bf16[16,8]{1,0} get-tuple-element(%p.3), index=1
+  %one = s32[] constant(1)
+  %start = s32[] copy(%one)
+  %init = (s32[], bf16[16,8]{1,0}) tuple(%start, /*index=1*/%rows.3)
+  %while.1 = (s32[], bf16[16,8]{1,0}) while(%init), condition=%inner_condition, body=%inner_body
+  %rows.4 = bf16[16,8]{1,0} get-tuple-element(%while.1), index=1
+  %gather-start = (bf16[16,8]{1,0}, bf16[64,8]{1,0}) all-gather-start(%rows.4), replica_groups=[2,4]<=[2,2,2]T(1,0,2), dimensions={0}
+  %meanwhile = bf16[16,8]{1,0} multiply(%rows.4, %rows.4), metadata={op_name="jit(f)/zero_computation/mul"}
+  %gather-done = bf16[64,8]{1,0} all-gather-done(%gather-start)
+  ROOT %out.3 = (s32[], bf16[16,8]) tuple(%i.3, %meanwhile)
+}
+
+%outer_condition (p.4: (s32[], bf16[16,8])) -> pred[] {
+  %p.4 = (s32[], bf16[16,8]{1,0}) parameter(0)
+  ROOT %never = pred[] constant(false)
+}
+
+%wrapped (w: f32[10]) -> f32[5] {
+  %w = f32[10]{0} parameter(0)
+  ROOT %scattered = f32[5]{0} reduce-scatter(%w), replica_groups=mesh['a'=2,'b'=4], device_ids=([2,2,2]T(2,1,0)) {'b':(2)2}, to_apply=%add, dimensions={0}
+}
+
+%fused (q: f32[10]) -> f32[10] {
+  %q = f32[10]{0} parameter(0), metadata={op_name="jit(f)/inside"}
+  ROOT %reduced = f32[10]{0} all-reduce(%q), replica_groups={}, to_apply=%add
+}
+
+%forgotten (q: f32[10]) -> f32[10] {
+  %q.9 = f32[10]{0} parameter(0)
+  ROOT %reduced.9 = f32[10]{0} all-reduce(%q.9), replica_groups={}, to_apply=%add
+}
+
+ENTRY %main (a: bf16[16,8], b: f32[10]) -> (bf16[16,8], f32[10]) {
+  %a = bf16[16,8]{1,0} parameter(0)
+  %b = f32[10]{0} parameter(1)
+  %zero = s32[] constant(0)
+  %t = (s32[], bf16[16,8]{1,0}) tuple(%zero, %a)
+  %while.2 = (s32[], bf16[16,8]{1,0}) while(%t), condition=%outer_condition, body=%outer_body, backend_config={"known_trip_count":{"n":"3"},"text":"a \\" ("}
+  %r = bf16[16,8]{1,0} get-tuple-element(%while.2), index=1
+  %async-start = ((f32[10]), f32[5], u32[]) async-start(%b), calls=%wrapped
+  %async-done = f32[5]{0} async-done(%async-start), calls=%wrapped
+  %moved = f32[10]{0} collective-permute(%b), source_target_pairs={{0,1},{1,0},{2,3},{3,2}}
+  %ragged = bf16[16,8]{1,0} ragged-all-to-all(%r, %a, %b, %b, %b, %b), replica_groups={{0,1},{2,3},{4,5},{6,7}}
+  %f = f32[10]{0} fusion(%b), kind=kLoop, calls=%fused
+  ROOT %result = (bf16[16,8], f32[10]) tuple(%r, %f)
+}
+"""  # noqa: E501
+
+
+@pytest.fixture(scope="module")
+def found() -> dict[str, hlo.Collective]:
+    return {c.kind: c for c in hlo.collectives(hlo.parse(LOOPS))}
+
+
+def test_executions_multiply_loops_and_leave_out_what_is_never_called():
+    module = hlo.parse(LOOPS)
+    assert module.num_devices == 8
+    assert hlo.executions(module) == {
+        "main": 1,
+        "outer_body": 3,
+        "outer_condition": 3,
+        "inner_body": 12,  # from 1 to 9 by 2
+        "inner_condition": 12,
+        "wrapped": 1,
+        "fused": 1,
+    }
+    assert hlo.unknown_loops(module) == []
+
+
+# kind: times, bytes of the operand, of the result, on the wire, axes, asynchronous
+EXPECTED = {
+    "all-to-all": (12, 256, 256, 128, ("expert",), False),
+    "all-gather": (3, 256, 1024, 768, ("data", "expert"), True),
+    "reduce-scatter": (1, 40, 20, 20, ("data",), True),
+    "all-reduce": (1, 40, 40, 70, ("data", "fsdp", "expert"), False),
+    "collective-permute": (1, 40, 40, 40, ("expert",), False),
+    "ragged-all-to-all": (1, 256, 256, 128, ("expert",), False),
+}
+
+
+@pytest.mark.parametrize("kind", EXPECTED)
+def test_collective(found, kind):
+    c = found[kind]
+    got = (c.times, c.operand_bytes, c.result_bytes, c.wire_bytes, c.axes(MESH), c.asynchronous)
+    assert got == EXPECTED[kind]
+
+
+def test_all_collectives_are_found(found):
+    assert found.keys() == EXPECTED.keys()
+    assert found["all-to-all"].scope == "jit(f)/while/to_experts/all_to_all"
+
+
+def test_what_runs_between_start_and_done():
+    module = hlo.parse(LOOPS)
+    [(computation, start, between)] = hlo.overlapped(module, "all-gather")
+    assert (computation, start.name) == ("outer_body", "gather-start")
+    assert [i.scope for i in between] == ["jit(f)/zero_computation/mul"]
+    assert [start.name for _, start, _ in hlo.overlapped(module, "reduce-scatter")] == [
+        "async-start"
+    ]
+    assert hlo.overlapped(module, "all-to-all") == []
+
+
+def test_where_an_instruction_comes_from():
+    module = hlo.parse(LOOPS)
+    main = module.computations["main"].by_name
+    assert hlo.scopes(module, main["f"]) == {"", "jit(f)/inside"}
+    body = module.computations["inner_body"].by_name
+    assert hlo.scopes(module, body["exchanged"]) == {"jit(f)/while/to_experts/all_to_all"}
+
+
+def groups(attributes: str) -> list[list[int]]:
+    text = LOOPS.replace("replica_groups={}, to_apply=%add\n}\n\n%forgotten", attributes, 1)
+    text = text.replace(attributes, attributes + ", to_apply=%add\n}\n\n%forgotten", 1)
+    [c] = [c for c in hlo.collectives(hlo.parse(text)) if c.kind == "all-reduce"]
+    return c.groups.tolist()
+
+
+@pytest.mark.parametrize(
+    ("written", "expected"),
+    [
+        ("replica_groups={{0,3},{1,2}}", [[0, 3], [1, 2]]),
+        ("replica_groups=[2,4]<=[8]", [[0, 1, 2, 3], [4, 5, 6, 7]]),
+        ("replica_groups=[4,2]<=[2,4]T(1,0)", [[0, 4], [1, 5], [2, 6], [3, 7]]),
+        ("replica_groups=mesh['x'=2,'y'=4] {'x'}", [[0, 4], [1, 5], [2, 6], [3, 7]]),
+        ("replica_groups=mesh['x'=2,'y'=1,'z'=4] {'x','y','z'}", [[0, 1, 2, 3, 4, 5, 6, 7]]),
+        ("replica_groups=mesh['x'=8] {'x':(1)2}", [[0, 4], [1, 5], [2, 6], [3, 7]]),
+        ("replica_groups=mesh['x'=8] {'x':(4)2}", [[0, 1], [2, 3], [4, 5], [6, 7]]),
+        (
+            "replica_groups=mesh['x'=4,'y'=2], device_ids=([2,4]T(1,0)) {'y'}",
+            [[0, 4], [1, 5], [2, 6], [3, 7]],
+        ),
+        ("replica_groups={}", [[0, 1, 2, 3, 4, 5, 6, 7]]),
+    ],
+)
+def test_replica_groups(written, expected):
+    assert groups(written) == expected
+
+
+@pytest.mark.parametrize(
+    ("direction", "limit", "trips"), [("LT", 9, 4), ("LT", 8, 4), ("LE", 9, 5), ("LT", 1, 0)]
+)
+def test_trip_counts(direction, limit, trips):
+    text = LOOPS.replace("constant(9)", f"constant({limit})")
+    text = text.replace("direction=LT", f"direction={direction}")
+    assert hlo.executions(hlo.parse(text)).get("inner_body", 0) == 3 * trips
+
+
+def test_a_limit_that_is_compared_first():
+    text = LOOPS.replace(
+        "compare(%i.2, %limit), direction=LT", "compare(%limit, %i.2), direction=GT"
+    )
+    assert hlo.executions(hlo.parse(text))["inner_body"] == 12
+
+
+def test_a_comparison_in_a_fusion():
+    fusion = "fusion(%limit, %i.2), kind=kLoop, calls=%less.than"
+    text = LOOPS.replace("compare(%i.2, %limit), direction=LT", fusion)
+    text = text.replace(
+        "%outer_body (p.3",
+        """%less.than (l: s32[], k: s32[]) -> pred[] {
+  %l = s32[] parameter(0)
+  %k = s32[] parameter(1)
+  ROOT %c = pred[] compare(%k, %l), direction=LT
+}
+
+%outer_body (p.3""",
+        1,
+    )
+    assert hlo.executions(hlo.parse(text))["inner_body"] == 12
+
+
+def test_a_loop_that_depends_on_data_counts_once_and_is_named():
+    module = hlo.parse(LOOPS.replace("add(%copied, %two)", "multiply(%copied, %two)"))
+    assert hlo.executions(module)["inner_body"] == 3
+    assert hlo.unknown_loops(module) == ["while.1"]
+
+
+def test_text_that_is_no_hlo():
+    with pytest.raises(ValueError, match="no ENTRY"):
+        hlo.parse("nothing\n")
+
+
+PRODUCTS = """HloModule products
+
+%slicing (big: f32[10,64], at: s32[]) -> f32[1,64] {
+  %big = f32[10,64]{1,0} parameter(0)
+  %at = s32[] parameter(1)
+  ROOT %cut = f32[1,64]{1,0} dynamic-slice(%big, %at, %at), dynamic_slice_sizes={1,64}
+}
+
+%updating (old: f32[10,64], new: f32[1,64], where: s32[]) -> f32[10,64] {
+  %old = f32[10,64]{1,0} parameter(0)
+  %new = f32[1,64]{1,0} parameter(1)
+  %where = s32[] parameter(2)
+  ROOT %put = f32[10,64]{1,0} dynamic-update-slice(%old, %new, %where, %where)
+}
+
+ENTRY %main (x: bf16[4,5], y: bf16[5,6], l: f32[3,7,8], r: f32[3,8,9], s: f32[10,64], k: s32[]) -> f32[] {
+  %x = bf16[4,5]{1,0} parameter(0)
+  %y = bf16[5,6]{1,0} parameter(1)
+  %l = f32[3,7,8]{2,1,0} parameter(2)
+  %r = f32[3,8,9]{2,1,0} parameter(3)
+  %s = f32[10,64]{1,0} parameter(4)
+  %k = s32[] parameter(5)
+  %plain = bf16[4,6]{1,0} dot(%x, %y), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+  %batched = f32[3,7,9]{2,1,0:S(1)} convolution(%l, %r), window={size=3 stride=2 lhs_dilate=3}, dim_labels=0bf_0io->0bf
+  %f.1 = f32[1,64]{1,0:S(1)} fusion(%s, %k), kind=kLoop, calls=%slicing
+  %f.2 = f32[10,64]{1,0} fusion(%s, %f.1, %k), kind=kLoop, calls=%updating
+  ROOT %done = f32[] constant(0)
+}
+"""  # noqa: E501
+
+
+def test_products_and_memory_by_hand():
+    module = hlo.parse(PRODUCTS)
+    # A batch written as a window: of its 3 x 3 (output, window) places 3 are real.
+    assert hlo.product_flops(module) == 2 * 4 * 5 * 6 + 3 * 2 * 7 * 8 * 9
+    main = module.computations["main"].by_name
+    assert hlo.flops_of(module, "main", main["plain"]) == 2 * 4 * 5 * 6
+    assert hlo.flops_of(module, "main", main["f.1"]) == 0
+    plain = 2 * (4 * 5 + 5 * 6 + 4 * 6)
+    batched = 4 * (3 * 7 * 8 + 3 * 8 * 9)  # its result stays on the chip
+    sliced = 4 * 64 + 4  # read from the stack, with the index; the slice stays on the chip
+    updated = 4 * 64 + 4  # written into the stack
+    assert hlo.memory_bytes(module) == plain + batched + sliced + updated
+
+
+def compiled(f, mesh, in_specs, out_specs, *arguments) -> hlo.Module:
+    mapped = jax.shard_map(f, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+    return hlo.parse(jax.jit(mapped).lower(*arguments).compile().as_text())
+
+
+@pytest.fixture(scope="module")
+def mesh():
+    kinds = (jax.sharding.AxisType.Auto,) * 3
+    return jax.make_mesh(tuple(MESH.values()), tuple(MESH), axis_types=kinds)
+
+
+def test_compiled_loops_of_collectives(mesh):
+    """Three rounds, in each two of an exchange; then a gradient scattered and a sum of scalars."""
+
+    def f(w, x):
+        def outer(x, w):
+            def inner(x, _):
+                y = jax.lax.all_to_all(x, "expert", split_axis=0, concat_axis=0, tiled=True)
+                return jnp.sin(y), None
+
+            x, _ = jax.lax.scan(inner, x, None, length=2)
+            whole = jax.lax.all_gather(w, ("fsdp", "expert"), axis=0, tiled=True)
+            return jnp.tanh(x @ whole), None
+
+        x, _ = jax.lax.scan(outer, x, w)
+        g = jax.lax.psum_scatter(x.T @ x, ("fsdp", "expert"), scatter_dimension=0, tiled=True)
+        return g, jax.lax.psum(jnp.sum(x), ("data", "fsdp", "expert"))
+
+    cut = P(("fsdp", "expert"))
+    layers = P(None, ("fsdp", "expert"))
+    rows = P(("data", "fsdp", "expert"))
+    w, x = jnp.ones((3, 64, 64)), jnp.ones((8 * 16, 64))
+    module = compiled(f, mesh, (layers, rows), (cut, P()), w, x)
+    got = {(c.kind, c.axes(MESH)): (c.times, c.wire_bytes) for c in hlo.collectives(module)}
+    assert got == {
+        ("all-to-all", ("expert",)): (6, 4 * 16 * 64 / 2),
+        ("all-gather", ("fsdp", "expert")): (3, 4 * 16 * 64 * 3),
+        ("reduce-scatter", ("fsdp", "expert")): (1, 4 * 64 * 64 * 3 / 4),
+        ("all-reduce", ("data", "fsdp", "expert")): (1, 4 * 2 * 7 / 8),
+    }
+    assert hlo.product_flops(module) == 3 * 2 * 16 * 64 * 64 + 2 * 64 * 16 * 64
+
+
+def test_compiled_gradient_through_a_loop():
+    """A scan's gradient is a second loop of as many rounds, with two products for one."""
+
+    def loss(w, x):
+        x, _ = jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, w)
+        return x.sum()
+
+    w, x = jnp.ones((5, 32, 32)), jnp.ones((7, 32))
+    module = hlo.parse(jax.jit(jax.grad(loss, (0, 1))).lower(w, x).compile().as_text())
+    assert hlo.product_flops(module) == 5 * 3 * 2 * 7 * 32 * 32
+    assert hlo.collectives(module) == []
+
+
+def test_compiled_memory_follows_the_rounds(mesh):
+    """Each round reads the matrix of its own, not the whole stack."""
+
+    def f(w, x):
+        return jax.lax.scan(lambda x, w: (x @ w, None), x, w)[0]
+
+    def bytes_of(layers):
+        w, x = jnp.ones((layers, 256, 256)), jnp.ones((4, 256))
+        return hlo.memory_bytes(hlo.parse(jax.jit(f).lower(w, x).compile().as_text()))
+
+    difference = bytes_of(9) - bytes_of(5)
+    matrices = 4 * 4 * 256 * 256
+    assert matrices <= difference <= 3.2 * matrices  # one read, and a copy of the slice at most
+
+
+def test_compiled_permutation(mesh):
+    ring = [(i, (i + 1) % 2) for i in range(2)]
+    f = partial(jax.lax.ppermute, axis_name="fsdp", perm=ring)
+    [c] = hlo.collectives(compiled(f, mesh, P("fsdp"), P("fsdp"), jnp.ones((4, 3))))
+    assert (c.kind, c.times, c.wire_bytes, c.axes(MESH)) == (
+        "collective-permute",
+        1,
+        2 * 3 * 4,
+        ("fsdp",),
+    )
+    assert np.array_equal(np.sort(c.groups[:, 0]), np.arange(8))

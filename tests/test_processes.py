@@ -1,0 +1,407 @@
+"""Several real processes with two virtual devices each compute what one process with all does.
+
+They meet as under SLURM, in a Kubernetes JobSet, by Open MPI and by flags, with the same command.
+All have a time limit and are killed after it. Numbers of float32 are compared to 3e-6: gloo adds
+the devices' parts in another order than one process does.
+"""
+
+import functools
+import hashlib
+import itertools
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from moepp_jax import distributed
+from moepp_jax import evaluate as evaluate_lib
+from moepp_jax import mesh as mesh_lib
+from moepp_jax import state as state_lib
+from moepp_jax.checkpoint import Checkpoints
+from moepp_jax.metrics import read_metrics
+from moepp_jax.train import train
+from moepp_jax.workdir import read_config
+from tests import tiny
+
+ROOT = Path(__file__).parents[1]
+MAIN = ("-m", "moepp_jax.main")
+LOCAL_DEVICES = 2
+MESH = {"mesh.data": 1, "mesh.fsdp": 2, "mesh.expert": 2}
+STEPS = {"train.steps": 8, "train.eval_every": 4, "train.save_every": 4}
+CLOSE = 3e-6
+GLOO = re.compile("Gloo|peer ranks")  # its threads write over each other's lines
+# What a started process gets from its test, or nothing.
+SET_HERE = ("XLA_FLAGS", "PJRT_NPROC", "SLURM_", "OMPI_", "TPU_", "KUBERNETES_", "JAX_COORDINATOR")
+# Of one started process, for which all wait for each other.
+SECONDS = 180
+
+
+def slurm(port: int, number: int, of: int) -> dict[str, str]:
+    return {
+        "SLURM_JOB_ID": str(port - 61440),  # JAX makes the port of the job's number
+        "SLURM_STEP_NODELIST": "localhost",
+        "SLURM_NTASKS": str(of),
+        "SLURM_PROCID": str(number),
+        "SLURM_LOCALID": str(number),
+    }
+
+
+def jobset(port: int, number: int, of: int) -> dict[str, str]:
+    return {
+        "KUBERNETES_SERVICE_HOST": "10.0.0.1",
+        "JAX_COORDINATOR_ADDRESS": f"localhost:{port}",
+        "JAX_NUM_PROCESSES": str(of),
+        "JOB_COMPLETION_INDEX": str(number),
+    }
+
+
+def open_mpi(port: int, number: int, of: int) -> dict[str, str]:
+    return {
+        "OMPI_MCA_orte_hnp_uri": f"{(port - 61440) * 4096}.0;tcp://127.0.0.1:9",
+        "OMPI_COMM_WORLD_SIZE": str(of),
+        "OMPI_COMM_WORLD_RANK": str(number),
+        "OMPI_COMM_WORLD_LOCAL_RANK": str(number),
+    }
+
+
+# In the range of which JAX takes one under SLURM; no two jobs of a test have the same.
+PORTS = itertools.count(61440 + os.getpid() % 4000)
+
+
+def free_port() -> int:
+    for port in PORTS:
+        with socket.socket() as probe:
+            if probe.connect_ex(("localhost", port)):
+                return port
+
+
+class Job:
+    """The processes of one command; on leaving, those that still run are killed."""
+
+    def __init__(self, arguments, of=2, environment=slurm, program=MAIN, flags=lambda number: []):
+        clean = {k: v for k, v in os.environ.items() if not k.startswith(SET_HERE)}
+        xla = os.environ["XLA_FLAGS"].replace("device_count=8", f"device_count={LOCAL_DEVICES}")
+        self.port = free_port()
+        self.processes = [
+            subprocess.Popen(
+                [sys.executable, *program, *map(str, arguments), *flags(i)],
+                cwd=ROOT,
+                env=clean | {"XLA_FLAGS": xla} | environment(self.port, i, of),
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            for i in range(of)
+        ]
+
+    def __enter__(self) -> "Job":
+        return self
+
+    def __exit__(self, *error) -> None:
+        for process in self.processes:
+            process.kill()
+            process.communicate()
+
+    def ended(self, *statuses: int) -> list[tuple[str, str]]:
+        """What each has said, once all have ended as they should."""
+        deadline = time.monotonic() + SECONDS
+        said = [p.communicate(timeout=deadline - time.monotonic()) for p in self.processes]
+        assert [p.returncode for p in self.processes] == list(statuses), said
+        return said
+
+    def wait_for(self, path: Path) -> None:
+        deadline = time.monotonic() + SECONDS
+        while not path.exists():
+            running = [process.poll() is None for process in self.processes]
+            assert all(running) and time.monotonic() < deadline, [
+                process.communicate() for process in self.processes if process.poll() is not None
+            ]
+            time.sleep(0.01)
+
+
+def changes(folder, **more):
+    return {"data.dir": str(folder / "data")} | MESH | STEPS | more
+
+
+def command(folder, workdir, **more):
+    fields = tiny.CHANGES | changes(folder, **more)
+    flags = [f"--config.{name}={value}" for name, value in fields.items()]
+    return ["train", "--config=configs/tiny.py", *flags, f"--workdir={folder / workdir}"]
+
+
+def in_one_process(folder, workdir, devices=4, **more):
+    """The run on devices of this process, goes on from where it is."""
+    with pytest.MonkeyPatch.context() as patch:
+        some = functools.partial(mesh_lib.make_mesh, devices=jax.devices()[:devices])
+        patch.setattr(mesh_lib, "make_mesh", some)
+        return train(tiny.config(**changes(folder, **more)), folder / workdir, lambda line: None)
+
+
+def state_of(folder, step, devices=4, **more):
+    c = tiny.config(**changes(folder, **more))
+    mesh = mesh_lib.make_mesh(c, jax.devices()[:devices])
+    with Checkpoints(folder, keep=2) as checkpoints:
+        return checkpoints.restore(step, state_lib.abstract_state(c, mesh))
+
+
+def assert_same_bits(a, b):
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(a), jax.device_get(b))
+
+
+def assert_same_story(actual, expected):
+    assert [row["step"] for row in actual] == [row["step"] for row in expected]
+    for a, b in zip(actual, expected, strict=True):
+        assert a.keys() == b.keys()
+        for name in a.keys() - {"seconds", "tokens_per_s"}:
+            np.testing.assert_allclose(a[name], b[name], rtol=CLOSE, atol=CLOSE, err_msg=name)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("processes")
+    with pytest.MonkeyPatch.context() as patch:
+        # The started processes compile the same things: most of their time.
+        patch.setenv("JAX_COMPILATION_CACHE_DIR", str(folder / "cache"))
+        patch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+        yield folder
+
+
+@pytest.fixture(scope="module")
+def by_two(folder):
+    """What was said by a run of two processes, which also prepared its data; and its folder."""
+    with Job([*command(folder, "two"), "--profile=5:7"]) as job:
+        return job.ended(0, 0), folder / "two"
+
+
+@pytest.fixture(scope="module")
+def by_one(folder, by_two):
+    in_one_process(folder, "one")
+    return folder / "one"
+
+
+def test_two_processes_tell_the_story_of_one(by_two, by_one):
+    _, two = by_two
+    rows, expected = read_metrics(two), read_metrics(by_one)
+    assert_same_story(rows, expected)
+    assert [row["step"] for row in rows if "loss" in row] == [*range(1, 9)]
+    totals = [row["eval_tokens"] for row in rows if "eval_loss" in row]
+    assert len(totals) == 2 and totals == [r["eval_tokens"] for r in expected if "eval_loss" in r]
+
+
+def test_one_process_writes_and_reports(by_two, by_one):
+    said, two = by_two
+    assert "mesh data 1 x fsdp 2 x expert 2" in said[0][0] and "step 8: held-out" in said[0][0]
+    assert not [line for line in said[1][0].splitlines() if line and not GLOO.search(line)]
+    names, expected = ({entry.name for entry in run.iterdir()} for run in (two, by_one))
+    assert names == expected | {"profile"}
+    assert len(list((two / "profile").rglob("*.xplane.pb"))) == 1
+    assert len(list((two / "tensorboard").iterdir())) == 1
+    assert read_config(two) == read_config(by_one)
+
+
+def test_a_checkpoint_of_two_processes_is_verified_and_restored_by_one(by_two, by_one):
+    _, two = by_two
+    folder = two / "checkpoints" / "8"
+    items = {path.parts[len(folder.parts)] for path in folder.rglob("*")}
+    files = [p for i in items & {"params", "rest", "meta"} for p in (folder / i).rglob("*")]
+    sums = json.loads((folder / "checksums.json").read_text())
+    assert sums.keys() == {f.relative_to(folder).as_posix() for f in files if f.is_file()}
+    for process in (0, 1):
+        assert any(f"ocdbt.process_{process}" in name for name in sums)
+    on_four, on_one = state_of(two, 8), state_of(two, 8, 1, **dict.fromkeys(MESH, 1))
+    assert_same_bits(on_four, on_one)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5),
+        jax.device_get(on_four),
+        jax.device_get(state_of(by_one, 8)),
+    )
+
+
+def test_a_signal_to_one_process_stops_all_at_one_step_and_one_process_goes_on(folder, by_one):
+    workdir = folder / "stopped"
+    with Job(command(folder, "stopped"), environment=jobset) as job:
+        job.wait_for(workdir / "config.json")
+        job.processes[1].send_signal(signal.SIGTERM)
+        said = job.ended(143, 143)
+    saved = int(re.search(r"SIGTERM: stopped and saved at step (\d+)", said[0][0])[1])
+    assert "stopped" not in said[1][0]
+    assert 1 <= saved < 8
+    with Checkpoints(workdir, keep=2) as checkpoints:
+        assert checkpoints.steps() == [saved]
+    in_one_process(folder, "stopped")
+    rows = [row for row in read_metrics(workdir) if "loss" in row]
+    assert_same_story(rows, [row for row in read_metrics(by_one) if "loss" in row])
+
+
+def test_evaluation_by_two_processes_has_the_totals_of_one(by_two, folder):
+    _, two = by_two
+    file = folder / "result.json"
+
+    def flags(number):
+        return [f"--coordinator=localhost:{port}", "--num_processes=2", f"--process_id={number}"]
+
+    port = free_port()
+    arguments = ["evaluate", f"--workdir={two}", f"--json={file}"]
+    with Job(arguments, environment=lambda *_: {}, flags=flags) as job:
+        said = job.ended(0, 0)
+    result = json.loads(file.read_text())
+    assert json.loads(said[0][0][said[0][0].index("{") :]) == result
+    assert "{" not in said[1][0]
+    with pytest.MonkeyPatch.context() as patch:
+        four = functools.partial(mesh_lib.make_mesh, devices=jax.devices()[:4])
+        patch.setattr(mesh_lib, "make_mesh", four)
+        expected = evaluate_lib.evaluate_run(read_config(two), two)
+    assert result.keys() == expected.keys()
+    assert result["eval_tokens"] == expected["eval_tokens"]
+    for name in result:
+        np.testing.assert_allclose(result[name], expected[name], rtol=CLOSE, err_msg=name)
+
+
+def test_what_the_first_process_refuses_ends_all(by_two, folder):
+    with Job(command(folder, "two", **{"moe.tau": 0.5})) as job:
+        began = time.monotonic()
+        said = job.ended(1, 1)
+    assert time.monotonic() - began < 60
+    for number, start in enumerate(["error: workdir", "error: process 0: workdir"]):
+        assert said[number][1].startswith(start), said
+        assert "config.moe.tau: 0.75 there, 0.5 now" in said[number][1]
+
+
+AGREE = """
+import time
+import jax
+from moepp_jax import distributed, processes
+from moepp_jax.config import ConfigError
+
+distributed.initialize()
+processes._PATIENCE = 0.1
+print("first:", processes.on_first(lambda: time.sleep(1) or "done"))
+print("each:", processes.agree(jax.process_index))
+
+def refuse():
+    if jax.process_index() == 1:
+        raise ConfigError("not here")
+
+for work in (lambda: processes.agree(refuse), lambda: processes.require_alike(str(refuse))):
+    try:
+        work()
+    except ConfigError as error:
+        print("error:", error)
+"""
+
+
+def test_processes_wait_for_slow_work_and_learn_of_each_others_errors():
+    with Job([], program=["-c", AGREE]) as job:
+        said = [[s for s in out.splitlines() if not GLOO.search(s)] for out, _ in job.ended(0, 0)]
+    unlike = "error: process 1 was started with another configuration or --workdir than process 0"
+    assert said[0][:3] == ["first: done", "each: 0", "error: process 1: not here"]
+    assert said[1][:3] == ["first: None", "each: 1", "error: not here"]
+    assert said[0][3].startswith(unlike) and said[0][3] == said[1][3]
+
+
+# Four processes, and what kills them: minutes.
+
+CUBE = {"mesh.data": 2, "mesh.fsdp": 2, "mesh.expert": 2, "train.steps": 24, "train.eval_every": 24}
+
+# Bytes of a restored state as every process of several has it.
+RESTORE = """
+import hashlib, sys
+import jax
+from jax.experimental import multihost_utils
+from moepp_jax import distributed, mesh, state, workdir
+from moepp_jax.checkpoint import Checkpoints
+
+distributed.initialize()
+folder, step = sys.argv[1], int(sys.argv[2])
+config = workdir.read_config(folder).replace("mesh", data=1)
+mesh = mesh.make_mesh(config)
+with Checkpoints(folder, keep=2) as checkpoints:
+    restored = checkpoints.restore(step, state.abstract_state(config, mesh))
+whole = multihost_utils.process_allgather(restored, tiled=True)
+print("digest", hashlib.sha256(b"".join(a.tobytes() for a in jax.tree.leaves(whole))).hexdigest())
+"""
+
+
+@pytest.fixture(scope="module")
+def by_four(folder, by_two):
+    with Job(command(folder, "four", **CUBE), of=4) as job:
+        job.ended(0, 0, 0, 0)
+    return folder / "four"
+
+
+def digest(state) -> str:
+    leaves = jax.tree.leaves(jax.device_get(state))
+    return hashlib.sha256(b"".join(leaf.tobytes() for leaf in leaves)).hexdigest()
+
+
+@pytest.mark.slow
+def test_a_checkpoint_of_four_processes_is_restored_by_two_and_by_one(by_four):
+    with Job([by_four, 24], program=["-c", RESTORE]) as job:
+        said = job.ended(0, 0)
+    expected = digest(state_of(by_four, 24, 1, **CUBE | dict.fromkeys(MESH, 1)))
+    for out, _ in said:
+        assert re.search(r"^digest (\w+)$", out, re.MULTILINE)[1] == expected
+
+
+@pytest.mark.slow
+def test_four_processes_tell_the_story_of_one(by_four, folder):
+    in_one_process(folder, "eight", devices=8, **CUBE)
+    assert_same_story(read_metrics(by_four), read_metrics(folder / "eight"))
+
+
+def assert_all_end(job: Job, victim: int) -> None:
+    """The others end with an error in the time that the package states, and some to spare."""
+    others = [p for number, p in enumerate(job.processes) if number != victim]
+    deadline = time.monotonic() + distributed.HEARTBEAT_TIMEOUT + 15
+    said = [p.communicate(timeout=deadline - time.monotonic())[1] for p in others]
+    for process, err in zip(others, said, strict=True):
+        assert process.returncode in (1, -signal.SIGABRT)
+        reason = "^error: another process of this run is gone" if process.returncode == 1 else GONE
+        assert re.search(reason, err, re.MULTILINE), err
+
+
+GONE = "another task died"  # what JAX says
+
+
+@pytest.mark.slow
+def test_a_killed_process_ends_the_others_and_the_restart_ends_with_the_same_bits(by_four, folder):
+    with Job(command(folder, "killed", **CUBE), of=4) as job:
+        job.wait_for(folder / "killed" / "checkpoints" / "4")
+        job.processes[2].kill()
+        assert_all_end(job, victim=2)
+    with Job(command(folder, "killed", **CUBE), of=4) as job:
+        said = job.ended(0, 0, 0, 0)
+    began = int(re.search(r"step (\d+) of 24", said[0][0])[1])
+    assert 4 <= began < 24
+    assert_same_bits(state_of(folder / "killed", 24, 8, **CUBE), state_of(by_four, 24, 8, **CUBE))
+    assert_same_story(read_metrics(folder / "killed"), read_metrics(by_four))
+
+
+@pytest.mark.slow
+def test_an_interrupt_of_one_process_stops_all(folder):
+    with Job(
+        command(folder, "interrupted", **{"train.steps": 10_000}), environment=open_mpi
+    ) as job:
+        job.wait_for(folder / "interrupted" / "checkpoints" / "4")
+        job.processes[0].send_signal(signal.SIGINT)
+        said = job.ended(130, 143)
+    assert re.search(r"SIGINT: stopped and saved at step \d+;", said[0][0])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim, number", [(0, signal.SIGKILL), (1, signal.SIGSTOP)])
+def test_without_the_first_process_or_a_sign_of_life_jax_ends_the_others(folder, victim, number):
+    workdir = f"gone{victim}"
+    with Job(command(folder, workdir, **{"train.steps": 10_000})) as job:
+        job.wait_for(folder / workdir / "checkpoints" / "4")
+        job.processes[victim].send_signal(number)
+        assert_all_end(job, victim)

@@ -1,0 +1,126 @@
+"""A run's folder in an object store, here one in memory: the same files, and no half ones."""
+
+import hashlib
+import json
+
+import fsspec
+import pytest
+from fsspec.implementations.memory import MemoryFileSystem
+
+from moepp_jax import checksums, storage
+from moepp_jax.config import ConfigError
+from moepp_jax.data import Tokenizer
+from moepp_jax.metrics import MetricsWriter, read_metrics
+from moepp_jax.storage import Staging, open_path, write_atomic
+from moepp_jax.workdir import keep_tokenizer, open_workdir, read_config, tokenizer_file
+from tests import tiny
+
+
+class InMemory(MemoryFileSystem):
+    """Stands for S3: as there, nothing can be appended to."""
+
+    protocol = "s3"
+    store = {}  # noqa: RUF012 (as in its base class)
+    pseudo_dirs = [""]  # noqa: RUF012
+
+    @classmethod
+    def _strip_protocol(cls, path):
+        return super()._strip_protocol(path.removeprefix("s3://"))
+
+    def _open(self, path, mode="rb", **options):
+        assert "a" not in mode and "+" not in mode
+        return super()._open(path, mode, **options)
+
+
+@pytest.fixture
+def bucket():
+    fsspec.register_implementation("s3", InMemory, clobber=True)
+    InMemory.store.clear()
+    return "s3://bucket/runs/a"
+
+
+def objects():
+    return {
+        name.removeprefix("/bucket/runs/a/"): f.getvalue() for name, f in InMemory.store.items()
+    }
+
+
+def test_a_run_in_a_bucket_is_made_once_and_refused_to_others(bucket):
+    folder = open_workdir(bucket, tiny.config())
+    assert str(folder) == bucket and objects().keys() == {"config.json"}
+    assert read_config(bucket) == tiny.config() == read_config(open_workdir(bucket, tiny.config()))
+    with pytest.raises(ConfigError, match=r"s3://bucket/runs/a holds a run of another"):
+        open_workdir(bucket, tiny.config(**{"moe.tau": 0.5}))
+    with pytest.raises(ConfigError, match=r"s3://bucket/runs/b is no folder"):
+        read_config("s3://bucket/runs/b")
+
+
+def test_a_bucket_keeps_the_tokenizer(bucket):
+    folder = open_workdir(bucket, tiny.config())
+    kept = Tokenizer.train(["one text about cats and dogs", "and one about the sea"], 300)
+    keep_tokenizer(folder, kept)
+    keep_tokenizer(folder, kept)
+    assert Tokenizer.load(tokenizer_file(bucket)).fingerprint == kept.fingerprint
+    assert objects()["tokenizer.model"] == kept.model
+
+
+def test_metrics_are_in_the_bucket_when_they_must_be_and_go_on_there(bucket, monkeypatch):
+    with MetricsWriter(bucket) as metrics:
+        metrics.write(1, loss=1.0, seconds=5.0)
+        assert [row["step"] for row in read_metrics(bucket)] == [1]
+        metrics.write(2, loss=2.0)  # not worth a copy of the file yet
+        assert [row["step"] for row in read_metrics(bucket)] == [1]
+        metrics.flush()
+        assert [row["step"] for row in read_metrics(bucket)] == [1, 2]
+        metrics.write(3, loss=3.0)
+        local = metrics._staging.folder
+    assert [row["step"] for row in read_metrics(bucket)] == [1, 2, 3]
+    assert not local.exists()
+    with MetricsWriter(bucket, resume_step=2) as metrics:
+        assert metrics.seconds_so_far == 5.0
+        monkeypatch.setattr(storage, "_COPY_EVERY", 0.0)
+        metrics.write(9, loss=4.0)
+        assert [row["step"] for row in read_metrics(bucket)] == [1, 2, 9]
+    events = [name for name in objects() if name.startswith("tensorboard/")]
+    assert events and all(b"loss" in objects()[name] for name in events)
+
+
+def test_checksums_are_taken_and_checked_in_a_bucket(bucket):
+    folder = open_path(bucket) / "checkpoints" / "3"
+    content = {"params/d/a": b"1", "params/b": b"2", "rest/c": b"3"}
+    for name, data in content.items():
+        write_atomic(folder / name, data)
+    checksums.write(folder, ["params", "rest", "meta"])
+    expected = {name: hashlib.sha256(data).hexdigest() for name, data in content.items()}
+    assert json.loads((folder / "checksums.json").read_text()) == expected
+    assert checksums.damage(folder, ["params", "rest"]) is None
+    write_atomic(folder / "rest/c", b"4")
+    assert checksums.damage(folder, ["params"]) is None
+    assert checksums.damage(folder, ["rest"]) == "rest/c is not as it was saved"
+
+
+def test_a_local_folder_is_written_in_place(tmp_path):
+    staging = Staging(tmp_path)
+    assert staging.folder == tmp_path == open_path(str(tmp_path))
+    (staging.fetch("a")).write_text("x")
+    staging.close()
+    assert [entry.name for entry in tmp_path.iterdir()] == ["a"]
+
+
+def test_no_listing_of_a_bucket_is_remembered(bucket):
+    fsspec.config.conf.pop("s3", None)
+    InMemory.clear_instance_cache()
+    open_path(bucket)
+    assert fsspec.filesystem("s3").dircache.use_listings_cache is False
+
+
+def test_storage_that_cannot_be_used_says_what_would_help(monkeypatch):
+    with pytest.raises(ConfigError, match=r"ftp://x/y: ftp:// is no known storage; there are gs"):
+        open_path("ftp://x/y")
+
+    def missing(*_, **__):
+        raise ImportError("Please install gcsfs")
+
+    monkeypatch.setattr(fsspec, "filesystem", missing)
+    with pytest.raises(ConfigError, match=r"gs://x/y: gs:// needs a package .* pip install gcsfs"):
+        open_path("gs://x/y")
