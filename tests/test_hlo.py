@@ -240,15 +240,18 @@ PRODUCTS = """HloModule products
   ROOT %put = f32[10,64]{1,0} dynamic-update-slice(%old, %new, %where, %where)
 }
 
-ENTRY %main (x: bf16[4,5], y: bf16[5,6], l: f32[3,7,8], r: f32[3,8,9], s: f32[10,64], k: s32[]) -> f32[] {
+ENTRY %main (x: bf16[4,5], y: bf16[5,6], l: f32[3,7,8], r: f32[3,8,9], s: f32[10,64], k: s32[], m: f32[2,9,8,1], n: f32[3,2,7,8]) -> f32[] {
   %x = bf16[4,5]{1,0} parameter(0)
   %y = bf16[5,6]{1,0} parameter(1)
   %l = f32[3,7,8]{2,1,0} parameter(2)
   %r = f32[3,8,9]{2,1,0} parameter(3)
   %s = f32[10,64]{1,0} parameter(4)
   %k = s32[] parameter(5)
+  %m = f32[2,9,8,1]{3,2,1,0:S(1)} parameter(6)
+  %n = f32[3,2,7,8]{3,2,1,0:S(1)} parameter(7)
   %plain = bf16[4,6]{1,0} dot(%x, %y), lhs_contracting_dims={1}, rhs_contracting_dims={0}
   %batched = f32[3,7,9]{2,1,0:S(1)} convolution(%l, %r), window={size=3 stride=2 lhs_dilate=3}, dim_labels=0bf_0io->0bf
+  %two = f32[2,9,3,7]{3,2,1,0:S(1)} convolution(%m, %n), window={size=3x2 pad=2_2x0_0 lhs_dilate=1x2 rhs_reversal=1x0}, dim_labels=1bf0_01oi->1b0f
   %f.1 = f32[1,64]{1,0:S(1)} fusion(%s, %k), kind=kLoop, calls=%slicing
   %f.2 = f32[10,64]{1,0} fusion(%s, %f.1, %k), kind=kLoop, calls=%updating
   ROOT %done = f32[] constant(0)
@@ -259,7 +262,9 @@ ENTRY %main (x: bf16[4,5], y: bf16[5,6], l: f32[3,7,8], r: f32[3,8,9], s: f32[10
 def test_products_and_memory_by_hand():
     module = hlo.parse(PRODUCTS)
     # A batch written as a window: of its 3 x 3 (output, window) places 3 are real.
-    assert hlo.product_flops(module) == 2 * 4 * 5 * 6 + 3 * 2 * 7 * 8 * 9
+    # Two such dimensions, the result's in another order: 2 x 1 of 2 matrices against 3.
+    two = 2 * 3 * 2 * 7 * 8 * 9
+    assert hlo.product_flops(module) == 2 * 4 * 5 * 6 + 3 * 2 * 7 * 8 * 9 + two
     main = module.computations["main"].by_name
     assert hlo.flops_of(module, "main", main["plain"]) == 2 * 4 * 5 * 6
     assert hlo.flops_of(module, "main", main["f.1"]) == 0

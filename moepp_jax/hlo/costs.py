@@ -66,7 +66,7 @@ def _product(computation: Computation, instruction: Instruction) -> int:
     pairs = 1
     for label in spatial:
         pairs *= _window_pairs(
-            _window(instruction, spatial.index(label)),
+            _window(instruction, int(label)),
             left.dims[lhs.index(label)],
             right.dims[rhs.index(label)],
             out.dims[result.index(label)],
