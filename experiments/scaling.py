@@ -11,8 +11,9 @@ Refuted    if the interconnect's bound becomes the largest.
 The batch is the paper's 2,048 sequences, and from 4,096 chips on one a chip. No chip is needed or
 run: rows say how fast the step could be at most, not how fast it is. A row is "compiled", or
 "extrapolated" from the last compiled one: arithmetic and memory traffic by the tokens of a chip,
-the interconnect by the least traffic of the scheme (`moepp_jax.traffic`) over this mesh and torus,
-times the ratio that was found there; memory by its state, and temporaries by the tokens at once.
+the interconnect by the scheme's least traffic (`moepp_jax.compile.traffic`) over this mesh and
+torus, times the ratio that was found there; memory by its state, and temporaries by the tokens at
+once.
 
 Writes docs/scaling/scaling.csv, row by row, and scaling.png. Compiled rows that are there are kept:
 remove the file to begin anew.
@@ -31,13 +32,14 @@ from jax.sharding import Mesh
 from matplotlib.figure import Figure
 from rich.console import Console
 
-from moepp_jax import cli, compile, findings, traffic
+from moepp_jax import cli, compile
 from moepp_jax import mesh as mesh_lib
 from moepp_jax.chips import GIB
+from moepp_jax.compile import findings, traffic
+from moepp_jax.compile.roofline import Interconnect
+from moepp_jax.compile.topology import Topology, devices
 from moepp_jax.config import Config
-from moepp_jax.roofline import Interconnect
 from moepp_jax.storage import write_atomic
-from moepp_jax.topology import Topology, devices
 
 COLUMNS = (
     "chips",

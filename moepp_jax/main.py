@@ -39,10 +39,10 @@ from moepp_jax import (
     processes,
     profiling,
     storage,
-    topology,
     train,
     workdir,
 )
+from moepp_jax.compile import topology
 from moepp_jax.config import Config, ConfigError
 
 _CONFIG = cli.define_config()

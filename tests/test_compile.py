@@ -13,13 +13,14 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from moepp_jax import compile as compile_lib
-from moepp_jax import compile_tables, compiler, flops, hlo, remedies, state, traffic
+from moepp_jax import compiler, flops, state
 from moepp_jax import mesh as mesh_lib
 from moepp_jax.chips import CHIPS, GB, of_kind
+from moepp_jax.compile import hlo, remedies, tables, traffic
+from moepp_jax.compile import step as compile_lib
+from moepp_jax.compile.roofline import Interconnect
+from moepp_jax.compile.topology import Topology, devices
 from moepp_jax.config import ConfigError
-from moepp_jax.roofline import Interconnect
-from moepp_jax.topology import Topology, devices
 from tests import tiny
 
 SIZES = {"mesh.data": 2, "mesh.fsdp": 2, "mesh.expert": 2}
@@ -93,7 +94,7 @@ def test_least_traffic_by_hand():
 
 def test_the_tables(report):
     console = Console(file=io.StringIO(), width=120)
-    compile_tables.show(report, console)
+    tables.show(report, console)
     out = console.file.getvalue()
     assert "mesh data=2 x fsdp=2 x expert=2" in " ".join(out.split())
     assert "all-to-all" in out and "…" not in out
@@ -219,7 +220,7 @@ def test_nothing_helps():
     c = tiny.config(**{"train.batch_size": 8})
     assert remedies.find(c, 8, 1, lambda changed: 2) is None
     told = {"hbm_bytes": 2, "hbm_limit_bytes": 1, "fits": False, "remedy": None}
-    assert "use more chips" in compile_tables.verdict(told)
+    assert "use more chips" in tables.verdict(told)
 
 
 def test_estimates_fall_where_they_should():

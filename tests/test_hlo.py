@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from moepp_jax import hlo
+from moepp_jax.compile import hlo
 
 MESH = {"data": 2, "fsdp": 2, "expert": 2}
 

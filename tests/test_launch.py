@@ -37,7 +37,7 @@ import json, os, sys
 from absl import flags
 from moepp_jax import distributed, main, mesh, profiling
 from moepp_jax.config import Config
-from moepp_jax.topology import Topology
+from moepp_jax.compile.topology import Topology
 
 def check(arguments, devices):
     sys.argv = ["main", *arguments]  # where the flag of a recipe looks for those of its fields

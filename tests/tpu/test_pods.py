@@ -122,7 +122,7 @@ def test_a_slice_that_does_not_exist(tmp_path):
 
 def test_while_another_process_has_the_compiler(tmp_path):
     holder = (
-        "import sys; from moepp_jax.topology import Topology, devices\n"
+        "import sys; from moepp_jax.compile.topology import Topology, devices\n"
         "devices(Topology.parse('v5e:2x2')); print('held', flush=True); sys.stdin.read()"
     )
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}

@@ -10,10 +10,11 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from moepp_jax import flops, hlo, state, traffic
+from moepp_jax import flops, state
+from moepp_jax.compile import hlo, traffic
+from moepp_jax.compile.roofline import Interconnect
+from moepp_jax.compile.topology import Topology
 from moepp_jax.config import Config
-from moepp_jax.roofline import Interconnect
-from moepp_jax.topology import Topology
 
 
 def described(config: Config, mesh: Mesh, topology: Topology) -> dict[str, Any]:

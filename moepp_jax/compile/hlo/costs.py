@@ -6,8 +6,8 @@ import math
 import re
 from functools import cache
 
-from moepp_jax.hlo.loops import executions
-from moepp_jax.hlo.text import Computation, Instruction, Module
+from moepp_jax.compile.hlo.loops import executions
+from moepp_jax.compile.hlo.text import Computation, Instruction, Module
 
 # They move nothing: names for what others made, or calls whose inside is counted.
 _FREE = {

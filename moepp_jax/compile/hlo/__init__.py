@@ -5,10 +5,10 @@ for c in hlo.collectives(module): print(c.kind, c.times, c.wire_bytes, c.axes(me
 hlo.product_flops(module), hlo.memory_bytes(module), hlo.overlapped(module, "all-to-all")
 """
 
-from moepp_jax.hlo.collectives import Collective, collectives, overlapped
-from moepp_jax.hlo.costs import flops_of, memory_bytes, product_flops
-from moepp_jax.hlo.loops import executions, unknown_loops
-from moepp_jax.hlo.text import Instruction, Module, parse, scopes
+from moepp_jax.compile.hlo.collectives import Collective, collectives, overlapped
+from moepp_jax.compile.hlo.costs import flops_of, memory_bytes, product_flops
+from moepp_jax.compile.hlo.loops import executions, unknown_loops
+from moepp_jax.compile.hlo.text import Instruction, Module, parse, scopes
 
 __all__ = [
     "Collective",

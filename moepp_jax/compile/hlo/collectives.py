@@ -10,8 +10,8 @@ from itertools import pairwise
 
 import numpy as np
 
-from moepp_jax.hlo.loops import executions
-from moepp_jax.hlo.text import Computation, Instruction, Module
+from moepp_jax.compile.hlo.loops import executions
+from moepp_jax.compile.hlo.text import Computation, Instruction, Module
 
 KINDS = (
     "all-gather",

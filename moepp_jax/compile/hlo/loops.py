@@ -7,7 +7,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from functools import cache
 
-from moepp_jax.hlo.text import Computation, Instruction, Module
+from moepp_jax.compile.hlo.text import Computation, Instruction, Module
 
 _SAME = {"copy", "bitcast", "convert", "copy-done", "reshape", "optimization-barrier"}
 _REDUCERS = {"call"}  # of those with to_apply, the one that calls it once

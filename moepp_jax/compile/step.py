@@ -17,10 +17,11 @@ from jax.sharding import Mesh
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from moepp_jax import compile_tables, findings, hlo, remedies, state, storage
 from moepp_jax import mesh as mesh_lib
+from moepp_jax import state, storage
+from moepp_jax.compile import findings, hlo, remedies, tables
+from moepp_jax.compile.topology import Topology, devices
 from moepp_jax.config import Config, ConfigError
-from moepp_jax.topology import Topology, devices
 
 _TYPES = {name: jnp.int32 for name in ("tokens", "targets", "segments", "positions")}
 _TYPES |= {"loss_mask": jnp.float32}
@@ -63,7 +64,7 @@ def run(config: Config, topology_text: str, json_file: str | None = None) -> boo
                 report["hbm_limit_bytes"],
                 lambda c: examine(c, there, topology, spinner.say)["hbm_bytes"],
             )
-    compile_tables.show(report, console)
+    tables.show(report, console)
     if file:
         storage.write_atomic(file, json.dumps(report, indent=2) + "\n")
     return report["fits"]

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from moepp_jax.chips import Chip
-from moepp_jax.hlo import Collective
+from moepp_jax.compile.hlo import Collective
 
 _EXCHANGES = ("all-to-all", "ragged-all-to-all")
 

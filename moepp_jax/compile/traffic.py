@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from moepp_jax import flops
+from moepp_jax.compile.hlo import Collective
 from moepp_jax.config import Config
-from moepp_jax.hlo import Collective
 from moepp_jax.model import pool_of
 from moepp_jax.moe import capacity
 

@@ -1,0 +1,14 @@
+"""The training step compiled for devices that are not there: `step.run` is the command.
+
+step      compiles it, and says whether it fits
+topology  the devices, by name: v5p:4x4x4, cpu:8
+hlo       reads the compiled program: collectives, products, loops, what overlaps
+traffic   the least bytes that the scheme of sharding moves
+roofline  bounds of a step's time from a chip's published peak figures
+findings  all of these as one report, which `tables` prints
+remedies  what to change where it does not fit
+"""
+
+from moepp_jax.compile.step import examine, run
+
+__all__ = ["examine", "run"]
