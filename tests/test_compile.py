@@ -276,8 +276,11 @@ def test_a_line_has_half_the_links_of_a_ring():
 
 def test_between_slices_the_slow_network_counts():
     network = Interconnect(devices_of((2, 2, 1), slices=2), CHIPS["v5p"])
-    reduced = collective("all-reduce", [[0, 4]], GB)  # sends 1 GB, half of it over the network
-    assert network.bound([reduced]) == pytest.approx(0.5 / 6.25)
+    counterparts = collective("all-reduce", [[0, 4]], GB)  # sends 1 GB, all over the network
+    assert network.bound([counterparts]) == pytest.approx(1 / 6.25)
+    # Of what eight devices on two slices send, half crosses.
+    everyone = collective("all-reduce", [list(range(8))], GB)
+    assert network.bound([everyone]) == pytest.approx(2 * 7 / 8 / 2 / 6.25)
 
 
 def test_peak_figures():

@@ -134,6 +134,28 @@ def test_all_collectives_are_found(found):
     assert found["all-to-all"].scope == "jit(f)/while/to_experts/all_to_all"
 
 
+ACROSS_SLICES = """HloModule sums, num_partitions=4
+
+ENTRY %main (a: bf16[8,128]) -> bf16[8,128] {
+  %a = bf16[8,128]{1,0} parameter(0)
+  %token = token[] after-all()
+  %recv = (bf16[8,128]{1,0}, u32[], token[]) recv(%token), channel_id=2, is_host_transfer=true, frontend_attributes={_xla_megascale_target="{1,2}x{0:3}",_xla_megascale_transfer_type="ALL_REDUCE"}
+  %send = (bf16[8,128]{1,0}, u32[], token[]) send(%a, %token), channel_id=3, is_host_transfer=true, frontend_attributes={_xla_megascale_target="{1,2}x{0:3}",_xla_megascale_transfer_type="ALL_REDUCE"}
+  %sent = token[] send-done(%send), channel_id=3, is_host_transfer=true
+  %received = (bf16[8,128]{1,0}, token[]) recv-done(%recv), channel_id=2, is_host_transfer=true
+  ROOT %sum = bf16[8,128]{1,0} get-tuple-element(%received), index=0
+}
+"""  # noqa: E501
+
+
+def test_sums_over_tpu_slices_go_through_the_hosts():
+    [sum_] = hlo.collectives(hlo.parse(ACROSS_SLICES))
+    assert (sum_.kind, sum_.operand_bytes, sum_.wire_bytes) == ("all-reduce", 2048, 2048)
+    assert sum_.groups.tolist() == [[0, 4], [1, 5], [2, 6], [3, 7]]
+    assert sum_.axes({"data": 2, "fsdp": 4, "expert": 1}) == ("data",)
+    assert sum_.asynchronous
+
+
 def test_what_runs_between_start_and_done():
     module = hlo.parse(LOOPS)
     [(computation, start, between)] = hlo.overlapped(module, "all-gather")

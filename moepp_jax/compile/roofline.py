@@ -39,7 +39,8 @@ class Interconnect:
         slices = len(set(self._slices[group]))
         slow = 0.0
         if slices > 1:
-            crossing = collective.wire_bytes * (slices - 1) / slices
+            alone = slices == len(group)  # one device of each slice: nothing stays within
+            crossing = collective.wire_bytes * (1 if alone else (slices - 1) / slices)
             slow = times * crossing / chip.dcn_bandwidth if chip.dcn_bandwidth else float("inf")
         if not chip.torus:
             busy = collective.wire_bytes / (chip.links * chip.link_bandwidth)

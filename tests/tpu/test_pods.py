@@ -101,6 +101,16 @@ def test_dropless_layers_with_their_gradients(tmp_path):
     assert exchange["count"] == 4 * 2
 
 
+def test_two_slices_share_nothing_but_gradients(tmp_path):
+    """Only sums of gradients' parts cross from slice to slice, each once."""
+    sizes = {"mesh__data": 2, "mesh__fsdp": 2, "mesh__expert": 8, "model__num_layers": 2}
+    report = compile_for("2*v5e:4x4", "moepp_0p6b", tmp_path, train__batch_size=64, **sizes)
+    across = [row for row in report["collectives"] if "data" in row["axes"]]
+    assert {(row["kind"], *row["axes"]) for row in across} == {("all-reduce", "data")}
+    sent = sum(row["bytes"] for row in across)
+    assert sent == pytest.approx(report["least_wire_bytes"]["all-reduce"], rel=0.02)
+
+
 def test_what_does_not_fit_and_what_would(tmp_path):
     """2,048 sequences at once on four chips of 16 GiB."""
     sizes = {"mesh__data": -1, "mesh__fsdp": 1, "mesh__expert": 1, "model__num_layers": 2}

@@ -23,6 +23,10 @@ KINDS = (
 )
 
 
+# Between TPU slices a collective is a transfer through the hosts, by the name of what it does.
+_ACROSS_SLICES = re.compile(r'_xla_megascale_transfer_type="(\w+)"')
+
+
 @dataclass(frozen=True, eq=False)
 class Collective:
     """One collective instruction.
@@ -118,6 +122,10 @@ def _wraps(module: Module, start: Instruction, kind: str) -> bool:
 def _of(computation: Computation) -> Iterator[tuple[Instruction, str]]:
     for instruction in computation.instructions:
         kind = instruction.opcode.removesuffix("-start")
+        if instruction.opcode == "send" and (
+            across := _ACROSS_SLICES.search(instruction.attributes)
+        ):
+            kind = across[1].lower().replace("_", "-")
         if kind in KINDS:
             yield instruction, kind
 
@@ -130,7 +138,9 @@ def _collective(
     times: Mapping[str, int],
     wrapped: bool,
 ) -> Collective:
-    operands = instruction.operands[:1] if kind == "ragged-all-to-all" else instruction.operands
+    sends = instruction.opcode == "send"  # of an array and a token
+    first = sends or kind == "ragged-all-to-all"
+    operands = instruction.operands[:1] if first else instruction.operands
     shapes = [s for name in operands for s in computation.by_name[name].shapes]
     return Collective(
         kind=kind,
@@ -140,7 +150,7 @@ def _collective(
         types=tuple(sorted({s.type for s in shapes})),
         groups=_groups(instruction, module.num_devices),
         times=times[computation.name],
-        asynchronous=wrapped or instruction.opcode.endswith("-start"),
+        asynchronous=wrapped or sends or instruction.opcode.endswith("-start"),
         scope=instruction.scope,
     )
 
@@ -148,6 +158,10 @@ def _collective(
 def _groups(instruction: Instruction, num_devices: int) -> np.ndarray:
     """The device groups, written out, as an iota, or as axes of a mesh of the compiler's own."""
     text = instruction.attributes
+    if target := re.search(r'_xla_megascale_target="\{([\d,]+)\}x\{0:(\d+)\}"', text):
+        # A device and its counterparts in the other slices, which follow each other in the mesh.
+        slices, devices = len(_numbers(target[1])), int(target[2]) + 1
+        return np.arange(slices * devices).reshape(slices, devices).T
     if pairs := re.search(r"source_target_pairs=\{([\d{},\s]*)\}", text):
         return _listed(pairs[1])
     if mesh := re.search(
