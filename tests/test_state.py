@@ -81,6 +81,13 @@ def test_what_backward_computes_again_changes_nothing_but_memory_and_traffic(rem
     assert kinds.count("all-to-all") == (6 if remat == "full" else 4)
 
 
+def test_rows_past_the_buffer_of_the_exchange_are_counted():
+    """Where a device has room for a tenth of what it is sent, the drop rate of the step says so."""
+    _, metrics = stepped((1, 1, 8), "dropless", **{"moe.exchange_buffer": 0.1})
+    assert 0.3 < metrics["drop_rate"] < 1 and np.isfinite(metrics["loss"])
+    assert stepped((1, 1, 8), "dropless")[1]["drop_rate"] == 0
+
+
 def test_parts_add_up_to_the_batch():
     whole = {"moe.balance_weight": 0.0, "moe.z_weight": 0.0}
     for axes in [(1, 1, 1), (2, 1, 1)]:
