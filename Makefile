@@ -3,12 +3,13 @@ SHELL := /bin/bash
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 PY := .venv/bin/python
 
-.PHONY: help train test test-slow test-tpu-compile scaling check format benchmark lock clean
+.PHONY: help train test test-slow test-torch test-tpu-compile scaling check format benchmark lock clean
 
 help:
 	@echo "make train      train a tiny MoE++ model and its vanilla twin on real text, and compare them"
 	@echo "make test       the quick tests"
 	@echo "make test-slow  the tests that take minutes"
+	@echo "make test-torch  the tests of reading PyTorch files: installs PyTorch"
 	@echo "make test-tpu-compile  compile for TPU pods, which need not be there: ten minutes"
 	@echo "make scaling    the table of docs/scaling anew: rows that are there are kept"
 	@echo "make check      lint and format checks"
@@ -43,6 +44,10 @@ test: .venv/dev
 
 test-slow: .venv/dev
 	$(PY) -m pytest -m slow
+
+test-torch: .venv/dev
+	$(PY) -m pip install --quiet --disable-pip-version-check torch==2.13.0
+	$(PY) -m pytest -m torch
 
 test-tpu-compile: .venv/tpu
 	PYTHONPATH=.venv/tpu $(PY) -m pytest -m tpu_compile tests/tpu

@@ -21,6 +21,7 @@ def get_config() -> ConfigDict:
     m.dense_ffn_size = 2048  # width of those dense layers
     m.tied_embeddings = False  # the output matrix is the embedding matrix
     m.rope_theta = 10_000.0
+    m.rope_scaling = 1.0  # positions are divided by it (linear scaling, for longer sequences)
     m.norm_eps = 1e-6
     m.init_std = 0.01  # of every matrix (the released value); constants are N(0, 1), norms 1
     m.dtype = "bfloat16"  # of the arithmetic; parameters and router are float32

@@ -38,15 +38,22 @@ class Checkpoints:
     Args:
       workdir: the run's folder, on a disk or in a store that all processes see.
       keep: how many of the newest steps are kept, beside the one of the lowest eval_loss.
+      handlers: orbax's registry of handlers, for `save_params`; by default its own.
     """
 
-    def __init__(self, workdir: str | os.PathLike, keep: int):
+    def __init__(
+        self,
+        workdir: str | os.PathLike,
+        keep: int,
+        handlers: Any = None,
+    ):
         folder = open_path(workdir)
         self._folder = (folder.absolute() if is_local(folder) else folder) / "checkpoints"
         self._saving: int | None = None
         self._policy = _NewestAndBest(keep)
         self._manager = _Manager(
             self._folder,
+            handler_registry=handlers,
             options=ocp.CheckpointManagerOptions(
                 create=False,
                 save_root_metadata=False,
@@ -79,6 +86,18 @@ class Checkpoints:
                 **{name: ocp.args.StandardSave(tree) for name, tree in items.items()},
             ),
             force=True,  # orbax would silently skip a step before a damaged one
+        )
+
+    def save_params(self, step: int, params: Any) -> None:
+        """Starts to save a step of parameters alone, of leaves that `handlers` can write."""
+        shapes = _shapes({"params": params})
+        self._saving = step
+        self._manager.save(
+            step,
+            args=ocp.args.Composite(
+                meta=ocp.args.JsonSave({"metrics": {}, "shapes": shapes}),
+                params=ocp.args.PyTreeSave(params),
+            ),
         )
 
     def steps(self) -> list[int]:
@@ -132,6 +151,16 @@ class Checkpoints:
         items = self._read(step, {"params": to_state_dict(abstract_params)})
         return from_state_dict(abstract_params, items["params"])
 
+    def has_only_params(self, step: int) -> bool:
+        """Whether a step is of a model that was converted, which has no optimizer state yet."""
+        shapes = _meta(self._folder / str(step))["shapes"]
+        return not any(name.startswith("rest/") for name in shapes)
+
+    def params_folder(self, step: int | None, abstract_params: Any) -> AnyPath:
+        """Where a step's parameters lie, if they are intact. Raises as `restore` does."""
+        self._verify(step, {"params": to_state_dict(abstract_params)})
+        return self._folder / str(step) / "params"
+
     def wait(self) -> None:
         """Until nothing is being saved; raises what went wrong."""
         try:
@@ -152,6 +181,14 @@ class Checkpoints:
             self.close()
 
     def _read(self, step: int | None, items: dict[str, Any]) -> dict[str, Any]:
+        self._verify(step, items)
+        targets = {name: ocp.args.StandardRestore(tree) for name, tree in items.items()}
+        try:
+            return dict(self._manager.restore(step, args=ocp.args.Composite(**targets)).items())
+        except Exception as error:  # orbax raises bare ones
+            raise self._error(step, f"cannot be read: {error}") from error
+
+    def _verify(self, step: int | None, items: dict[str, Any]) -> None:
         self.wait()
         if not self.steps():
             raise CheckpointError(f"there is no checkpoint in {self._folder}: training writes them")
@@ -160,11 +197,6 @@ class Checkpoints:
         self._require_intact(step, ["meta"])
         self._require_shapes(step, items)
         self._require_intact(step, items)
-        targets = {name: ocp.args.StandardRestore(tree) for name, tree in items.items()}
-        try:
-            return dict(self._manager.restore(step, args=ocp.args.Composite(**targets)).items())
-        except Exception as error:  # orbax raises bare ones
-            raise self._error(step, f"cannot be read: {error}") from error
 
     def _require_intact(self, step: int, items: Iterable[str]) -> None:
         damage = self._damage(step, items)

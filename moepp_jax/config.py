@@ -33,6 +33,7 @@ class ModelConfig:
     dense_ffn_size: int
     tied_embeddings: bool
     rope_theta: float
+    rope_scaling: float
     norm_eps: float
     init_std: float
     dtype: str
@@ -260,6 +261,7 @@ _AT_LEAST = {
 # name: (lower bound, upper bound), the lower one excluded.
 _WITHIN = {
     "model.rope_theta": (0, math.inf),
+    "model.rope_scaling": (0, math.inf),
     "model.norm_eps": (0, 1),
     "model.init_std": (0, math.inf),
     "moe.tau": (0, 1),

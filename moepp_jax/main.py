@@ -1,4 +1,4 @@
-"""The command line: flags -> configuration -> train, evaluate, generate or prepare.
+"""The command line: flags -> configuration -> train, evaluate, generate, prepare or convert.
 
     python -m moepp_jax.main train    --config=configs/tiny.py --workdir=runs/x
     python -m moepp_jax.main evaluate --workdir=runs/x
@@ -6,8 +6,12 @@
     python -m moepp_jax.main prepare  --config=configs/tiny.py
     python -m moepp_jax.main compile  --config=configs/moepp_7b.py --topology=v5p:4x4x4
 
+    python -m moepp_jax.main convert from-hf path/of/released runs/x
+    python -m moepp_jax.main convert to-hf runs/x path/of/export
+
 Every field of the configuration is a flag: --config.moe.tau=0.5. evaluate and generate take the
-work directory's configuration; with --config they check that it is the same.
+work directory's configuration; with --config they check that it is the same. So does train where
+there is one already. With --config, convert from-hf takes all but the model from it.
 
 train and evaluate run on many hosts: start the same command on each. Under SLURM, Open MPI, on
 Cloud TPU and with JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID set the processes
@@ -35,6 +39,7 @@ from moepp_jax import (
     data,
     distributed,
     evaluate,
+    interop,
     mesh,
     processes,
     profiling,
@@ -61,6 +66,9 @@ _PROCESSES = {
 }
 _PROMPT = flags.DEFINE_multi_string("prompt", [], "text to continue; may be given several times")
 _JSON = flags.DEFINE_string("json", None, "evaluate, compile: write the result to this file")
+_DTYPE = flags.DEFINE_string(
+    "dtype", None, "convert: from-hf, of the arithmetic; to-hf, of the tensors; by default as came"
+)
 _TOPOLOGY = flags.DEFINE_string("topology", None, f"compile: devices, {topology.EXAMPLES}")
 _SETTINGS = {
     "max_new_tokens": flags.DEFINE_integer("max_new_tokens", None, "generate: tokens at most"),
@@ -76,7 +84,7 @@ def _prepare() -> None:
 
 
 def _train() -> None:
-    config, folder = _given_config(), _given_workdir()
+    config, folder = _config_to_train(), _given_workdir()
     steps = profiling.parse(_PROFILE.value) if _PROFILE.value else None
     _start_devices(config)
     train.train(config, folder, profile=steps)
@@ -118,6 +126,20 @@ def _compile() -> None:
         sys.exit(2)
 
 
+def _convert(arguments: Sequence[str]) -> None:
+    if len(arguments) != 3 or arguments[0] not in ("from-hf", "to-hf"):
+        raise ConfigError(
+            "write convert from-hf PATH WORKDIR, or convert to-hf WORKDIR PATH, not convert "
+            + " ".join(arguments)
+        )
+    way, source, target = arguments
+    if way == "from-hf":
+        config = None if _CONFIG.value is None else _given_config()
+        interop.from_hf(source, target, config, _DTYPE.value)
+    else:
+        interop.to_hf(source, target, _STEP.value, _DTYPE.value)
+
+
 _COMMANDS = {
     "train": _train,
     "evaluate": _evaluate,
@@ -131,6 +153,13 @@ def _given_config() -> Config:
     if _CONFIG.value is None:
         raise ConfigError("no --config was given: write --config=configs/tiny.py")
     return Config.parse(_CONFIG.value)
+
+
+def _config_to_train() -> Config:
+    """The given one; or that of the work directory, which a conversion may have made."""
+    if _CONFIG.value is None and _WORKDIR.value and workdir.holds_run(_WORKDIR.value):
+        return workdir.read_config(_WORKDIR.value)
+    return _given_config()
 
 
 def _given_workdir() -> str:
@@ -170,9 +199,13 @@ def _start_devices(config: Config) -> None:
 
 
 def main(argv: Sequence[str]) -> None:
+    if argv[1:2] == ["convert"]:
+        return _convert(argv[2:])
     if len(argv) != 2 or argv[1] not in _COMMANDS:
         said = f"not {' '.join(argv[1:])!r}" if argv[1:] else "as in moepp_jax.main train"
-        raise ConfigError(f"give one command of {', '.join(_COMMANDS)}, {said}; --help lists flags")
+        raise ConfigError(
+            f"give one command of {', '.join([*_COMMANDS, 'convert'])}, {said}; --help lists flags"
+        )
     _COMMANDS[argv[1]]()
 
 

@@ -144,12 +144,15 @@ class RMSNorm(nn.Module):
 
 
 def rotate(
-    x_BLHW: Float[Array, "B L H W"], positions_BL: Int[Array, "B L"], theta: float
+    x_BLHW: Float[Array, "B L H W"], positions_BL: Int[Array, "B L"], theta: float, scaling: float
 ) -> Float[Array, "B L H W"]:
-    """Rotary position embedding, rotate-half convention: pairs are (i, i + W/2)."""
+    """Rotary position embedding, rotate-half convention: pairs are (i, i + W/2).
+
+    Positions are divided by `scaling`.
+    """
     W = x_BLHW.shape[-1]
     frequency = theta ** (-jnp.arange(0, W, 2, dtype=jnp.float32) / W)
-    angle = positions_BL[..., None, None].astype(jnp.float32) * frequency
+    angle = positions_BL[..., None, None].astype(jnp.float32) / scaling * frequency
     sin, cos = jnp.sin(angle), jnp.cos(angle)
     a, b = jnp.split(x_BLHW.astype(jnp.float32), 2, axis=-1)
     rotated = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
@@ -175,8 +178,8 @@ class Attention(nn.Module):
             w = self.param(name, matrix, (heads * W, D), jnp.float32).astype(x_BLD.dtype)
             return jnp.einsum("bld,fd->blf", x_BLD, w).reshape(*x_BLD.shape[:2], heads, W)
 
-        q = rotate(project("q", H), positions_BL, c.rope_theta)
-        k = rotate(project("k", KV), positions_BL, c.rope_theta)
+        q = rotate(project("q", H), positions_BL, c.rope_theta, c.rope_scaling)
+        k = rotate(project("k", KV), positions_BL, c.rope_theta, c.rope_scaling)
         v = project("v", KV)
         if cache is not None:
             k = jax.lax.dynamic_update_slice_in_dim(cache.keys, k, start, axis=1)

@@ -64,6 +64,14 @@ def init_state(config: Config, mesh: Mesh) -> State:
     return jax.jit(initializer(config), out_shardings=shardings)(jax.random.key(config.seed))
 
 
+def state_of(params: dict[str, Any], config: Config, mesh: Mesh) -> State:
+    """The state in which training starts from these parameters, which lie on the mesh already."""
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(config, mesh)).opt_state
+    opt_state = jax.jit(optim.make_optimizer(config).init, out_shardings=shardings)(params)
+    step = jax.device_put(jnp.zeros((), jnp.int32), NamedSharding(mesh, P()))
+    return State(step, params, opt_state)
+
+
 def auxiliary_losses(stats: moe.Statistics, c: MoEConfig) -> tuple[jax.Array, jax.Array]:
     """The balance loss and the z-loss, unweighted, each the mean over the layers.
 

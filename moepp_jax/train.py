@@ -54,6 +54,9 @@ def train(
         step = checkpoints.latest_intact_step(report)
         if step is None:
             state, step = state_lib.init_state(config, mesh), 0
+        elif checkpoints.has_only_params(step):
+            abstract = state_lib.abstract_state(config, mesh).params
+            state = state_lib.state_of(checkpoints.restore_params(step, abstract), config, mesh)
         else:
             state = checkpoints.restore(step, state_lib.abstract_state(config, mesh))
         report(_headline(config, mesh, step))

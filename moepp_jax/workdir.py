@@ -64,6 +64,10 @@ def open_workdir(path: str | os.PathLike, config: Config) -> AnyPath:
     return folder
 
 
+def holds_run(path: str | os.PathLike) -> bool:
+    return (open_path(path) / _CONFIG).exists()
+
+
 def read_config(path: str | os.PathLike) -> Config:
     """The configuration that the run in this folder was made with.
 

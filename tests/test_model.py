@@ -208,6 +208,14 @@ def test_grouped_queries_are_heads_that_share_keys_and_values():
     close(run(params, tokens, *rest).hidden, fresh()[2](whole, tokens, *rest).hidden)
 
 
+def test_linear_scaling_divides_positions():
+    c, params, run = fresh(**{"model.rope_scaling": 4.0})
+    tokens, segments, positions = rows(c)
+    plain = fresh()[2](params, tokens, segments, positions).hidden
+    close(run(params, tokens, segments, 4 * positions).hidden, plain)
+    assert np.abs(run(params, tokens, segments, positions).hidden - plain).max() > 1e-3
+
+
 def test_dense_layers_stand_between():
     """With what they add set to zero, the MoE++ layers that are left are a model of their own."""
     c, params, run = fresh(**{"model.num_layers": 4, "model.moe_every": 2})

@@ -14,8 +14,8 @@ The letters of the shapes, here and wherever a name ends in them (`x_GSD`):
   F  width of an FFN expert
   R  rows of a buffer of tokens on their way to the FFN experts
 
-Data flows one way: router.route -> dispatch -> experts -> dispatch.combine, and on an expert axis the
-experts are reached by `exchange` (fixed slots) or `transfer` (as many rows as there are).
+Data flows one way: router.route -> dispatch -> experts -> dispatch.combine, and on an expert axis
+the experts are reached by `exchange` (fixed slots) or `transfer` (as many rows as there are).
 `layer.local` composes them for the tokens of one device; `layer.sharded` runs that under shard_map
 on a mesh; `layer.MoEPP` is the Flax module. What varies between models is a function chosen when
 the `layer.MoE` is built, never a flag tested in traced code.

@@ -1,0 +1,285 @@
+"""The authors' config.json and our configuration, each from the other."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from moepp_jax.config import Config, ConfigError
+from moepp_jax.interop.errors import ConversionError
+
+THEIRS, OURS = "MoE++", "moepp_jax"  # model_type
+_DTYPES = ("float32", "bfloat16", "float16")
+
+# What the authors' classes take for a field that is absent; those without are required.
+_REQUIRED = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+)
+_DEFAULTS = {
+    "max_position_embeddings": 2048,
+    "moe_2layer_gate": True,
+    "moe_use_mixtral_gating": False,
+    "moe_use_logits_norm": False,
+    "moe_gate_norm_std": 1.0,
+    "moe_feature_no_mul_topk": False,
+    "initializer_range": 0.02,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10_000.0,
+    "tie_word_embeddings": False,
+}
+# Fields that may only have this value, or be absent or null.
+_ONLY = {
+    "moe_expert_interval": 1,
+    "hidden_act": "silu",
+    "attention_bias": False,
+    "mlp_bias": False,
+    "sliding_window": None,
+    "quantization_config": None,
+    "partial_rotary_factor": 1.0,
+}
+# The pool of the authors' code behind its FFN experts.
+_POOL = {"n_const": 2, "n_copy": 1, "n_zero": 1}
+
+
+def groups(fields: Mapping[str, Any], dtype: str | None = None) -> dict[str, dict[str, Any]]:
+    """The fields of config.model and config.moe that a config.json decides.
+
+    Args:
+      dtype: of the arithmetic; by default the one that the file names as the tensors' type.
+
+    Raises:
+      ConversionError: a field is missing, ill-typed, or asks for what we do not have.
+    """
+    if fields.get("model_type") not in (THEIRS, OURS):
+        raise ConversionError(
+            f"model_type = {fields.get('model_type')!r} must be {THEIRS!r} (the authors' layout)"
+        )
+    for name, only in _ONLY.items():
+        if fields.get(name) not in (None, only):
+            raise ConversionError(f"{name} = {fields[name]!r} is not supported, only {only!r}")
+    known = {*_DEFAULTS, *_ONLY}
+    for name in fields:
+        if name.startswith("moe_") and name not in known:
+            raise ConversionError(f"{name} = {fields[name]!r} is not supported: no such flag known")
+    dtype = dtype or _dtype(fields)
+    if fields["model_type"] == OURS:
+        return _ours(fields, dtype)
+
+    got = {name: _number(fields, name, int) for name in _REQUIRED}
+    got |= {
+        name: _number(fields, name, type(default), default) for name, default in _DEFAULTS.items()
+    }
+    heads = got["num_attention_heads"]
+    head_dim = fields.get("head_dim")
+    if head_dim is not None and head_dim * heads != got["hidden_size"]:
+        raise ConversionError(
+            f"head_dim = {head_dim!r} is not supported, only hidden_size / num_attention_heads = "
+            f"{got['hidden_size'] / heads:g}"
+        )
+    theta, scaling = _rope(fields, got["rope_theta"])
+    mixtral = got["moe_use_mixtral_gating"]
+    scaled = not (mixtral or got["moe_feature_no_mul_topk"])
+    return {
+        "model": {
+            "num_layers": got["num_hidden_layers"],
+            "hidden_size": got["hidden_size"],
+            "num_heads": heads,
+            "num_kv_heads": _number(fields, "num_key_value_heads", int, heads),
+            "vocab_size": got["vocab_size"],
+            "moe_every": 1,
+            "tied_embeddings": got["tie_word_embeddings"],
+            "rope_theta": theta,
+            "rope_scaling": scaling,
+            "norm_eps": got["rms_norm_eps"],
+            "init_std": got["initializer_range"],
+            "dtype": dtype,
+        },
+        "moe": {
+            **_POOL,
+            "n_ffn": _experts(fields, got["num_hidden_layers"]) - sum(_POOL.values()),
+            "ffn_size": got["intermediate_size"],
+            "top_k": 2,
+            "router_layers": 2 if got["moe_2layer_gate"] else 1,
+            "logit_norm": got["moe_use_logits_norm"],
+            "logit_norm_std": got["moe_gate_norm_std"],
+            "residual": "logits",
+            "score": "softmax",
+            "gate": "softmax_selected" if mixtral else "renormalise_nonzero",
+            "input_scale": 2.0 if scaled else 1.0,
+        },
+    }
+
+
+def places_to_train(fields: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """What a configuration needs to go with the length that the model was made for."""
+    default = _DEFAULTS["max_position_embeddings"]
+    length = _number(fields, "max_position_embeddings", int, default)
+    return {
+        "data": {"seq_len": length},
+        "moe": {"group_size": length},
+        "model": {"loss_chunk": math.gcd(256, length)},
+    }
+
+
+def fields_of(config: Config, original: Mapping[str, Any]) -> tuple[dict[str, Any], str | None]:
+    """A config.json for our configuration.
+
+    Args:
+      original: the fields that the model came with, if it was converted; what does not describe
+        the model stays as it is there.
+
+    Returns:
+      The fields, and why the authors' class cannot load them, if so: they then are of a model_type
+      of our own, and have our fields under its name.
+    """
+    m, e = config.model, config.moe
+    plain = {
+        "vocab_size": m.vocab_size,
+        "hidden_size": m.hidden_size,
+        "intermediate_size": e.ffn_size,
+        "num_hidden_layers": m.num_layers,
+        "num_attention_heads": m.num_heads,
+        "num_key_value_heads": m.num_kv_heads,
+        "num_experts": [e.num_experts],
+        "moe_2layer_gate": e.router_layers == 2,
+        "moe_use_mixtral_gating": e.gate == "softmax_selected",
+        "moe_use_logits_norm": e.logit_norm,
+        "moe_gate_norm_std": e.logit_norm_std,
+        "moe_feature_no_mul_topk": e.input_scale == 1.0,
+        "initializer_range": m.init_std,
+        "rms_norm_eps": m.norm_eps,
+        "rope_theta": m.rope_theta,
+        "rope_scaling": (
+            None if m.rope_scaling == 1.0 else {"type": "linear", "factor": m.rope_scaling}
+        ),
+        "tie_word_embeddings": m.tied_embeddings,
+    }
+    if plain["moe_use_mixtral_gating"] and "moe_feature_no_mul_topk" in original:
+        plain["moe_feature_no_mul_topk"] = original["moe_feature_no_mul_topk"]  # without effect
+    general = {
+        "architectures": ["MoeForCausalLM"],
+        "hidden_act": "silu",
+        "max_position_embeddings": config.data.seq_len,
+        "moe_expert_interval": 1,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+    }
+    why = _beyond_theirs(config)
+    fields = general | dict(original) | plain
+    fields.pop("rope_parameters", None)
+    fields.pop(OURS, None)
+    fields["model_type"] = THEIRS if why is None else OURS
+    if why is not None:
+        fields.pop("architectures")
+        tree = config.to_dict()
+        fields[OURS] = {"model": tree["model"], "moe": tree["moe"]}
+    return fields, why
+
+
+def _beyond_theirs(config: Config) -> str | None:
+    m, e = config.model, config.moe
+    pool = {name: getattr(e, name) for name in _POOL}
+    if pool != _POOL:
+        return (
+            "their pool is always 2 constant, 1 copy and 1 zero expert, not "
+            f"{e.n_const}, {e.n_copy} and {e.n_zero}"
+        )
+    scales = (1.0,) if e.gate == "softmax_selected" else (1.0, 2.0)
+    for name, value, choices in (
+        ("model.moe_every", m.moe_every, (1,)),
+        ("moe.top_k", e.top_k, (2,)),
+        ("moe.residual", e.residual, ("logits", "detached")),
+        ("moe.gate", e.gate, ("renormalise_nonzero", "softmax_selected")),
+        ("moe.input_scale", e.input_scale, scales),
+    ):
+        if value not in choices:
+            allowed = " or ".join(map(repr, choices))
+            return f"their config.{name} is always {allowed}, not {value!r}"
+    return None
+
+
+def _ours(fields: Mapping[str, Any], dtype: str) -> dict[str, dict[str, Any]]:
+    found = fields.get(OURS)
+    if not isinstance(found, Mapping) or not all(
+        isinstance(found.get(group), Mapping) for group in ("model", "moe")
+    ):
+        raise ConversionError(f"{OURS} = {found!r} must have the groups model and moe")
+    return {"model": dict(found["model"]) | {"dtype": dtype}, "moe": dict(found["moe"])}
+
+
+def require_agreement(fields: Mapping[str, Any], config: Config) -> None:
+    """Refuses a config.json of ours whose plain fields say something else than ours in it."""
+    if fields["model_type"] == OURS:
+        for name, value in fields_of(config, fields)[0].items():
+            if name != OURS and fields.get(name, value) != value:
+                raise ConversionError(
+                    f"{name} = {fields[name]!r} contradicts {OURS}, by which it is {value!r}"
+                )
+
+
+def _number(fields: Mapping[str, Any], name: str, kind: type, default: Any = None) -> Any:
+    value = fields.get(name)
+    value = default if value is None else value
+    if value is None:
+        raise ConversionError(f"{name} is missing")
+    if kind is float and type(value) is int:
+        value = float(value)
+    if type(value) is not kind:
+        raise ConversionError(f"{name} = {value!r} must be of type {kind.__name__}")
+    return value
+
+
+def _dtype(fields: Mapping[str, Any]) -> str:
+    named = fields.get("torch_dtype") or fields.get("dtype") or "float32"
+    dtype = str(named).removeprefix("torch.")
+    if dtype not in _DTYPES:
+        raise ConversionError(f"torch_dtype = {named!r} must be one of {', '.join(_DTYPES)}")
+    return dtype
+
+
+def _experts(fields: Mapping[str, Any], layers: int) -> int:
+    counts = fields.get("num_experts")
+    counts = counts if isinstance(counts, list) else [counts]
+    if len(counts) not in (1, layers) or any(type(n) is not int for n in counts):
+        raise ConversionError(
+            f"num_experts = {fields.get('num_experts')!r} must be [N], all kinds of experts counted"
+        )
+    if len(set(counts)) > 1:
+        raise ConversionError(
+            f"num_experts = {counts!r} is not supported: every layer must have the same number"
+        )
+    if counts[0] <= sum(_POOL.values()):
+        raise ConversionError(
+            f"num_experts = {counts!r} must be at least [{sum(_POOL.values()) + 1}]: 2 constant, 1 "
+            "copy and 1 zero expert are among them"
+        )
+    return counts[0]
+
+
+def _rope(fields: Mapping[str, Any], theta: float) -> tuple[float, float]:
+    """Base and divisor of the positions."""
+    name = "rope_scaling" if fields.get("rope_scaling") is not None else "rope_parameters"
+    said = fields.get(name)
+    if said is None:
+        return theta, 1.0
+    if not isinstance(said, Mapping):
+        raise ConversionError(f"{name} = {said!r} must be null or have a type and a factor")
+    kind = said.get("rope_type", said.get("type"))
+    theta = _number(said, "rope_theta", float, theta)
+    if kind in ("default", None):
+        return theta, 1.0
+    if kind != "linear":
+        raise ConversionError(f"{name} of type {kind!r} is not supported, only 'linear' or null")
+    try:
+        factor = _number(said, "factor", float)
+    except ConfigError as error:
+        raise ConversionError(f"{name}: {error}") from error
+    if not 0 < factor < math.inf:
+        raise ConversionError(f"{name}: factor = {factor!r} must be greater than 0")
+    return theta, factor

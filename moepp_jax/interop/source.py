@@ -1,0 +1,129 @@
+"""A checkpoint folder in the layout of Hugging Face: its config.json and its tensors by name."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from moepp_jax.interop import safetensors_file, torch_file
+from moepp_jax.interop.errors import ConversionError
+from moepp_jax.interop.layout import Place
+
+# In this order: safetensors where there are both.
+_FORMATS = ("model.safetensors", "pytorch_model.bin")
+
+
+class Tensor(NamedTuple):
+    """A tensor that is not read yet; `read` gives it as it is stored."""
+
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+    read: Callable[[], np.ndarray]
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """
+    Raises:
+      ConversionError: the file is not there, or holds no JSON object.
+    """
+    try:
+        fields = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConversionError(f"{file} cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise ConversionError(f"{file} cannot be read as JSON: {error}") from error
+    if not isinstance(fields, dict):
+        raise ConversionError(f"{file} holds a {type(fields).__name__}, not a JSON object")
+    return fields
+
+
+def open_tensors(folder: Path) -> dict[str, Tensor]:
+    """Every tensor of the folder, of one file or of several with an index.
+
+    Raises:
+      ConversionError: no weights; a file is missing or damaged; the index and the files disagree.
+    """
+    for single in _FORMATS:
+        if (folder / f"{single}.index.json").exists():
+            return _sharded(folder / f"{single}.index.json")
+        if (folder / single).exists():
+            return _open_file(folder / single)
+    names = " or ".join(f"{name} or {name}.index.json" for name in _FORMATS)
+    raise ConversionError(f"{folder} holds no weights: there is no {names}")
+
+
+def _sharded(index: Path) -> dict[str, Tensor]:
+    files = read_json(index).get("weight_map")
+    if not isinstance(files, dict) or not files:
+        raise ConversionError(f"{index} has no weight_map from tensors to files")
+    for name, file in files.items():
+        if not isinstance(file, str) or file in ("", ".", "..") or set(file) & set("/\\\0"):
+            raise ConversionError(
+                f"{index}: tensor {name} is said to be in {file!r}, which is no file of that folder"
+            )
+        if not (index.parent / file).is_file():
+            raise ConversionError(f"{index.parent / file}, which has tensor {name}, is missing")
+    found: dict[str, Tensor] = {}
+    for file in sorted(set(files.values())):
+        for name, tensor in _open_file(index.parent / file).items():
+            if files.get(name) != file:
+                said = f"says it is in {files[name]}" if name in files else "does not know it"
+                raise ConversionError(f"{index.parent / file} has tensor {name}; {index} {said}")
+            found[name] = tensor
+    for name, file in files.items():
+        if name not in found:
+            raise ConversionError(f"{index.parent / file} lacks tensor {name}, which {index} names")
+    return found
+
+
+def _open_file(file: Path) -> dict[str, Tensor]:
+    if file.suffix == ".safetensors":
+        return {
+            name: Tensor(file, entry.dtype, entry.shape, _safetensors_reader(file, entry))
+            for name, entry in safetensors_file.entries(file).items()
+        }
+    return {
+        name: Tensor(file, entry.dtype, entry.shape, torch_file.reader(file, name))
+        for name, entry in torch_file.entries(file).items()
+    }
+
+
+def _safetensors_reader(file: Path, entry) -> Callable[[], np.ndarray]:
+    return lambda: safetensors_file.read(file, entry)
+
+
+def require(tensors: Mapping[str, Tensor], places: Mapping[str, Place], folder: Path) -> None:
+    """Refuses tensors that are not exactly those that the configuration has places for.
+
+    Raises:
+      ConversionError: one is missing, unexpected, or of another shape or type.
+    """
+    _refuse(folder, "lacks", [name for name in places if name not in tensors])
+    for name, tensor in tensors.items():
+        if name not in places:
+            raise ConversionError(
+                f"{tensor.file}: unexpected tensor {name}, for which the model that config.json "
+                "describes has no place"
+            )
+        if tensor.shape != places[name].shape:
+            raise ConversionError(
+                f"{tensor.file}: tensor {name} has shape {list(tensor.shape)}, and by config.json "
+                f"it must have {list(places[name].shape)}"
+            )
+        if tensor.dtype not in safetensors_file.TYPES.values():
+            known = ", ".join(safetensors_file.TYPES.values())
+            raise ConversionError(
+                f"{tensor.file}: tensor {name} is of type {tensor.dtype}; it must be one of {known}"
+            )
+
+
+def _refuse(folder: Path, what: str, names: Iterable[str]) -> None:
+    first, *others = [*names] or [None]
+    if first is not None:
+        more = f" and {len(others)} more" if others else ""
+        raise ConversionError(f"{folder} {what} tensor {first}{more}, which config.json asks for")
