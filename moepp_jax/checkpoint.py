@@ -41,12 +41,7 @@ class Checkpoints:
       handlers: orbax's registry of handlers, for `save_params`; by default its own.
     """
 
-    def __init__(
-        self,
-        workdir: str | os.PathLike,
-        keep: int,
-        handlers: Any = None,
-    ):
+    def __init__(self, workdir: str | os.PathLike, keep: int, handlers: Any = None):
         folder = open_path(workdir)
         self._folder = (folder.absolute() if is_local(folder) else folder) / "checkpoints"
         self._saving: int | None = None

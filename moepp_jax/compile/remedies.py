@@ -31,7 +31,7 @@ def find(
             continue
         try:
             bytes_ = needed(changed)
-        except ConfigError:  # the mesh does not lie on the torus
+        except ConfigError:  # its data axis no longer divides over the slices
             continue
         if bytes_ <= limit:
             return {"flags": flags(config, changed), "hbm_bytes": bytes_}

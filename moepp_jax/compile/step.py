@@ -92,7 +92,7 @@ def examine(
     """Everything that is known of the step after compiling it, as JSON has it."""
     sizes = mesh_lib.mesh_shape(config, len(there))
     say(f"compiling for {topology.text}: {describe(config, sizes)}")
-    mesh = _mesh(config, there, topology)
+    mesh = mesh_lib.make_mesh(config, there)
     report = findings.described(config, mesh, topology)
     try:
         compiled = compile_step(config, mesh)
@@ -103,18 +103,6 @@ def examine(
     memory = findings.memory(compiled)
     report |= memory | {"fits": limit is None or memory["hbm_bytes"] <= limit}
     return report | findings.work(config, mesh, topology, hlo.parse(compiled.as_text()))
-
-
-def _mesh(config: Config, there: Sequence[jax.Device], topology: Topology) -> Mesh:
-    try:
-        return mesh_lib.make_mesh(config, there)
-    except NotImplementedError as error:  # what JAX says of a torus that cannot be cut so
-        sizes = mesh_lib.mesh_shape(config, len(there))
-        written = " x ".join(map(str, sizes))
-        raise ConfigError(
-            f"config.mesh: {written} cannot be laid on the torus of {topology.text}: each axis "
-            "must be the product of some of its dimensions"
-        ) from error
 
 
 def describe(config: Config, sizes: Sequence[int]) -> str:

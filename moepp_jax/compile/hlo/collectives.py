@@ -83,13 +83,7 @@ class Collective:
 def collectives(module: Module) -> list[Collective]:
     """All collectives that run, in the order of the text."""
     times = executions(module)
-    wrapped = {
-        name
-        for computation in module.computations.values()
-        for instruction in computation.instructions
-        if instruction.opcode == "async-start"
-        for name in instruction.called.get("calls", ())
-    }
+    wrapped = module.called_by("async-start")
     return [
         _collective(module, computation, instruction, kind, times, name in wrapped)
         for name, computation in module.computations.items()

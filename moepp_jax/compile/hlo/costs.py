@@ -109,13 +109,7 @@ def memory_bytes(module: Module) -> int:
     stays in memory on the chip is not counted.
     """
     times = executions(module)
-    fused = {
-        name
-        for computation in module.computations.values()
-        for instruction in computation.instructions
-        if instruction.opcode == "fusion"
-        for name in instruction.called["calls"]
-    }
+    fused = module.called_by("fusion")
     return sum(
         times[name] * _traffic(module, computation, instruction)
         for name, computation in module.computations.items()

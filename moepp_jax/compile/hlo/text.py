@@ -125,6 +125,16 @@ class Module:
     num_devices: int
     computations: dict[str, Computation]
 
+    def called_by(self, opcode: str) -> set[str]:
+        """The computations that instructions of a kind wrap."""
+        return {
+            name
+            for computation in self.computations.values()
+            for instruction in computation.instructions
+            if instruction.opcode == opcode
+            for name in instruction.called.get("calls", ())
+        }
+
 
 def scopes(module: Module, instruction: Instruction) -> set[str]:
     """Where an instruction comes from, and what is fused into it."""
