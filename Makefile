@@ -3,13 +3,14 @@ SHELL := /bin/bash
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 PY := .venv/bin/python
 
-.PHONY: help train test test-slow test-torch test-tpu-compile scaling check format benchmark lock clean
+.PHONY: help train test test-slow test-torch test-eval test-tpu-compile scaling check format benchmark lock clean
 
 help:
 	@echo "make train      train a tiny MoE++ model and its vanilla twin on real text, and compare them"
 	@echo "make test       the quick tests"
 	@echo "make test-slow  the tests that take minutes"
-	@echo "make test-torch  the tests of reading PyTorch files: installs PyTorch"
+	@echo "make test-torch  the tests against PyTorch and transformers: installs both"
+	@echo "make test-eval  the tests against the lm-evaluation-harness: installs it, and PyTorch"
 	@echo "make test-tpu-compile  compile for TPU pods, which need not be there: ten minutes"
 	@echo "make scaling    the table of docs/scaling anew: rows that are there are kept"
 	@echo "make check      lint and format checks"
@@ -46,8 +47,13 @@ test-slow: .venv/dev
 	$(PY) -m pytest -m slow
 
 test-torch: .venv/dev
-	$(PY) -m pip install --quiet --disable-pip-version-check torch==2.13.0
+	$(PY) -m pip install --quiet --disable-pip-version-check torch==2.13.0 transformers==5.23.0
 	$(PY) -m pytest -m torch
+
+test-eval: .venv/dev requirements-eval.txt
+	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements-eval.txt \
+	  torch==2.13.0 transformers==5.23.0 accelerate==1.15.0
+	$(PY) -m pytest -m harness
 
 test-tpu-compile: .venv/tpu
 	PYTHONPATH=.venv/tpu $(PY) -m pytest -m tpu_compile tests/tpu
@@ -65,10 +71,11 @@ format: .venv/dev
 
 benchmark: .venv/run
 	$(PY) -m benchmarks.layer --json benchmarks/results/layer.json
+	$(PY) -m benchmarks.data --json benchmarks/results/data.json
 
 lock: .venv/dev
 	$(PY) -m pip install --quiet pip-tools==7.6.2
-	for f in requirements requirements-cloud requirements-cuda requirements-dev requirements-tpu; do \
+	for f in requirements requirements-cloud requirements-cuda requirements-dev requirements-eval requirements-tpu; do \
 	  $(PY) -m piptools compile --quiet --no-header --no-annotate --strip-extras \
 	    --no-emit-index-url --no-emit-find-links --output-file $$f.txt $$f.in; done
 

@@ -43,10 +43,11 @@ def interleaved(
             start = time.perf_counter()
             jax.block_until_ready(case.function(*case.arguments))
             taken[name].append(time.perf_counter() - start)
-    return {name: _summary(times) for name, times in taken.items()}
+    return {name: summary(times) for name, times in taken.items()}
 
 
-def _summary(times: list[float]) -> Seconds:
+def summary(times: list[float]) -> Seconds:
+    """Of one case's times."""
     if len(times) < 2:
         return Seconds(times[0], times[0], times[0])
     low, median, high = statistics.quantiles(times, n=4, method="inclusive")

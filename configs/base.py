@@ -14,8 +14,10 @@ def get_config() -> ConfigDict:
     c.model = m = ConfigDict()
     m.num_layers = 12
     m.hidden_size = 768  # D
-    m.num_heads = 12  # query heads; the head width is hidden_size / num_heads
+    m.num_heads = 12  # query heads
     m.num_kv_heads = 12  # fewer than num_heads is grouped-query attention
+    m.head_dim = 0  # W, width of a head; 0 is hidden_size / num_heads
+    m.qk_norm = "none"  # RMSNorm of queries and keys: of each "head", or of the "full" projection
     m.vocab_size = 65536  # V
     m.moe_every = 1  # every n-th layer is MoE++, the layers between are one dense SwiGLU
     m.dense_ffn_size = 2048  # width of those dense layers
@@ -54,11 +56,16 @@ def get_config() -> ConfigDict:
     e.input_scale = 1.0  # multiplies the experts' input, not the router's (the authors' option: K)
     e.balance = "heterogeneous"  # the balance loss: "heterogeneous" or "none"
     e.balance_weight = 0.01  # beta; the loss has the customary factor N, mean over the layers
+    # u: after each step the bias that zero-computation experts have on their logits moves by this
+    # towards the share of the tokens that tau asks for; 0: there is no bias.
+    e.bias_rate = 0.0
     e.z_weight = 0.0  # weight of the router's z-loss, mean over the layers
 
     c.data = d = ConfigDict()
-    d.corpus = "default"  # or a local text file, or a folder of *.txt files
+    # Where text comes from, under names of your own: what is trained on is their mixture.
+    d.sources = ConfigDict({"text": source("default")})
     d.dir = "data"  # where prepared data sets and tokenizers are kept
+    d.tfds_dir = ""  # where TFDS keeps its data sets (tfds:NAME), gs:// too; empty: its default
     d.tokenizer = ""  # a SentencePiece .model file; empty: train one of model.vocab_size pieces
     d.seq_len = 2048  # L, tokens
     d.eval_fraction = 0.02  # share of the documents held out, chosen by their hash
@@ -92,10 +99,25 @@ def get_config() -> ConfigDict:
     c.generate = g = ConfigDict()
     g.max_new_tokens = 128
     g.temperature = 0.0  # 0 is greedy
-    g.top_k = 0  # 0 is off
-    g.top_p = 1.0  # 1 is off
+    g.top_k = 0  # only the so many best tokens; 0 is off
+    g.top_p = 1.0  # only the best ones that have so much of the probability; 1 is off
+    g.min_p = 0.0  # only those so probable as this share of the best; 0 is off
+    g.repetition_penalty = 1.0  # divides the logits of tokens in the text; 1 is off
     g.seed = 0
     return c
+
+
+def source(path: str, weight: float = 1.0, text_field: str = "text") -> dict:
+    """A source of text.
+
+    Args:
+      path: "default", or "default/wikipedia", "default/shakespeare", "default/king_james"; a text,
+        JSON-lines or Parquet file, a folder of such files, or a pattern of files ("src/**/*.py");
+        "tfds:NAME[/CONFIG][:VERSION]", or the folder (gs:// too) of a data set that TFDS prepared.
+      weight: share of its tokens in training, in any unit.
+      text_field: of a JSON or Parquet record, or of a TFDS example: the text.
+    """
+    return {"path": path, "weight": weight, "text_field": text_field}
 
 
 def variant(c: ConfigDict, name: str) -> ConfigDict:

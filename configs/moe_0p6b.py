@@ -1,6 +1,6 @@
 """The vanilla twin 0.6B/8E of configs/moepp_0p6b.py: the same without zero-computation experts.
 
-    python -m moepp_jax.main train --config=configs/moe_0p6b.py --workdir=gs://.../moe_0p6b
+    python -m moepp_jax.main train --config=configs/moe_0p6b.py:/corpora --workdir=gs://.../moe_0p6b
 
 Expected (paper, table 3): 44.3 on average over nine tasks.
 """
@@ -10,5 +10,5 @@ from ml_collections import ConfigDict
 from configs import base, moepp_0p6b
 
 
-def get_config() -> ConfigDict:
-    return base.variant(moepp_0p6b.get_config(), "moe")
+def get_config(corpora: str = "") -> ConfigDict:
+    return base.variant(moepp_0p6b.get_config(corpora), "moe")

@@ -1,6 +1,6 @@
 """The vanilla twin 1B/16E of configs/moepp_1b.py: the same without zero-computation experts.
 
-    python -m moepp_jax.main train --config=configs/moe_1b.py --workdir=gs://.../moe_1b
+    python -m moepp_jax.main train --config=configs/moe_1b.py:/corpora --workdir=gs://.../moe_1b
 
 Expected (paper, table 3): 45.3 on average over nine tasks.
 """
@@ -10,5 +10,5 @@ from ml_collections import ConfigDict
 from configs import base, moepp_1b
 
 
-def get_config() -> ConfigDict:
-    return base.variant(moepp_1b.get_config(), "moe")
+def get_config(corpora: str = "") -> ConfigDict:
+    return base.variant(moepp_1b.get_config(corpora), "moe")

@@ -1,6 +1,6 @@
 """The vanilla twin 2B/32E of configs/moepp_2b.py: the same without zero-computation experts.
 
-    python -m moepp_jax.main train --config=configs/moe_2b.py --workdir=gs://.../moe_2b
+    python -m moepp_jax.main train --config=configs/moe_2b.py:/corpora --workdir=gs://.../moe_2b
 
 Expected (paper, table 3): 45.9 on average over nine tasks.
 """
@@ -10,5 +10,5 @@ from ml_collections import ConfigDict
 from configs import base, moepp_2b
 
 
-def get_config() -> ConfigDict:
-    return base.variant(moepp_2b.get_config(), "moe")
+def get_config(corpora: str = "") -> ConfigDict:
+    return base.variant(moepp_2b.get_config(corpora), "moe")

@@ -1,6 +1,6 @@
 """The vanilla twin 7B/16E of configs/moepp_7b.py: the same without zero-computation experts.
 
-    python -m moepp_jax.main train --config=configs/moe_7b.py --workdir=gs://.../moe_7b
+    python -m moepp_jax.main train --config=configs/moe_7b.py:/corpora --workdir=gs://.../moe_7b
 
 Expected (paper, table 3): 52.3 on average over nine tasks.
 """
@@ -10,5 +10,5 @@ from ml_collections import ConfigDict
 from configs import base, moepp_7b
 
 
-def get_config() -> ConfigDict:
-    return base.variant(moepp_7b.get_config(), "moe")
+def get_config(corpora: str = "") -> ConfigDict:
+    return base.variant(moepp_7b.get_config(corpora), "moe")

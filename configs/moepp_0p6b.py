@@ -1,6 +1,8 @@
 """MoE++ 0.6B/(8+4)E of the paper: 0.582 B parameters, strategy 1 (100 B tokens).
 
-    python -m moepp_jax.main train --config=configs/moepp_0p6b.py --workdir=gs://.../moepp_0p6b
+    python -m moepp_jax.main train --config=configs/moepp_0p6b.py:/corpora --workdir=gs://.../moepp_0p6b
+
+`/corpora` is where the paper's text is: configs/data/paper_mixture.py says what belongs there.
 
 Expected (paper, table 3): 45.6 on average over nine tasks, its vanilla twin 44.3.
 """
@@ -8,9 +10,11 @@ Expected (paper, table 3): 45.6 on average over nine tasks, its vanilla twin 44.
 from ml_collections import ConfigDict
 
 from configs import base
+from configs.data import paper_mixture
 
 
-def get_config() -> ConfigDict:
+def get_config(corpora: str = "") -> ConfigDict:
     c = base.get_config()
+    c.data.sources = paper_mixture.sources(corpora)
     c.moe.update(n_ffn=8, n_const=2, n_copy=1, n_zero=1)
     return c

@@ -37,7 +37,7 @@ from moepp_jax import model as model_lib
 from moepp_jax.analysis.curves import plot_curves
 from moepp_jax.analysis.ngram import ngram_loss
 from moepp_jax.config import Config
-from moepp_jax.data import Dataset, prepare
+from moepp_jax.data import Dataset, describe, prepare
 from moepp_jax.evaluate import evaluate_run
 from moepp_jax.metrics import read_metrics
 from moepp_jax.train import train
@@ -54,7 +54,7 @@ def twins(recipe: ConfigDict, workdir: Path, report: Callable[[str], None] = pri
     start = time.perf_counter()
     configs = {name: Config.parse(base.variant(copy.deepcopy(recipe), name)) for name in TWINS}
     dataset = prepare(configs["moepp"], report)
-    report(dataset.describe())
+    report(describe(dataset, configs["moepp"].train.steps))
     folders = {name: workdir / name for name in TWINS}
     results = {}
     for name, config in configs.items():
@@ -90,7 +90,7 @@ def n_gram_losses(config: Config, dataset: Dataset) -> dict[str, float]:
     batches = list(dataset.eval_batches())
     vocabulary = config.model.vocab_size
     return {
-        name: ngram_loss(dataset.train_documents, batches, vocabulary, order).loss
+        name: ngram_loss(dataset.train_documents(), batches, vocabulary, order).loss
         for name, order in BASELINES.items()
     }
 

@@ -44,7 +44,7 @@ status=0
 srun --kill-on-bad-exit=0 --gpu-bind=none \
   "$python" -m moepp_jax.main train --config=configs/moepp_7b.py \
   --workdir="$SHARED/runs/moepp_7b" --distributed=on \
-  --config.data.corpus="$SHARED/corpus" --config.data.dir="$SHARED/prepared" \
+  --config.data.sources.text.path="$SHARED/corpus" --config.data.dir="$SHARED/prepared" \
   --config.mesh.data=1 --config.mesh.fsdp=8 --config.mesh.expert=8 "$@" || status=$?
 
 if ((status == 143)); then

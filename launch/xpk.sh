@@ -37,7 +37,7 @@ run() {
   local command=(
     python -m moepp_jax.main train --config=configs/moepp_7b.py
     "--workdir=gs://$BUCKET/runs/moepp_7b" --distributed=on
-    --config.data.corpus=/data/corpus --config.data.dir=/data/prepared
+    --config.data.sources.text.path=/data/corpus --config.data.dir=/data/prepared
     "--config.mesh.data=$SLICES" --config.mesh.fsdp=4 --config.mesh.expert=16 "$@"
   )
   # A run that was told to stop, or lost a host, ends with an error: it is to be started again.

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ from moepp_jax import vocabulary
 from moepp_jax.checkpoint import Checkpoints
 from moepp_jax.config import Config, ConfigError, GenerateConfig
 from moepp_jax.data import Tokenizer
-from moepp_jax.generate import Generator
+from moepp_jax.generation import Generator, Reader, Speed
 from moepp_jax.workdir import read_config, tokenizer_file
 
 
@@ -27,6 +27,7 @@ class Model:
       config: of the run that trained it.
       params: a plain nested dictionary of arrays.
       tokenizer: None where the work directory has none; texts then cannot be given, tokens can.
+      speed: of the last generation.
     """
 
     def __init__(self, config: Config, params: dict[str, Any], tokenizer: Tokenizer | None = None):
@@ -36,6 +37,7 @@ class Model:
         self._model = model_lib.build(config, dispatch="dropless")
         self._logits = jax.jit(self._forward)
         self._generator = Generator(self._model, params)
+        self.speed = Speed()
 
     def logits(self, tokens, mask=None) -> Float[Array, "B S V"]:
         """Next-token logits, float32, of every place.
@@ -58,12 +60,27 @@ class Model:
             raise ValueError(f"mask of shape {real.shape} must have that of tokens, {tokens.shape}")
         return self._logits(self.params, tokens.astype(np.int32), real)
 
-    def generate(self, prompts: str | Sequence[Any], **settings: Any) -> Any:
+    def generate(
+        self,
+        prompts: str | Sequence[Any],
+        stop: str | Sequence[str | int] = (),
+        num_samples: int | None = None,
+        batch_size: int = 16,
+        progress: Callable[[int], None] | None = None,
+        **settings: Any,
+    ) -> Any:
         """Continues prompts; the settings are fields of config.generate.
+
+        What is drawn for a prompt depends on it and on the seed, not on the other prompts.
 
         Args:
           prompts: one text, or several texts, or several lists of token ids.
-          **settings: max_new_tokens, temperature, top_k, top_p, seed.
+          stop: texts and token ids that end a text, beside the tokenizer's end of a text; what is
+            returned ends before them. Of ids, those stay in which a stop text came.
+          num_samples: so many texts of each prompt, as a list in the place of one.
+          batch_size: texts that are made together.
+          progress: called with the number of new tokens, whenever there are some.
+          **settings: max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, seed.
 
         Returns:
           The new text for a text, a list of them for several, lists of ids for ids.
@@ -71,22 +88,80 @@ class Model:
         Raises:
           ConfigError: a prompt or a setting is of no use; the message names it.
         """
+        alone = isinstance(prompts, str)
+        listed = [prompts] if alone else list(prompts)
+        as_text = all(isinstance(p, str) for p in listed)
+        samples = 1 if num_samples is None else num_samples
+        for name, value in (("num_samples", samples), ("batch_size", batch_size)):
+            if value < 1:
+                raise ConfigError(f"{name} = {value} must be at least 1")
+        request = self._request(listed, as_text, stop, samples, settings)
+        self.speed = Speed()
+        made: list[list[int]] = [[] for _ in request.prompts]
+        for first in range(0, len(made), batch_size):
+            part = slice(first, first + batch_size)
+            for new in self._stream(request, part):
+                for text, tokens in zip(made[part], new, strict=True):
+                    text += tokens
+                if progress:
+                    progress(sum(map(len, new)))
+            self.speed += self._generator.speed
+        if as_text:
+            made = [reader.finished() for reader in request.readers]
+        if num_samples is not None:
+            made = [made[i : i + samples] for i in range(0, len(made), samples)]
+        return made[0] if alone else made
+
+    def stream(
+        self, prompt: str, stop: str | Sequence[str | int] = (), **settings: Any
+    ) -> Iterator[str]:
+        """The text that `generate` gives for one prompt, in pieces as they come.
+
+        Raises:
+          ConfigError: as `generate`, before anything is computed.
+        """
+        if not isinstance(prompt, str):
+            raise ConfigError(f"prompt = {prompt!r} must be one text to be streamed")
+        return self._pieces(self._request([prompt], True, stop, 1, settings))
+
+    def _pieces(self, request: _Request) -> Iterator[str]:
+        (reader,) = request.readers
+        for _ in self._stream(request, slice(None)):
+            self.speed = self._generator.speed
+            if piece := reader.take():
+                yield piece
+        reader.close()
+        if piece := reader.take():
+            yield piece
+
+    def _stream(self, request: _Request, part: slice) -> Iterator[list[list[int]]]:
+        return self._generator.stream(
+            request.prompts[part],
+            request.settings,
+            request.ends,
+            samples=request.samples[part],
+            watch=request.readers and request.readers[part],
+        )
+
+    def _request(self, prompts, as_text, stop, samples, settings) -> _Request:
         chosen = self.config.replace("generate", **settings).generate
-        if isinstance(prompts, str):
-            return self._continue_texts([prompts], chosen)[0]
-        if all(isinstance(p, str) for p in prompts):
-            return self._continue_texts(prompts, chosen)
-        return self._continue_ids([_ids(i, p) for i, p in enumerate(prompts)], chosen)
-
-    def _continue_texts(self, texts: Sequence[str], settings: GenerateConfig) -> list[str]:
-        if self.tokenizer is None:
-            raise ConfigError("this model has no tokenizer: give lists of token ids")
-        ids = [[self.tokenizer.bos_id, *self.tokenizer.encode(text)] for text in texts]
-        return [self.tokenizer.decode(new) for new in self._continue_ids(ids, settings)]
-
-    def _continue_ids(self, ids: list[list[int]], settings: GenerateConfig) -> list[list[int]]:
-        end = self.tokenizer.eos_id if self.tokenizer else None
-        return self._generator(ids, settings, end)
+        stop = [stop] if isinstance(stop, str) else list(stop)
+        texts = [s for s in stop if not isinstance(s, int)]
+        ends = {s for s in stop if isinstance(s, int)}
+        if self.tokenizer is not None:
+            ends.add(self.tokenizer.eos_id)
+        elif texts or (as_text and prompts):
+            what = "token ids to stop at" if texts else "lists of token ids"
+            raise ConfigError(f"this model has no tokenizer: give {what}")
+        if as_text:
+            ids = [[self.tokenizer.bos_id, *self.tokenizer.encode(text)] for text in prompts]
+        else:
+            ids = [_ids(i, p) for i, p in enumerate(prompts)]
+        ids = [prompt for prompt in ids for _ in range(samples)]
+        readers = None
+        if as_text or texts:
+            readers = [Reader(self.tokenizer, prompt, texts) for prompt in ids]
+        return _Request(ids, list(range(samples)) * len(prompts), chosen, ends, readers)
 
     def _forward(self, params, tokens, real):
         S = tokens.shape[1]
@@ -94,6 +169,16 @@ class Model:
         mask = jnp.tril(jnp.ones((S, S), bool)) & real[:, None, :]
         out = self._model.apply({"params": params}, tokens, positions, mask)
         return vocabulary.logits(params, out.hidden)
+
+
+class _Request(NamedTuple):
+    """What the generator is asked for, and who reads what comes: a reader for each prompt."""
+
+    prompts: list[list[int]]
+    samples: list[int]
+    settings: GenerateConfig
+    ends: set[int]
+    readers: list[Reader] | None
 
 
 def _ids(i: int, prompt: Any) -> list[int]:

@@ -14,6 +14,7 @@ from ml_collections import config_flags
 from moepp_jax import distributed, processes
 from moepp_jax.checkpoint import CheckpointError
 from moepp_jax.config import ConfigError
+from moepp_jax.data.storage import DataError
 from moepp_jax.interrupt import Stopped
 
 
@@ -46,6 +47,9 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
             print(stopped)
         sys.exit(stopped.status)
     except (ConfigError, CheckpointError) as error:
+        # A damaged record is read by one process alone; all else is an error in each.
+        if isinstance(error, DataError) and jax.distributed.is_initialized():
+            distributed.abandon(error)
         sys.exit(f"error: {error}")
     except (Exception, KeyboardInterrupt) as error:
         if not jax.distributed.is_initialized():

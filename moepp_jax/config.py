@@ -13,7 +13,7 @@ import difflib
 import json
 import math
 from collections.abc import Mapping
-from typing import Any, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 
 import ml_collections
 
@@ -28,6 +28,8 @@ class ModelConfig:
     hidden_size: int
     num_heads: int
     num_kv_heads: int
+    head_dim: int
+    qk_norm: str
     vocab_size: int
     moe_every: int
     dense_ffn_size: int
@@ -41,8 +43,8 @@ class ModelConfig:
     loss_chunk: int
 
     @property
-    def head_dim(self) -> int:
-        return self.hidden_size // self.num_heads
+    def head_width(self) -> int:
+        return self.head_dim or self.hidden_size // self.num_heads
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,6 +70,7 @@ class MoEConfig:
     input_scale: float
     balance: str
     balance_weight: float
+    bias_rate: float
     z_weight: float
 
     @property
@@ -77,9 +80,24 @@ class MoEConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class SourceConfig:
+    path: str
+    weight: float
+    text_field: str
+
+
+class Named(dict):
+    """Groups of fields under names of the user's: not to be changed, so it can be hashed."""
+
+    def __hash__(self):
+        return hash(frozenset(self.items()))
+
+
+@dataclasses.dataclass(frozen=True)
 class DataConfig:
-    corpus: str
+    sources: Named[str, SourceConfig]
     dir: str
+    tfds_dir: str
     tokenizer: str
     seq_len: int
     eval_fraction: float
@@ -123,6 +141,8 @@ class GenerateConfig:
     temperature: float
     top_k: int
     top_p: float
+    min_p: float
+    repetition_penalty: float
     seed: int
 
 
@@ -192,9 +212,18 @@ def _build(cls: type, fields: Any, prefix: str) -> Any:
         value = fields[name]
         if dataclasses.is_dataclass(kind):
             values[name] = _build(kind, value, f"{prefix}{name}.")
+        elif get_origin(kind) is Named:
+            values[name] = _build_all(get_args(kind)[1], value, f"{prefix}{name}.")
         else:
             values[name] = _typed(f"config.{prefix}{name}", value, kind)
     return cls(**values)
+
+
+def _build_all(cls: type, groups: Any, prefix: str) -> Named:
+    if not isinstance(groups, Mapping) or not groups:
+        name = f"config.{prefix}".rstrip(".")
+        raise ConfigError(f"{name} = {groups!r} must be groups of fields, at least one")
+    return Named((name, _build(cls, group, f"{prefix}{name}.")) for name, group in groups.items())
 
 
 def _typed(name: str, value: Any, kind: type) -> Any:
@@ -208,6 +237,7 @@ def _typed(name: str, value: Any, kind: type) -> Any:
 
 
 _CHOICES = {
+    "model.qk_norm": ("none", "head", "full"),
     "model.dtype": ("float32", "bfloat16", "float16"),
     "model.remat": ("none", "dots", "exchanged", "full"),
     "moe.dispatch": ("capacity", "dropless"),
@@ -226,6 +256,7 @@ _AT_LEAST = {
     "model.hidden_size": 1,
     "model.num_heads": 1,
     "model.num_kv_heads": 1,
+    "model.head_dim": 0,
     "model.vocab_size": 4,
     "model.moe_every": 1,
     "model.dense_ffn_size": 1,
@@ -239,6 +270,7 @@ _AT_LEAST = {
     "moe.group_size": 1,
     "moe.exchange_buffer": 0,
     "moe.balance_weight": 0,
+    "moe.bias_rate": 0,
     "moe.z_weight": 0,
     "data.seq_len": 2,
     "optim.initial_lr": 0,
@@ -273,6 +305,7 @@ _WITHIN = {
     "optim.eps": (0, 1),
     "optim.clip_norm": (0, math.inf),
     "generate.top_p": (0, 1),
+    "generate.repetition_penalty": (0, math.inf),
 }
 
 
@@ -296,18 +329,18 @@ def _check(c: Config) -> None:
         require(low < value(name) <= high, name, f"must be {bounds}")
 
     m, e, t = c.model, c.moe, c.train
-    for name in ("optim.beta1", "optim.beta2"):
+    for name in ("optim.beta1", "optim.beta2", "generate.min_p"):
         require(0 <= value(name) < 1, name, "must be at least 0 and less than 1")
     require(0 <= c.optim.final_lr_ratio <= 1, "optim.final_lr_ratio", "must be from 0 to 1")
     require(
-        m.hidden_size % m.num_heads == 0,
+        m.head_dim > 0 or m.hidden_size % m.num_heads == 0,
         "model.num_heads",
         f"must divide config.model.hidden_size = {m.hidden_size}",
     )
     require(
-        m.head_dim % 2 == 0,
-        "model.num_heads",
-        f"makes heads {m.head_dim} wide, and rotary positions need an even width",
+        m.head_width % 2 == 0,
+        "model.head_dim" if m.head_dim else "model.num_heads",
+        f"makes heads {m.head_width} wide, and rotary positions need an even width",
     )
     require(
         m.num_heads % m.num_kv_heads == 0,
@@ -331,6 +364,11 @@ def _check(c: Config) -> None:
         "needs at least two experts: one logit has no standard deviation",
     )
     require(
+        not e.bias_rate or e.num_experts > e.n_ffn,
+        "moe.bias_rate",
+        f"moves biases of zero-computation experts, and there are none ({pool}): set it to 0",
+    )
+    require(
         c.data.seq_len % e.group_size == 0,
         "moe.group_size",
         f"must divide config.data.seq_len = {c.data.seq_len}: a group never spans two sequences",
@@ -345,6 +383,15 @@ def _check(c: Config) -> None:
         "train.accumulate",
         f"must divide config.train.batch_size = {t.batch_size}",
     )
+    for name, source in c.data.sources.items():
+        field = f"config.data.sources.{name}.weight"
+        if source.weight < 0:
+            raise ConfigError(f"{field} = {source.weight!r} must be at least 0")
+    if not any(source.weight > 0 for source in c.data.sources.values()):
+        names = ", ".join(c.data.sources)
+        raise ConfigError(
+            f"config.data.sources: the weights of {names} are all 0: give one of them more"
+        )
     for axis in ("data", "fsdp", "expert"):
         require(
             value(f"mesh.{axis}") >= 1 or value(f"mesh.{axis}") == -1,

@@ -175,6 +175,8 @@ def abandon(error: BaseException) -> NoReturn:
         if re.search("Gloo|coordination service", said):
             _end(f"another process of this run is gone: {said}")
         cause = cause.__cause__
+    if isinstance(error, ConfigError):
+        _end(f"process {jax.process_index()}: {error}")
     traceback.print_exception(error)
     _end(f"{type(error).__name__} in process {jax.process_index()}: the whole run ends")
 

@@ -19,7 +19,7 @@ from moepp_jax import moe, vocabulary
 from moepp_jax import state as state_lib
 from moepp_jax.checkpoint import Checkpoints
 from moepp_jax.config import Config
-from moepp_jax.data import open_dataset
+from moepp_jax.data import Dataset, open_dataset
 from moepp_jax.processes import Rows, agree, require_alike
 
 
@@ -88,9 +88,46 @@ def make_evaluate(
     return evaluate
 
 
-def bits_per_byte(metrics: dict[str, Any], num_bytes: float) -> float:
-    """Bits that the model needs for a byte of the text: comparable between tokenizers."""
-    return metrics["eval_loss"] * metrics["eval_tokens"] / math.log(2) / num_bytes
+def evaluate_mixture(
+    evaluate: Callable, params: Any, dataset: Dataset, num_batches: int, rows: np.ndarray
+) -> dict[str, Any]:
+    """What `make_evaluate` says of held-out text that is mixed as training text is.
+
+    Each source is evaluated by itself, on its share of the batches and at least one. Their metrics
+    are averaged by the sources' shares of the training tokens, however much held-out text they
+    have: eval_loss estimates what training minimises, and does not move when a corpus grows.
+
+    Args:
+      num_batches: of all sources together; 0 is all of their text.
+      rows: of each batch that this process reads.
+
+    Returns:
+      The average, with eval_bits_per_byte, which is comparable between tokenizers; eval_tokens is a
+      sum. Of several sources each one's metrics follow, as "eval_loss/wikipedia".
+    """
+    each = {}
+    for name, source in dataset.sources.items():
+        part = num_batches and max(1, round(num_batches * dataset.shares[name]))
+        each[name] = evaluate(params, source.eval_batches(part, rows))
+        each[name]["eval_bits_per_byte"] = _bits(each[name]["eval_loss"]) / source.bytes_per_target
+    mixed = {
+        metric: sum(share * each[name][metric] for name, share in dataset.shares.items())
+        for metric in next(iter(each.values()))
+    }
+    num_bytes = sum(
+        s * dataset.sources[name].bytes_per_target for name, s in dataset.shares.items()
+    )
+    mixed["eval_perplexity"] = math.exp(mixed["eval_loss"])
+    mixed["eval_bits_per_byte"] = _bits(mixed["eval_loss"]) / num_bytes
+    mixed["eval_tokens"] = sum(metrics["eval_tokens"] for metrics in each.values())
+    if len(each) > 1:
+        for name, metrics in each.items():
+            mixed |= {f"{metric}/{name}": value for metric, value in metrics.items()}
+    return mixed
+
+
+def _bits(nats: float) -> float:
+    return nats / math.log(2)
 
 
 def evaluate_run(
@@ -102,10 +139,11 @@ def evaluate_run(
       step: by default the best, or the newest if none was evaluated.
 
     Returns:
-      What `make_evaluate` says, with step and eval_bits_per_byte; arrays as lists.
+      What `evaluate_mixture` says, with the step; arrays as lists.
 
     Raises:
       ConfigError, CheckpointError: no prepared data; no checkpoint, not that one, or damaged.
+      DataError: the data is damaged.
     """
     require_alike(f"{workdir} {config.to_json()}")
     mesh = mesh_lib.make_mesh(config)
@@ -115,7 +153,6 @@ def evaluate_run(
     with Checkpoints(workdir, config.train.keep) as checkpoints:
         step = checkpoints.choose(step)
         params = checkpoints.restore_params(step, abstract.params)
-    metrics = make_evaluate(config, mesh)(params, dataset.eval_batches(rows=rows))
-    metrics["eval_bits_per_byte"] = bits_per_byte(metrics, dataset.eval_bytes(0))
+    metrics = evaluate_mixture(make_evaluate(config, mesh), params, dataset, 0, rows)
     arrays_as_lists = {name: np.asarray(value).tolist() for name, value in metrics.items()}
     return {"step": step} | arrays_as_lists

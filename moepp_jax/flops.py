@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from moepp_jax import chips
-from moepp_jax.config import Config
+from moepp_jax.config import Config, ModelConfig
 from moepp_jax.model import pool_of
 from moepp_jax.moe import capacity
 
@@ -51,8 +51,9 @@ def parameters(config: Config) -> Parameters:
     expert = 3 * D * e.ffn_size
     gate = N * D if e.router_layers == 1 else 8 * N * D + 8 * N * N
     residual = N * N if e.residual != "none" else 0
-    moe_layer = e.n_ffn * expert + e.n_const * 3 * D + gate + residual
-    attention = 2 * D * m.head_dim * (m.num_heads + m.num_kv_heads)
+    bias = N if e.bias_rate else 0
+    moe_layer = e.n_ffn * expert + e.n_const * 3 * D + gate + residual + bias
+    attention = 2 * D * m.head_width * (m.num_heads + m.num_kv_heads) + _qk_norms(m)
     total = (
         m.vocab_size * D * (1 if m.tied_embeddings else 2)
         + m.num_layers * (attention + 2 * D)
@@ -62,6 +63,11 @@ def parameters(config: Config) -> Parameters:
     )
     idle = max(e.n_ffn - e.top_k, 0) * expert
     return Parameters(total, total - moe_layers * idle)
+
+
+def _qk_norms(m: ModelConfig) -> int:
+    heads = {"none": 0, "head": 2, "full": m.num_heads + m.num_kv_heads}
+    return heads[m.qk_norm] * m.head_width
 
 
 def ffn_experts_at_balance(config: Config) -> float:
@@ -86,8 +92,8 @@ def per_token(config: Config, ffn_experts: float | None = None) -> Flops:
     D, N = m.hidden_size, e.num_experts
     moe_layers = m.num_layers // m.moe_every
     ffn_experts = ffn_experts_at_balance(config) if ffn_experts is None else ffn_experts
-    projections = 4 * D * m.head_dim * (m.num_heads + m.num_kv_heads)
-    scores = 4 * config.data.seq_len * m.num_heads * m.head_dim
+    projections = 4 * D * m.head_width * (m.num_heads + m.num_kv_heads)
+    scores = 4 * config.data.seq_len * m.num_heads * m.head_width
     gate = 2 * N * D if e.router_layers == 1 else 16 * N * D + 16 * N * N
     residual = 2 * N * N if e.residual != "none" else 0
     return Flops(

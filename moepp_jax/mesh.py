@@ -38,11 +38,12 @@ TABLE: tuple[tuple[str, P], ...] = (
     (r"moe/ffn/w_out$", P("expert", None, "fsdp")),  # (E, D, F)
     (r"dense/w_in$", P(None, _CUT, None)),  # (2, F, D)
     (r"dense/w_out$", P(_CUT, None)),  # (D, F)
-    (r"norm$", P(_CUT)),  # (D,)
+    (r"(attention_norm|ffn_norm|final)/norm$", P(_CUT)),  # (D,)
+    (r"attention/(q|k)_norm/norm$", P()),  # (W,) or (H W,): a head's width need not divide
     (r"moe/router/(w|w_hidden)$", P(None, _CUT)),  # (N, D), (8 N, D)
     (r"moe/const/v$", P(None, _CUT)),  # (J, D)
     (r"moe/const/w$", P(None, None, _CUT)),  # (J, 2, D)
-    (r"moe/router/(w_residual|w_logits)$", P()),  # (N, N), (N, 8 N): N need not divide
+    (r"moe/router/(w_residual|w_logits|bias)$", P()),  # (N, N), (N, 8 N), (N,): N need not divide
 )
 
 # Used, and therefore gathered, in float32 whatever the model's arithmetic is.
@@ -90,7 +91,7 @@ def _require_rows(config: Config, fsdp: int, expert: int) -> None:
     cut = {
         "config.model.hidden_size": (m.hidden_size, fsdp * expert),
         "config.model.vocab_size": (m.vocab_size, fsdp * expert),
-        "config.model.num_kv_heads * head width": (m.num_kv_heads * m.head_dim, fsdp * expert),
+        "config.model.num_kv_heads * head width": (m.num_kv_heads * m.head_width, fsdp * expert),
         "config.moe.ffn_size": (config.moe.ffn_size, fsdp),
     }
     if m.moe_every > 1:
@@ -196,7 +197,7 @@ def whole(params: Any, dtype: Any) -> Any:
     def gather(key_path, part):
         path = path_of(key_path)
         spec = spec_of(path, part.ndim)
-        part = part.astype(jnp.float32 if _FLOAT32.search(path) else dtype)
+        part = part.astype(used_in(path, dtype))
         part = jax.lax.pcast(part, tuple(a for a in AXES if a not in axes_of(spec)), to="varying")
         for dim, entry in enumerate(spec):
             if entry == "expert":
@@ -212,6 +213,11 @@ def whole(params: Any, dtype: Any) -> Any:
         return part
 
     return jax.tree_util.tree_map_with_path(gather, params)
+
+
+def used_in(path: str, dtype: Any) -> Any:
+    """What a parameter is used in where the model's arithmetic is in `dtype`."""
+    return jnp.float32 if _FLOAT32.search(path) else dtype
 
 
 def axes_of(spec) -> tuple[str, ...]:

@@ -1,7 +1,7 @@
 """The language model: RMSNorm, rotary attention and MoE++ in pre-norm layers, scanned over depth.
 
-Shapes: B sequences, L tokens, D width, H heads of width W, M places in the key-value cache,
-V vocabulary; the letters of `moepp_jax.moe` besides.
+Shapes: B sequences, L tokens, D width, H query heads and KV key heads of width W, V vocabulary;
+the letters of `moepp_jax.moe` besides.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from moepp_jax import mesh as mesh_lib
 from moepp_jax import moe as moe_lib
 from moepp_jax import vocabulary
 from moepp_jax.config import Config, ModelConfig, MoEConfig
+from moepp_jax.moe import experts as experts_lib
 from moepp_jax.moe import kernels
 from moepp_jax.moe import router as router_lib
 
@@ -59,13 +60,6 @@ _REMAT = {
 }
 
 
-class Cache(NamedTuple):
-    """Keys and values of the tokens so far, for every layer (stacked as the layers are)."""
-
-    keys: Float[Array, "*stack B M H W"]
-    values: Float[Array, "*stack B M H W"]
-
-
 class Output(NamedTuple):
     """What the model computes before the vocabulary.
 
@@ -74,14 +68,12 @@ class Output(NamedTuple):
       statistics: of every MoE layer's routing, leading axes (layer, group).
       router_logits: of every MoE layer.
       states: the input of every layer: the stack of residual streams.
-      cache: the cache with these tokens in it, if one was given.
     """
 
     hidden: Float[Array, "B L D"]
     statistics: moe_lib.Statistics
     router_logits: Float[Array, "layers B L N"]
     states: Float[Array, "layers B L D"]
-    cache: Cache | None
 
 
 def pool_of(c: MoEConfig) -> moe_lib.Pool:
@@ -96,6 +88,7 @@ def moe_of(c: MoEConfig, dispatch: str, platform: str) -> moe_lib.MoE:
         project=_PROJECT[c.router_layers],
         residual=_RESIDUAL[c.residual],
         normalise=norm if c.logit_norm else router_lib.as_they_are,
+        bias=router_lib.add_bias if c.bias_rate else router_lib.no_bias,
         score=_SCORE[c.score],
         gate=_GATE[c.gate],
     )
@@ -160,34 +153,47 @@ def rotate(
 
 
 class Attention(nn.Module):
-    """Multi-head or grouped-query attention with rotary positions.
+    """Multi-head or grouped-query attention with rotary positions, and normalised queries and keys.
 
-    The mask (B, 1, L, M) says what each token may see: of these L tokens, or with a cache, of its
-    M places, into which these tokens' keys and values are put from place `start` on.
+    What is attended to is the caller's affair: `attend` takes queries (B, L, H, W), keys and values
+    (B, L, KV, W) to (answers (B, L, H, W), what it keeps), and the latter is handed on.
+
+    Attributes:
+      product: (x (B, L, D), w (F, D)) -> x W^T.
     """
 
     config: ModelConfig
+    product: Callable = experts_lib.tokens_first
 
     @nn.compact
-    def __call__(self, x_BLD, positions_BL, mask_B1LM, cache: Cache | None, start):
+    def __call__(self, x_BLD, positions_BL, attend):
         c = self.config
-        D, H, KV, W = c.hidden_size, c.num_heads, c.num_kv_heads, c.head_dim
+        D, H, KV, W = c.hidden_size, c.num_heads, c.num_kv_heads, c.head_width
         matrix = nn.initializers.normal(c.init_std)
 
         def project(name, heads):
             w = self.param(name, matrix, (heads * W, D), jnp.float32).astype(x_BLD.dtype)
-            return jnp.einsum("bld,fd->blf", x_BLD, w).reshape(*x_BLD.shape[:2], heads, W)
+            return self.product(x_BLD, w).reshape(*x_BLD.shape[:2], heads, W)
 
-        q = rotate(project("q", H), positions_BL, c.rope_theta, c.rope_scaling)
-        k = rotate(project("k", KV), positions_BL, c.rope_theta, c.rope_scaling)
-        v = project("v", KV)
-        if cache is not None:
-            k = jax.lax.dynamic_update_slice_in_dim(cache.keys, k, start, axis=1)
-            v = jax.lax.dynamic_update_slice_in_dim(cache.values, v, start, axis=1)
-            cache = Cache(k, v)
-        y = jax.nn.dot_product_attention(q, k, v, mask=mask_B1LM)
+        def placed(name, heads):
+            x_BLHW = project(name, heads)
+            if c.qk_norm != "none":
+                rows = x_BLHW if c.qk_norm == "head" else x_BLHW.reshape(*x_BLD.shape[:2], -1)
+                x_BLHW = RMSNorm(c.norm_eps, name=f"{name}_norm")(rows).reshape(x_BLHW.shape)
+            return rotate(x_BLHW, positions_BL, c.rope_theta, c.rope_scaling)
+
+        y, kept = attend(placed("q", H), placed("k", KV), project("v", KV))
         o = self.param("o", matrix, (D, H * W), jnp.float32).astype(x_BLD.dtype)
-        return jnp.einsum("blf,df->bld", y.reshape(*y.shape[:2], H * W), o), cache
+        return self.product(y.reshape(*y.shape[:2], H * W), o), kept
+
+
+def attend_to_each_other(mask_BLL: Bool[Array, "B L L"]) -> Callable:
+    """For `Attention`: the tokens see each other where the mask says so; nothing is kept."""
+
+    def attend(q, k, v):
+        return jax.nn.dot_product_attention(q, k, v, mask=mask_BLL[:, None]), None
+
+    return attend
 
 
 class DenseFFN(nn.Module):
@@ -218,19 +224,17 @@ class Block(nn.Module):
     axis: str | None
 
     @nn.compact
-    def __call__(self, carry, cache: Cache | None, positions_BL, mask_B1LM, start):
+    def __call__(self, carry, positions_BL, mask_BLL):
         x, previous_BLN = carry
         c, L = self.config, x.shape[1]
-        states, caches = [], []
+        attend = attend_to_each_other(mask_BLL)
+        states = []
         for i in range(c.moe_every):
             states.append(x)
             prefix = "" if i == c.moe_every - 1 else f"dense_{i}_"
             attention = Attention(c, name=prefix + "attention")
             h = RMSNorm(c.norm_eps, name=prefix + "attention_norm")(x)
-            mine = None if cache is None else jax.tree.map(lambda a, i=i: a[i], cache)
-            h, mine = attention(h, positions_BL, mask_B1LM, mine, start)
-            caches.append(mine)
-            x += h
+            x += attention(h, positions_BL, attend)[0]
             h = RMSNorm(c.norm_eps, name=prefix + "ffn_norm")(x)
             if i < c.moe_every - 1:
                 x += DenseFFN(c, name=prefix + "dense")(h)
@@ -245,8 +249,7 @@ class Block(nn.Module):
         )
         y, logits_BLN, stats = moe(h, previous_BLN)
         x += y
-        caches = None if cache is None else jax.tree.map(lambda *a: jnp.stack(a), *caches)
-        return (x, logits_BLN), (caches, stats, logits_BLN, jnp.stack(states))
+        return (x, logits_BLN), (stats, logits_BLN, jnp.stack(states))
 
 
 class LanguageModel(nn.Module):
@@ -271,16 +274,13 @@ class LanguageModel(nn.Module):
         self,
         tokens_BL: Int[Array, "B L"],
         positions_BL: Int[Array, "B L"],
-        mask_BLM: Bool[Array, "B L M"],
-        cache: Cache | None = None,
-        start: Int[Array, ""] | int = 0,
+        mask_BLL: Bool[Array, "B L L"],
     ) -> Output:
         """Runs all layers.
 
         Args:
           positions_BL: of the tokens in their documents, for the rotary embedding.
-          mask_BLM: what each token may see; M is L, or with a cache the number of its places.
-          cache: keys and values so far; those of these tokens are put in from place `start` on.
+          mask_BLL: which of the tokens each may see.
         """
         c = self.config
         dtype = jnp.dtype(c.dtype)
@@ -298,18 +298,12 @@ class LanguageModel(nn.Module):
             self._block(),
             variable_axes={"params": 0},
             split_rngs={"params": True},
-            in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
+            in_axes=(nn.broadcast, nn.broadcast),
             length=c.num_layers // c.moe_every,
         )(c, self.moe, self.ffn_size, self.group_size, self.axis, name="layers")
-        (x, _), (cache, stats, logits, states) = blocks(
-            (x, no_logits),
-            cache,
-            positions_BL,
-            mask_BLM[:, None],
-            jnp.asarray(start),
-        )
+        (x, _), (stats, logits, states) = blocks((x, no_logits), positions_BL, mask_BLL)
         hidden = RMSNorm(c.norm_eps, name="final")(x)
-        return Output(hidden, stats, logits, states.reshape(c.num_layers, *x.shape), cache)
+        return Output(hidden, stats, logits, states.reshape(c.num_layers, *x.shape))
 
     def _block(self) -> type[nn.Module]:
         """A block that gathers its parameters, and gathers or computes them again in backward."""
@@ -337,13 +331,6 @@ def unite(model: LanguageModel, params: dict[str, Any]) -> dict[str, Any]:
         return params
     outside = {name: p for name, p in params.items() if name != "layers"}
     return model.whole(outside) | {"layers": params["layers"]}
-
-
-def empty_cache(c: ModelConfig, batch: int, places: int) -> Cache:
-    """An empty key-value cache, stacked as the model scans: (blocks, moe_every, ...)."""
-    stack = (c.num_layers // c.moe_every, c.moe_every)
-    shape = (*stack, batch, places, c.num_kv_heads, c.head_dim)
-    return Cache(jnp.zeros(shape, jnp.dtype(c.dtype)), jnp.zeros(shape, jnp.dtype(c.dtype)))
 
 
 def packed_mask(segments_BL: Int[Array, "B L"]) -> Bool[Array, "B L L"]:

@@ -10,8 +10,9 @@ import optax
 from moepp_jax.config import Config
 from moepp_jax.mesh import path_of
 
-# Norm scales, and the constant experts' vectors, which are values rather than weights.
-_NOT_DECAYED = re.compile(r"norm$|const/v$")
+# Norm scales; the constant experts' vectors, which are values rather than weights; and biases,
+# which a rule of their own moves.
+_NOT_DECAYED = re.compile(r"norm$|const/v$|router/bias$")
 
 
 def schedule(config: Config) -> optax.Schedule:

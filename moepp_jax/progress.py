@@ -15,6 +15,7 @@ _SHOWN = {
     "tokens_per_s": "tok/s {:,.0f}",
     "ffn_experts_per_token": "FFN/token {:.2f}",
     "drop_rate": "drops {:.1%}",
+    "data_wait": "data wait {:.1%}",
 }
 
 

@@ -86,12 +86,12 @@ def auxiliary_losses(stats: moe.Statistics, c: MoEConfig) -> tuple[jax.Array, ja
 
 
 def loss_function(config: Config, model: model_lib.LanguageModel) -> Callable:
-    """loss(params, batch, total) -> (loss, metrics), for one of the parts of a batch.
+    """loss(params, batch, total) -> (loss, (metrics, load)), for one of the parts of a batch.
 
-    To be run in a shard_map over the mesh, on each device's part of the parameters and of the
-    sequences; what it returns is of all devices' sequences. Cross-entropy is divided by the targets
-    of the whole batch, `total`, and all else by the number of parts, so that parts add up to the
-    batch.
+    The load is every layer's, (layers, N). To be run in a shard_map over the mesh, on each device's
+    part of the parameters and of the sequences; what it returns is of all devices' sequences.
+    Cross-entropy is divided by the targets of the whole batch, `total`, and all else by the number
+    of parts, so that parts add up to the batch.
     """
     parts = config.train.accumulate
 
@@ -103,14 +103,32 @@ def loss_function(config: Config, model: model_lib.LanguageModel) -> Callable:
         cross_entropy = jax.lax.psum(jnp.sum(nll * batch["loss_mask"]), AXES) / total
         stats = jax.tree.map(lambda a: jax.lax.pmean(a.mean(axis=1), AXES), out.statistics)
         balance, z = (a / parts for a in auxiliary_losses(stats, config.moe))
+        load = stats.load / parts
         stats = jax.tree.map(lambda a: a.mean(axis=0), stats)
         summary = moe.summarise(stats, model_lib.pool_of(config.moe))
         metrics = {"loss": cross_entropy, "balance_loss": balance, "z_loss": z}
         metrics |= {name: value / parts for name, value in summary.items()}
         weighted = config.moe.balance_weight * balance + config.moe.z_weight * z
-        return cross_entropy + weighted, metrics
+        return cross_entropy + weighted, (metrics, load)
 
     return loss
+
+
+def bias_rule(config: Config) -> Callable[[dict[str, Any], jax.Array], dict[str, Any]]:
+    """A function (params, load of every layer) -> params, with the routers' biases moved."""
+    e = config.moe
+    if not e.bias_rate:
+        return lambda params, load: params
+    pool = model_lib.pool_of(e)
+    wanted = moe.bias.wanted_load(pool, e.top_k, e.tau)
+
+    def rule(params, load):
+        layers, layer = params["layers"], params["layers"]["moe"]
+        moved = moe.bias.moved(layer["router"]["bias"], load, pool, wanted, e.bias_rate)
+        router = layer["router"] | {"bias": moved}
+        return params | {"layers": layers | {"moe": layer | {"router": router}}}
+
+    return rule
 
 
 def make_train_step(config: Config, mesh: Mesh) -> Callable[[State, Batch], tuple[State, Metrics]]:
@@ -121,6 +139,7 @@ def make_train_step(config: Config, mesh: Mesh) -> Callable[[State, Batch], tupl
     abstract = abstract_state(config, mesh)
     specs = mesh_lib.specs(abstract.params)
     optimizer = optim.make_optimizer(config)
+    move_biases = bias_rule(config)
     lr = optim.schedule(config)
     parts = config.train.accumulate
     gradient = jax.grad(loss_function(config, model_lib.build(config, mesh)), has_aux=True)
@@ -141,13 +160,13 @@ def make_train_step(config: Config, mesh: Mesh) -> Callable[[State, Batch], tupl
         return (gradient if parts == 1 else accumulated)(params, batch, total)
 
     on_mesh = jax.shard_map(
-        on_device, mesh=mesh, in_specs=(specs, mesh_lib.BATCH), out_specs=(specs, P())
+        on_device, mesh=mesh, in_specs=(specs, mesh_lib.BATCH), out_specs=(specs, (P(), P()))
     )
 
     def step(state: State, batch: Batch):
-        grads, metrics = on_mesh(state.params, batch)
+        grads, (metrics, load) = on_mesh(state.params, batch)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
+        params = move_biases(optax.apply_updates(state.params, updates), load)
         metrics |= {"grad_norm": optax.global_norm(grads), "lr": lr(state.step)}
         return State(state.step + 1, params, opt_state), metrics
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import time
 from collections.abc import Callable
@@ -16,7 +17,7 @@ from moepp_jax import mesh as mesh_lib
 from moepp_jax import state as state_lib
 from moepp_jax.checkpoint import Checkpoints
 from moepp_jax.config import Config
-from moepp_jax.data import Dataset, open_dataset, prepare
+from moepp_jax.data import Dataset, describe, open_dataset, prepare
 from moepp_jax.interrupt import Stopped, StopRequest
 from moepp_jax.metrics import MetricsWriter
 from moepp_jax.profiling import Profile
@@ -42,6 +43,7 @@ def train(
     Raises:
       ConfigError: the configuration does not fit the devices, the data or the work directory.
       CheckpointError: every checkpoint there is damaged, or they are of another architecture.
+      DataError: a record of the data is damaged; the checkpoints before it are kept.
       Stopped: SIGINT or SIGTERM asked for it; the run is saved.
     """
     processes.require_alike(f"{workdir} {config.to_json()}")
@@ -59,6 +61,7 @@ def train(
             state = state_lib.state_of(checkpoints.restore_params(step, abstract), config, mesh)
         else:
             state = checkpoints.restore(step, state_lib.abstract_state(config, mesh))
+        report(describe(dataset, config.train.steps))
         report(_headline(config, mesh, step))
         if step >= config.train.steps:
             return state
@@ -69,7 +72,7 @@ def train(
             if first:
                 writer = stack.enter_context(MetricsWriter(workdir, resume_step=step))
                 progress = stack.enter_context(Progress(config.train.steps, step))
-            log = _Log(config, mesh, writer, progress, step)
+            log = _Log(config, mesh, dataset, writer, progress, step)
             state, step = _loop(config, mesh, dataset, state, step, checkpoints, log, tracer, stop)
     if step < config.train.steps:
         raise Stopped(stop.signal, step)
@@ -80,6 +83,7 @@ def _make(config: Config, workdir: str | os.PathLike, report) -> Dataset:
     """Data and the run's folder with what is written there once; nothing if one cannot be."""
     check_workdir(workdir, config)
     dataset = prepare(config, report)
+    dataset.require_rows()
     keep_tokenizer(open_workdir(workdir, config), dataset.tokenizer)
     return dataset
 
@@ -93,8 +97,12 @@ def _loop(config, mesh, dataset: Dataset, state, step, checkpoints, log, tracer,
     train_step = state_lib.make_train_step(config, mesh)
     evaluate = evaluate_lib.make_evaluate(config, mesh)
     rows = processes.Rows(mesh_lib.batch_sharding(mesh), t.batch_size)
-    for batch in dataset.train_batches(step, rows.indices):
-        batch = rows.place(batch)
+    placed = map(rows.place, dataset.train_batches(step, rows.indices))
+    # The transfer of the next batch to the devices has begun before the step of this one does.
+    batches = itertools.pairwise(placed)
+    while step < t.steps:
+        with log.waiting():
+            batch, _ = next(batches)
         tracer.before_step()
         with jax.transfer_guard("disallow"):
             state, metrics = train_step(state, batch)
@@ -109,10 +117,9 @@ def _loop(config, mesh, dataset: Dataset, state, step, checkpoints, log, tracer,
         if step % t.eval_every == 0 or step == t.steps:
             log.flush()
             with log.paused(state):
-                batches = dataset.eval_batches(t.eval_batches, rows.indices)
-                held_out = evaluate(state.params, batches)
-                num_bytes = dataset.eval_bytes(t.eval_batches)
-                held_out["eval_bits_per_byte"] = evaluate_lib.bits_per_byte(held_out, num_bytes)
+                held_out = evaluate_lib.evaluate_mixture(
+                    evaluate, state.params, dataset, t.eval_batches, rows.indices
+                )
                 log.held_out(step, held_out)
         if step % t.save_every == 0 or last:
             log.flush()
@@ -137,18 +144,28 @@ class _Log:
         self,
         config: Config,
         mesh,
+        dataset: Dataset,
         writer: MetricsWriter | None,
         progress: Progress | None,
         step: int,
     ):
         self._config = config
         self._mesh = mesh
+        self._dataset = dataset
         self._writer = writer
         self._progress = progress
         self._pending: tuple[int, Any] | None = None
         self._seconds = writer.seconds_so_far if writer else 0.0
         self._step = step
         self._since = time.perf_counter()
+        self._waited = 0.0
+
+    @contextlib.contextmanager
+    def waiting(self):
+        """What happens in this context is waiting for data."""
+        start = time.perf_counter()
+        yield
+        self._waited += time.perf_counter() - start
 
     def note(self, step: int, metrics: Any) -> None:
         self._pending = (step, metrics)
@@ -164,6 +181,7 @@ class _Log:
             return
         now = time.perf_counter()
         interval, self._since = now - self._since, now
+        data_wait, self._waited = self._waited / interval, 0.0
         self._seconds += interval
         tokens = self._config.train.batch_size * self._config.data.seq_len
         rate = (step - self._step) * tokens / interval
@@ -172,6 +190,9 @@ class _Log:
         device = self._mesh.devices.flat[0].device_kind
         mfu = flops.utilisation(per_token.train * rate, device, self._mesh.size)
         values |= {"tokens": step * tokens, "tokens_per_s": rate, "seconds": self._seconds}
+        values["data_wait"] = data_wait
+        for name, taken in self._dataset.taken(step).items():
+            values |= {f"tokens/{name}": taken.tokens, f"epochs/{name}": taken.epochs}
         if mfu is not None:
             values["mfu"] = mfu
         self._writer.write(step, **values)
@@ -210,8 +231,11 @@ def _headline(config: Config, mesh, step: int) -> str:
 
 
 def _held_out_line(step: int, held_out: dict[str, Any]) -> str:
+    each = {k: v for k, v in held_out.items() if k.startswith("eval_loss/")}
+    by_source = ", ".join(f"{name.partition('/')[2]} {loss:.4f}" for name, loss in each.items())
     return (
-        f"step {step}: held-out loss {held_out['eval_loss']:.4f}, "
+        f"step {step}: held-out loss {held_out['eval_loss']:.4f}"
+        f"{f' ({by_source})' if by_source else ''}, "
         f"perplexity {held_out['eval_perplexity']:,.1f}, "
         f"{held_out['eval_bits_per_byte']:.3f} bits a byte, "
         f"{held_out['eval_ffn_experts_per_token']:.2f} FFN experts a token"

@@ -77,7 +77,7 @@ def test_tokens_that_are_none(model, tokens, mask, said):
 
 
 def test_a_loaded_model_is_the_one_that_was_saved(model, folder):
-    assert model.config.data.corpus == str(tiny.TEXT)
+    assert model.config.data.sources["text"].path == str(tiny.TEXT)
     leaves = jax.tree.leaves(model.params)
     assert {leaf.dtype for leaf in leaves} == {jnp.dtype("float32")}
     assert {device for leaf in leaves for device in leaf.devices()} == {jax.devices()[0]}

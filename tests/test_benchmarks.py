@@ -65,8 +65,8 @@ def test_interleaved_runs_every_case_each_round():
 
 
 def test_summary_is_of_median_and_quartiles():
-    assert timing._summary([5.0, 1.0, 3.0, 2.0, 4.0]) == timing.Seconds(3.0, 2.0, 4.0)
-    assert np.isfinite(timing._summary([1.0])).all()
+    assert timing.summary([5.0, 1.0, 3.0, 2.0, 4.0]) == timing.Seconds(3.0, 2.0, 4.0)
+    assert np.isfinite(timing.summary([1.0])).all()
 
 
 def test_machine_is_named():

@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import math
-from typing import get_type_hints
+from typing import get_args, get_origin, get_type_hints
 
 import numpy as np
 import pytest
@@ -35,10 +35,12 @@ def refused(tree) -> str:
 
 def test_base_names_every_field_once():
     def names(cls):
-        return {
-            name: names(kind) if dataclasses.is_dataclass(kind) else None
-            for name, kind in get_type_hints(cls).items()
-        }
+        return {name: below(kind) for name, kind in get_type_hints(cls).items()}
+
+    def below(kind):
+        if get_origin(kind) is config_lib.Named:
+            return {"text": below(get_args(kind)[1])}  # the name that the base has
+        return names(kind) if dataclasses.is_dataclass(kind) else None
 
     def keys(tree):
         return {k: keys(v) if isinstance(v, dict) else None for k, v in tree.items()}
@@ -110,6 +112,8 @@ WRONG = [
     ("train.keep", 0, "must be at least 1"),
     ("generate.temperature", -1.0, "must be at least 0"),
     ("generate.top_p", 0.0, "must be greater than 0 and at most 1"),
+    ("generate.min_p", 1.0, "must be at least 0 and less than 1"),
+    ("generate.repetition_penalty", 0.0, "must be greater than 0"),
     ("generate.max_new_tokens", 0, "must be at least 1"),
     ("mesh.fsdp", 0, "must be at least 1, or -1"),
     ("mesh.data", -2, "must be at least 1, or -1"),
@@ -143,13 +147,28 @@ def test_one_expert_has_no_deviation_to_divide_by():
 
 def test_every_number_has_a_bound_and_every_text_that_is_a_choice_its_choices():
     """A field added without a check would let nonsense through to the compiler."""
-    free = {"data.corpus", "data.dir", "data.tokenizer", "model.tied_embeddings", "moe.logit_norm"}
+    free = {"data.sources", "data.dir", "data.tfds_dir", "data.tokenizer"}
+    free |= {"model.tied_embeddings", "moe.logit_norm"}
     by_hand = {"mesh.data", "mesh.fsdp", "mesh.expert", "optim.beta1", "optim.beta2"}
-    by_hand |= {"optim.final_lr_ratio"}
+    by_hand |= {"optim.final_lr_ratio", "generate.min_p"}
     checked = {*config_lib._CHOICES, *config_lib._AT_LEAST, *config_lib._WITHIN}
     tree = small.config().to_dict()
     names = {"seed"} | {f"{g}.{n}" for g, group in tree.items() if g != "seed" for n in group}
     assert names == checked | free | by_hand
+
+
+def test_sources_are_groups_under_names_of_the_users_own():
+    def of(**weights):
+        named = {n: {"path": n, "weight": w, "text_field": "text"} for n, w in weights.items()}
+        return fields(**{"data.sources": named})
+
+    assert list(Config.parse(of(books=1.0, web=2)).data.sources) == ["books", "web"]
+    assert refused(of(books=-1.0)) == "config.data.sources.books.weight = -1.0 must be at least 0"
+    assert "the weights of books, web are all 0" in refused(of(books=0, web=0))
+    assert "config.data.sources = {} must be groups of fields, at least one" in refused(of())
+    assert "config.data.sources.books.pth" in refused(
+        fields(**{"data.sources": {"books": {"pth": "x"}}})
+    )
 
 
 def test_numpy_numbers_are_refused_with_their_type():

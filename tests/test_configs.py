@@ -6,8 +6,11 @@ from pathlib import Path
 import jax
 import pytest
 
+from configs import moepp_7b
+from configs.data import paper_mixture
 from moepp_jax import flops, mesh, model, state
-from moepp_jax.config import Config
+from moepp_jax.config import Config, ConfigError
+from moepp_jax.data.prepare import prepare_sources
 
 # Billions of parameters, total and active at most (paper, table 2).
 PAPER = {
@@ -35,7 +38,7 @@ def count(config: Config) -> int:
 
 def test_all_recipes_are_found():
     vanilla = {name.replace("moepp", "moe") for name in PAPER}
-    assert set(FILES) == set(PAPER) | vanilla | {"tiny"}
+    assert set(FILES) == set(PAPER) | vanilla | {"tiny", "english"}
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -73,6 +76,27 @@ def test_vanilla_twin(name):
     assert moe.moe.num_experts == moe.moe.n_ffn == moepp.moe.n_ffn
     assert moe.model == moepp.model and moe.train == moepp.train
     assert flops.cost_ratio(moe) == 1
+
+
+def test_the_papers_models_train_on_its_mixture():
+    for name in FILES:
+        if name not in ("tiny", "english"):
+            module = importlib.import_module(f"configs.{name}")
+            sources = Config.parse(module.get_config("/mnt/corpora")).data.sources
+            assert sources["redpajama_books"].path == "/mnt/corpora/redpajama/book"
+            assert sources["dolma"].weight == 61.28
+            assert set(recipe(name).data.sources) == {"text"}
+    for weights in paper_mixture.WEIGHTS:
+        of_source = [s["weight"] for s in paper_mixture.sources("/x", weights).values()]
+        assert sum(of_source) == pytest.approx(100) and len(of_source) == 7
+
+
+def test_a_corpus_that_is_not_there_is_named_with_its_place(tmp_path):
+    fields = moepp_7b.get_config(str(tmp_path / "corpora"))
+    fields.data.dir = str(tmp_path / "data")
+    missing = rf"sources\.dolma\.path = '{tmp_path}/corpora/dolma' does not exist"
+    with pytest.raises(ConfigError, match=missing):
+        prepare_sources(Config.parse(fields), report=lambda line: None)
 
 
 # FFN experts a token for tau .10 to 1.0 (paper, section 3.4).

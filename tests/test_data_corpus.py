@@ -12,16 +12,17 @@ from pathlib import Path
 
 import pytest
 
-from moepp_jax.config import ConfigError, DataConfig
-from moepp_jax.data import corpus, packages, sources, storage
+from moepp_jax.config import ConfigError, DataConfig, Named, SourceConfig
+from moepp_jax.data import corpus, files, packages, records, storage
 
 TEXT = Path(__file__).parent / "data" / "text"
 
 
 def data_config(tmp_path: Path, path: Path | str, eval_fraction: float = 0.2) -> DataConfig:
     return DataConfig(
-        corpus=str(path),
+        sources=Named(text=SourceConfig(str(path), 1.0, "text")),
         dir=str(tmp_path / "data"),
+        tfds_dir="",
         tokenizer="",
         seq_len=32,
         eval_fraction=eval_fraction,
@@ -29,8 +30,10 @@ def data_config(tmp_path: Path, path: Path | str, eval_fraction: float = 0.2) ->
 
 
 def prepare(config: DataConfig) -> dict[str, list[dict]]:
-    folder = corpus.prepare_text(config, corpus.open_corpus(config), report=lambda line: None)
-    return {s: list(storage.Split(corpus.MoeppText, folder, s)) for s in corpus.SPLITS}
+    folder = corpus.prepare_text(
+        config, corpus.open_corpus(config, "text"), report=lambda line: None
+    )
+    return {split: list(records.Split(folder, split)) for split in records.SPLITS}
 
 
 def test_a_folder_is_one_document_a_file_and_every_document_is_in_one_split(tmp_path):
@@ -46,19 +49,21 @@ def test_equal_texts_share_a_split_and_the_share_held_out_is_the_one_asked_for(t
     for i in range(400):
         (tmp_path / f"{i:03}.txt").write_text(f"This is text number {i % 200}.")
     splits = prepare(data_config(tmp_path, tmp_path, eval_fraction=0.25))
-    train, validation = ({e["text"] for e in splits[split]} for split in corpus.SPLITS)
+    train, validation = ({e["text"] for e in splits[split]} for split in records.SPLITS)
     assert not train & validation
     assert 0.15 < len(validation) / 200 < 0.35
 
 
 def test_a_document_keeps_its_split_when_others_are_added(tmp_path):
+    folder = tmp_path / "text"
+    folder.mkdir()
     for i in range(60):
-        (tmp_path / f"{i:03}.txt").write_text(f"This is text number {i}.")
-    before = prepare(data_config(tmp_path, tmp_path))
+        (folder / f"{i:03}.txt").write_text(f"This is text number {i}.")
+    before = prepare(data_config(tmp_path, folder))
     for i in range(60, 90):
-        (tmp_path / f"{i:03}.txt").write_text(f"This is text number {i}.")
-    after = prepare(data_config(tmp_path, tmp_path))
-    for split in corpus.SPLITS:
+        (folder / f"{i:03}.txt").write_text(f"This is text number {i}.")
+    after = prepare(data_config(tmp_path, folder))
+    for split in records.SPLITS:
         assert {e["id"] for e in before[split]} <= {e["id"] for e in after[split]}
 
 
@@ -71,7 +76,7 @@ def test_a_single_file_is_cut_between_paragraphs(tmp_path):
     text = "\n\n".join(file.read_text().strip() for file in sorted(TEXT.glob("*.txt")))
     file = tmp_path / "all.txt"
     file.write_text(text, newline="\r\n")
-    documents = [d.text for d in sources.LocalCorpus(file).documents()]
+    documents = [d.text for p in files.FilesCorpus(str(file)).parts() for d in p.documents()]
     assert "\r\n\r\n".join(documents) == text.replace("\n", "\r\n")
     assert all(2000 - 4 <= len(d) < 2800 for d in documents[:-1])
     assert len(documents) == 4
@@ -84,7 +89,7 @@ def test_the_fingerprint_covers_contents_names_share_and_kind(tmp_path):
     config = data_config(tmp_path, a)
 
     def folder(config=config):
-        return corpus.text_folder(config, corpus.open_corpus(config))
+        return corpus.text_folder(config, corpus.open_corpus(config, "text"))
 
     names = [folder()]
     names.append(folder(data_config(tmp_path, a, eval_fraction=0.1)))
@@ -102,9 +107,9 @@ def test_the_fingerprint_covers_contents_names_share_and_kind(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (None, r"config.data.corpus = '.*x.txt' does not exist"),
-        (b"", r"x.txt is empty"),
-        (b" \n\n ", r"x.txt is empty"),
+        (None, r"config.data.sources.text.path = '.*x.txt' does not exist"),
+        (b"", r"x.txt is empty: none of its documents"),
+        (b" \n\n ", r"x.txt is empty: none of its documents"),
         (b"caf\xe9 au lait", r"x.txt is not UTF-8: byte 3 is 0xe9"),
         (b"one paragraph", r"too small to hold text out.* 1 document"),
     ],
@@ -120,8 +125,8 @@ def test_what_is_no_corpus_is_one_clear_error_and_leaves_nothing(tmp_path, conte
 
 def test_a_folder_without_text_is_an_error(tmp_path):
     (tmp_path / "readme.md").write_text("no")
-    with pytest.raises(ConfigError, match=r"is a folder without a \*\.txt file"):
-        corpus.open_corpus(data_config(tmp_path, tmp_path))
+    with pytest.raises(ConfigError, match=r"is a folder without text: there is no \*\.txt"):
+        corpus.open_corpus(data_config(tmp_path, tmp_path), "text")
 
 
 # --- all or nothing -------------------------------------------------------------------------------

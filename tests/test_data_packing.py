@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moepp_jax.data.packing import PackedRows
+from tests import tiny
 
 PAD = 99
 
@@ -14,8 +14,13 @@ documents_of = st.lists(st.integers(1, 12), min_size=1, max_size=12).map(
 
 
 def pack(documents, row_length, drop_last):
-    lengths = np.array([len(document) for document in documents])
-    return PackedRows(documents, lengths, row_length, pad_id=PAD, drop_last=drop_last)
+    return tiny.packed(documents, row_length, pad_id=PAD, drop_last=drop_last)
+
+
+def rows_of(packed):
+    """The rows, each read alone."""
+    read = [packed.read(np.array([r])) for r in range(len(packed))]
+    return [{name: value[0] for name, value in row.items()} for row in read]
 
 
 def one_by_one(documents, row_length, drop_last):
@@ -50,7 +55,7 @@ def test_rows_are_those_of_the_walk(documents, row_length, drop_last):
     packed = pack(documents, row_length, drop_last)
     expected = one_by_one(documents, row_length, drop_last)
     assert len(packed) == len(expected)
-    for row, wanted in zip((packed[r] for r in range(len(packed))), expected, strict=True):
+    for row, wanted in zip(rows_of(packed), expected, strict=True):
         assert row.keys() == wanted.keys()
         for name in wanted:
             np.testing.assert_array_equal(row[name], wanted[name], err_msg=name)
@@ -61,8 +66,7 @@ def test_rows_are_those_of_the_walk(documents, row_length, drop_last):
 def test_in_evaluation_every_pair_in_a_document_is_predicted_exactly_once(documents, row_length):
     packed = pack(documents, row_length, drop_last=False)
     predicted = []
-    for r in range(len(packed)):
-        row = packed[r]
+    for row in rows_of(packed):
         kept = row["loss_mask"] > 0
         predicted += zip(row["tokens"][kept].tolist(), row["targets"][kept].tolist(), strict=True)
     pairs = [
@@ -74,7 +78,7 @@ def test_in_evaluation_every_pair_in_a_document_is_predicted_exactly_once(docume
 @given(documents_of, st.integers(1, 20), st.booleans())
 def test_counts_agree_with_the_rows(documents, row_length, drop_last):
     packed = pack(documents, row_length, drop_last)
-    rows = [packed[r] for r in range(len(packed))]
+    rows = rows_of(packed)
     for n in range(len(rows) + 1):
         assert packed.num_targets(n) == sum(row["loss_mask"].sum() for row in rows[:n])
     if rows:
@@ -82,21 +86,43 @@ def test_counts_agree_with_the_rows(documents, row_length, drop_last):
         np.testing.assert_allclose(packed.efficiency, filled)
 
 
-def test_a_row_of_padding_predicts_nothing():
-    row = pack([np.arange(5)], 4, drop_last=False).padding()
-    assert row["tokens"].tolist() == row["targets"].tolist() == [PAD] * 4
-    assert not any(row[name].any() for name in ("segments", "positions", "loss_mask"))
+@given(documents_of, st.integers(1, 20), st.lists(st.integers(0, 40), max_size=6))
+def test_rows_read_together_are_those_read_alone_and_past_the_end_there_is_padding(
+    documents, row_length, numbers
+):
+    packed = pack(documents, row_length, drop_last=True)
+    together, alone = packed.read(np.array(numbers, int)), rows_of(packed)
+    padding = {"tokens": PAD, "targets": PAD, "segments": 0, "positions": 0, "loss_mask": 0}
+    for name, values in together.items():
+        assert values.shape == (len(numbers), row_length)
+        for number, value in zip(numbers, values, strict=True):
+            expected = alone[number][name] if number < len(packed) else padding[name]
+            np.testing.assert_array_equal(value, np.broadcast_to(expected, row_length))
 
 
-def test_only_the_documents_of_a_row_are_read():
-    class Counting(list):
-        read = 0
+@given(documents_of, st.integers(1, 20), st.data())
+def test_editing_a_document_changes_nothing_but_its_own_places(documents, row_length, data):
+    edited = data.draw(st.integers(0, len(documents) - 1))
+    others = [d + 500 if i == edited else d for i, d in enumerate(documents)]
+    rows = np.arange(len(pack(documents, row_length, drop_last=False)))
+    before, after = (pack(d, row_length, drop_last=False).read(rows) for d in (documents, others))
+    own = before["tokens"] // 1000 == edited
+    for name in ("segments", "positions", "loss_mask"):
+        np.testing.assert_array_equal(before[name], after[name])
+    np.testing.assert_array_equal(before["tokens"][~own], after["tokens"][~own])
+    # Where a loss is taken, the target is of the same document.
+    counted = ~own & (before["loss_mask"] > 0)
+    np.testing.assert_array_equal(before["targets"][counted], after["targets"][counted])
 
-        def __getitem__(self, index):
-            Counting.read += 1
-            return super().__getitem__(index)
 
-    packed = pack(Counting([np.arange(8) for _ in range(100)]), 16, drop_last=True)
-    Counting.read = 0
-    _ = packed[20]  # 17 tokens
-    assert Counting.read == 3
+def test_one_call_fetches_the_documents_of_the_rows_and_no_other(monkeypatch):
+    calls = []
+
+    def fetch(self, indices):
+        calls.append(indices)
+        return [self[i] for i in indices]
+
+    monkeypatch.setattr(tiny.InMemory, "__getitems__", fetch)
+    packed = pack([np.arange(8) for _ in range(100)], 16, drop_last=True)
+    packed.read(np.array([20, 3, 20]))  # 17 tokens each
+    assert calls == [[6, 7, 8, 40, 41, 42]]

@@ -3,6 +3,7 @@
 import functools
 import json
 import math
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,7 @@ from moepp_jax import model as model_lib
 from moepp_jax import vocabulary
 from moepp_jax.checkpoint import CheckpointError
 from moepp_jax.config import ConfigError
-from moepp_jax.data import open_dataset
+from moepp_jax.data import Dataset, open_dataset
 from tests import tiny
 
 
@@ -119,14 +120,40 @@ def test_nothing_to_evaluate_is_an_error():
         evaluated(of=[])
 
 
-def test_bits_per_byte():
-    metrics = {"eval_loss": 2 * math.log(2), "eval_tokens": 300}
-    assert evaluate_lib.bits_per_byte(metrics, num_bytes=1200.0) == pytest.approx(0.5)
+def test_sources_are_averaged_by_their_shares_of_training_not_of_the_held_out_text():
+    read = []
+
+    def source(name, bytes_per_target):
+        def eval_batches(part, rows):
+            read.append((name, part))
+            return [name]
+
+        return SimpleNamespace(eval_batches=eval_batches, bytes_per_target=bytes_per_target)
+
+    def evaluate(params, batches):
+        loss, tokens, load = {"a": (2.0, 1000, 1.0), "b": (4.0, 10, 3.0)}[batches[0]]
+        return {"eval_loss": loss, "eval_perplexity": 0, "eval_tokens": tokens, "load": [load]}
+
+    dataset = object.__new__(Dataset)
+    dataset.shares = {"a": 0.9, "b": 0.1}
+    dataset.sources = {"a": source("a", 4.0), "b": source("b", 2.0)}
+
+    def evaluate_arrays(*args):
+        return {k: np.array(v) if k == "load" else v for k, v in evaluate(*args).items()}
+
+    got = evaluate_lib.evaluate_mixture(evaluate_arrays, None, dataset, 5, np.arange(8))
+    assert read == [("a", 4), ("b", 1)]  # a batch at least
+    assert got["eval_loss"] == pytest.approx(2.2) and got["load"] == pytest.approx([1.2])
+    assert got["eval_perplexity"] == pytest.approx(math.exp(2.2))
+    assert got["eval_tokens"] == 1010
+    assert got["eval_bits_per_byte"] == pytest.approx(2.2 / math.log(2) / 3.8)
+    assert (got["eval_loss/a"], got["eval_loss/b"], got["eval_tokens/b"]) == (2.0, 4.0, 10)
+    assert got["eval_bits_per_byte/b"] == pytest.approx(4 / math.log(2) / 2)
 
 
 def test_a_run_is_evaluated_on_all_of_its_held_out_text(tmp_path):
     c = tiny.config(**{"data.dir": str(tmp_path / "data"), "mesh.expert": 2})
-    with pytest.raises(ConfigError, match="is missing"):
+    with pytest.raises(ConfigError, match="is not prepared"):
         evaluate_lib.evaluate_run(c, tmp_path / "run")
     tiny.run_folder(tmp_path / "run", c)
     with pytest.raises(CheckpointError, match=r"checkpoint 4 .* steps that may be used .*: 3"):
@@ -134,7 +161,7 @@ def test_a_run_is_evaluated_on_all_of_its_held_out_text(tmp_path):
     got = evaluate_lib.evaluate_run(c, tmp_path / "run")
     assert json.loads(json.dumps(got)) == got
     dataset = open_dataset(c)
-    documents = dataset.eval_documents
+    documents = dataset.sources["text"].eval_documents
     assert got["step"] == 3
     assert got["eval_tokens"] == sum(documents.lengths) - len(documents)
     bits = got["eval_loss"] * got["eval_tokens"] / math.log(2)

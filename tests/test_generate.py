@@ -1,7 +1,8 @@
-"""Text from the cache is text from the whole model; sampling draws from the right distribution."""
+"""Text from the cache is text from the whole model, whatever else is in the batch."""
 
 import dataclasses
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -10,11 +11,12 @@ import pytest
 
 from moepp_jax import model as model_lib
 from moepp_jax import vocabulary
-from moepp_jax.config import ConfigError, GenerateConfig
-from moepp_jax.generate import Generator, sampler
+from moepp_jax.config import ConfigError
+from moepp_jax.generation import Generator
 from tests import reference, tiny
 
-GREEDY = GenerateConfig(max_new_tokens=12, temperature=0.0, top_k=0, top_p=1.0, seed=0)
+GREEDY = tiny.config(**{"generate.max_new_tokens": 12}).generate
+WARM = dataclasses.replace(GREEDY, temperature=0.9, top_k=50, seed=3)
 PROMPTS = [[5, 6, 7], [300, 20, 10, 4, 4, 4, 9, 8, 31], [17] * 13 + [18, 19]]
 
 
@@ -23,11 +25,12 @@ def case():
     """Two blocks of a dense and a MoE++ layer with grouped queries: every part of the cache."""
     c = tiny.config(
         **{"model.num_layers": 4, "model.moe_every": 2, "model.num_kv_heads": 2},
-        **{"moe.dispatch": "dropless"},
+        **{"moe.dispatch": "dropless", "moe.n_ffn": 4},
     )
     model = model_lib.build(c)
     params = jax.jit(functools.partial(model_lib.init, model))(jax.random.key(0))
-    return model, params, Generator(model, params)
+    # Caches that 12 new tokens outgrow: all texts here go on in a larger one.
+    return model, params, Generator(model, params, least_places=16)
 
 
 @functools.cache
@@ -78,39 +81,117 @@ def test_the_end_token_ends_its_text_only_and_is_not_returned():
     stopped = generate(PROMPTS, GREEDY, end)
     assert stopped[0] == texts[0][: texts[0].index(end)]
     assert stopped[1] == texts[1]
-    seen = []
-    alone = generate([PROMPTS[0]] * 3, GREEDY, end, on_token=seen.append)
-    assert alone == [stopped[0]] * 3
-    assert len(seen) == len(stopped[0]) + 1  # it does not go on after the last text has ended
-    assert [tokens[0] for tokens in seen] == [*stopped[0], end]
+    ends = [end, texts[1][5]]
+    assert generate(PROMPTS, GREEDY, ends)[1] == texts[1][: texts[1].index(texts[1][5])]
 
 
-def test_as_many_tokens_as_asked_for_and_a_function_compiled_once(monkeypatch):
+def test_texts_have_limits_and_watchers_of_their_own():
+    *_, generate = case()
+    whole = generate(PROMPTS, GREEDY)
+    assert generate(PROMPTS, GREEDY, limits=[3, 12, 1]) == [whole[0][:3], whole[1], whole[2][:1]]
+    heard = []
+
+    def ends_with_the_fourth(token):
+        heard.append(token)
+        return len(heard) == 4
+
+    watch = [lambda token: False, ends_with_the_fourth, lambda token: True]
+    assert generate(PROMPTS, GREEDY, watch=watch) == [whole[0], whole[1][:4], whole[2][:1]]
+    assert heard == whole[1][:4]  # and is not called again
+
+
+def test_the_stream_is_the_text_in_pieces():
+    *_, generate = case()
+    pieces = list(generate.stream(PROMPTS, GREEDY))
+    assert len(pieces) > 2 and [len(tokens) for tokens in pieces[0]] == [1, 1, 1]
+    joined = [[token for piece in pieces for token in piece[i]] for i in range(3)]
+    assert joined == generate(PROMPTS, GREEDY)
+
+
+def test_programs_are_compiled_once_for_a_size():
     model, params, _ = case()
-    traces = []
-    logits = vocabulary.logits
-
-    def counted(*args):
-        traces.append(1)
-        return logits(*args)
-
-    monkeypatch.setattr(vocabulary, "logits", counted)
-    generate = Generator(model, params)
-    for count in (1, 2, 12, 16):
+    generate = Generator(model, params, least_places=16)
+    generate(PROMPTS, dataclasses.replace(GREEDY, max_new_tokens=2))
+    assert generate.speed.programs == 2 and generate.speed.compile_seconds > 0.05
+    for count in (1, 5, 16):  # 3 prompts are 4 rows
         settings = dataclasses.replace(GREEDY, max_new_tokens=count, seed=count)
-        texts = generate(PROMPTS, settings)
-        assert [len(text) for text in texts] == [count] * 3
-        assert len(traces) == (1 if count == 1 else 2)  # prefill; decode
-    generate([prompt[:2] for prompt in PROMPTS], GREEDY)  # other lengths, the same shapes
-    assert len(traces) == 2
+        texts = generate([*PROMPTS, [7] * count][: 3 + count % 2], settings)
+        assert [len(text) for text in texts] == [count] * len(texts)
+        assert generate.speed.programs == 0 and generate.speed.compile_seconds == 0
+    assert sorted(name[0] for name in generate._programs.compiled) == ["decode", "prefill"]
+
+
+def test_values_of_rules_are_not_compiled():
+    *_, generate = case()
+    generate(PROMPTS, WARM)
+    generate(PROMPTS, dataclasses.replace(WARM, temperature=0.8, top_k=9))
+    assert generate.speed.programs == 0
+
+
+def test_a_full_cache_goes_on_in_a_larger_one():
+    *_, generate = case()
+    long = dataclasses.replace(GREEDY, max_new_tokens=40)
+    (text,) = generate(PROMPTS[:1], long)
+    assert text == without_cache(64)(PROMPTS[0], 40)
+    kinds = [name[0] for name in generate._programs.compiled if 32 in name[1] or 64 in name[1]]
+    assert kinds.count("grow") == 1
+    assert generate.speed.decode_steps == 39
+
+
+def test_a_cache_is_updated_where_it_is():
+    model, _, generate = case()
+    generate(PROMPTS, GREEDY)
+    name, program = next(
+        (name, program)
+        for name, program in generate._programs.compiled.items()
+        if name[0] == "decode"
+    )
+    shape = ",".join(map(str, name[1]))
+    hlo = program.as_text()
+    assert f"f32[{shape}]" in hlo
+    assert not re.findall(rf"= f32\[{shape}\]\S* copy", hlo)
+    caches = 2 * model.config.num_layers * 4 * np.prod(name[1])
+    assert program.memory_analysis().alias_size_in_bytes >= caches
+
+
+# Drawing
 
 
 def test_a_seed_is_a_text():
     *_, generate = case()
-    hot = dataclasses.replace(GREEDY, temperature=1e6)  # every token is equally likely
+    hot = dataclasses.replace(WARM, temperature=1e6, top_k=384)  # every token is equally likely
     first, again = generate(PROMPTS, hot), generate(PROMPTS, hot)
     assert first == again != generate(PROMPTS, dataclasses.replace(hot, seed=1))
     assert len({token for text in first for token in text}) > 24  # of 36: each drawn anew
+
+
+def test_a_text_is_the_same_in_any_company():
+    *_, generate = case()
+    texts = generate(PROMPTS, WARM)
+    assert generate(PROMPTS[::-1], WARM) == texts[::-1]
+    assert generate([PROMPTS[1]], WARM) == [texts[1]]
+    assert generate([*PROMPTS, PROMPTS[0]], WARM) == [*texts, texts[0]]
+    samples = generate([PROMPTS[0]] * 3, WARM, samples=[1, 0, 2])
+    assert samples[1] == texts[0] and len({tuple(s) for s in samples}) == 3
+    assert generate([PROMPTS[0]], WARM, samples=[2]) == [samples[2]]
+
+
+def test_a_repeated_token_is_penalised():
+    *_, generate = case()
+    never = dataclasses.replace(GREEDY, repetition_penalty=1e6)
+    for prompt, text in zip(PROMPTS, generate(PROMPTS, never), strict=True):
+        assert len({*prompt, *text}) == len(set(prompt)) + 12
+    assert any(len(set(text)) < 12 for text in generate(PROMPTS, GREEDY))
+
+
+def test_what_was_done_is_told():
+    *_, generate = case()
+    generate(PROMPTS, GREEDY)
+    speed = generate.speed
+    assert (speed.prompt_tokens, speed.decoded_tokens, speed.decode_steps) == (27, 33, 11)
+    assert 0 < speed.ffn_experts_per_token <= 2
+    assert speed.ffn_experts_per_token / 4 <= speed.experts_read_per_step <= 4
+    assert "27 in" in str(speed) and "33 in" in str(speed)
 
 
 def test_what_cannot_be_continued():
@@ -121,55 +202,5 @@ def test_what_cannot_be_continued():
     for ids in ([1, 384], [-1]):
         with pytest.raises(ConfigError, match="prompt 0 holds ids outside the vocabulary of 384"):
             generate([ids], GREEDY)
-
-
-# Sampling
-
-
-def drawn(probs, n=20_000, **settings):
-    """Frequencies of n draws from logits whose softmax is probs."""
-    sample = sampler(dataclasses.replace(GREEDY, **settings))
-    logits = jnp.log(jnp.asarray(probs)) + 3.0
-    tokens = sample(jnp.broadcast_to(logits, (n, len(probs))), jax.random.key(0))
-    return np.bincount(tokens, minlength=len(probs)) / n
-
-
-PROBS = [0.1, 0.5, 0.15, 0.25]
-
-
-@pytest.mark.parametrize(
-    ("settings", "expected"),
-    [
-        ({"temperature": 0.0}, [0, 1, 0, 0]),
-        ({"temperature": 1.0}, PROBS),
-        # p^2 over its sum, p^(1/2) over its sum
-        ({"temperature": 0.5}, [0.01 / 0.345, 0.25 / 0.345, 0.0225 / 0.345, 0.0625 / 0.345]),
-        ({"temperature": 2.0}, [0.3162 / 1.9106, 0.7071 / 1.9106, 0.3873 / 1.9106, 0.5 / 1.9106]),
-        ({"temperature": 1.0, "top_k": 1}, [0, 1, 0, 0]),
-        ({"temperature": 1.0, "top_k": 2}, [0, 2 / 3, 0, 1 / 3]),
-        ({"temperature": 1.0, "top_k": 4}, PROBS),
-        ({"temperature": 1.0, "top_k": 9}, PROBS),
-        ({"temperature": 1.0, "top_p": 1e-6}, [0, 1, 0, 0]),
-        ({"temperature": 1.0, "top_p": 0.49}, [0, 1, 0, 0]),
-        ({"temperature": 1.0, "top_p": 0.7}, [0, 2 / 3, 0, 1 / 3]),
-        ({"temperature": 1.0, "top_p": 0.85}, [0, 5 / 9, 1.5 / 9, 2.5 / 9]),
-        ({"temperature": 1.0, "top_p": 0.95}, PROBS),
-        # After the temperature: 0.725 of the mass is the best token's.
-        ({"temperature": 0.5, "top_p": 0.7}, [0, 1, 0, 0]),
-        # Of the three that top_k leaves, 5/9 is the best one's.
-        ({"temperature": 1.0, "top_k": 3, "top_p": 0.55}, [0, 1, 0, 0]),
-        ({"temperature": 1.0, "top_k": 3, "top_p": 0.56}, [0, 2 / 3, 0, 1 / 3]),
-    ],
-)
-def test_the_distribution_is_the_one_by_hand(settings, expected):
-    expected = np.array(expected)
-    frequencies = drawn(PROBS, **settings)
-    assert (frequencies[expected == 0] == 0).all()  # never outside the allowed set
-    np.testing.assert_allclose(frequencies, expected, atol=0.012)  # over 3 deviations
-
-
-def test_rows_are_filtered_and_drawn_each_on_its_own():
-    sample = sampler(dataclasses.replace(GREEDY, temperature=1.0, top_p=0.6))
-    logits = jnp.log(jnp.array([[0.5, 0.3, 0.2], [0.05, 0.15, 0.8]] * 2000))
-    tokens = np.asarray(sample(logits, jax.random.key(0))).reshape(-1, 2)
-    assert set(tokens[:, 0]) == {0, 1} and set(tokens[:, 1]) == {2}
+    with pytest.raises(ConfigError, match="limit 1 = 0 must be at least 1 new token"):
+        generate([[1], [1]], GREEDY, limits=[1, 0])

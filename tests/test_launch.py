@@ -41,8 +41,8 @@ from moepp_jax.compile.topology import Topology
 
 def check(arguments, devices):
     sys.argv = ["main", *arguments]  # where the flag of a recipe looks for those of its fields
-    _, command = flags.FLAGS(sys.argv)
-    assert command in main._COMMANDS, f"{command} is no command"
+    _, command, *_ = flags.FLAGS(sys.argv)
+    assert command in main.COMMANDS, f"{command} is no command"
     given = flags.FLAGS
     processes = given.coordinator, given.num_processes, given.process_id
     distributed.settings({}, given.distributed, *processes)
@@ -117,7 +117,12 @@ def test_every_command_line_is_one(stage, tmp_path):
 
 
 def test_all_launch_the_same_run(stage, tmp_path):
-    place = ("--workdir=", "--config.data.corpus=", "--config.data.dir=", "--config.mesh.")
+    place = (
+        "--workdir=",
+        "--config.data.sources.text.path=",
+        "--config.data.dir=",
+        "--config.mesh.",
+    )
     for name, (arguments, _) in launched(stage, tmp_path).items():
         rest = [argument for argument in arguments if not argument.startswith(place)]
         assert rest == ["train", "--config=configs/moepp_7b.py", "--distributed=on"], name

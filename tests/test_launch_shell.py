@@ -125,7 +125,7 @@ def test_slurm_gives_each_gpu_a_process_and_each_process_a_warning():
 
 
 def test_flags_of_the_user_reach_the_command(stage, tmp_path):
-    flags = ["--profile=10:13", "--config.data.corpus=/my 'own' $text"]
+    flags = ["--profile=10:13", "--config.data.sources.text.path=/my 'own' $text"]
     assert tpu_vm_command(stage, *flags)[-2:] == flags
     assert xpk_command(stage, *flags)[-2:] == flags
     assert slurm_command(stage, tmp_path, *flags)[-2:] == flags

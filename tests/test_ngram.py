@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from moepp_jax.analysis.ngram import K_GRID, NGramCounts, ngram_loss, trigram_loss, unigram_loss
-from moepp_jax.data.packing import PackedRows
+from tests import tiny
 
 V = 5
 # Token 1 opens a document, token 2 closes it.
@@ -15,10 +15,8 @@ HELD_OUT = [np.array([1, 3, 4, 4, 2]), np.array([1, 4, 2])]
 
 
 def batches(documents, row_length):
-    lengths = np.array(list(map(len, documents)))
-    packed = PackedRows(documents, lengths, row_length, pad_id=0, drop_last=False)
-    rows = [packed[r] for r in range(len(packed))]
-    return [{name: value[None] for name, value in row.items()} for row in rows]
+    packed = tiny.packed(documents, row_length, drop_last=False)
+    return [packed.read(np.array([r])) for r in range(len(packed))]
 
 
 def mean_loss(k, counts):

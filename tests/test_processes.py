@@ -11,6 +11,7 @@ import itertools
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -27,6 +28,8 @@ from moepp_jax import evaluate as evaluate_lib
 from moepp_jax import mesh as mesh_lib
 from moepp_jax import state as state_lib
 from moepp_jax.checkpoint import Checkpoints
+from moepp_jax.data import open_dataset
+from moepp_jax.data.prepare import prepared_sources
 from moepp_jax.metrics import read_metrics
 from moepp_jax.train import train
 from moepp_jax.workdir import read_config
@@ -161,7 +164,7 @@ def assert_same_story(actual, expected):
     assert [row["step"] for row in actual] == [row["step"] for row in expected]
     for a, b in zip(actual, expected, strict=True):
         assert a.keys() == b.keys()
-        for name in a.keys() - {"seconds", "tokens_per_s"}:
+        for name in a.keys() - {"seconds", "tokens_per_s", "data_wait"}:
             np.testing.assert_allclose(a[name], b[name], rtol=CLOSE, atol=CLOSE, err_msg=name)
 
 
@@ -308,7 +311,87 @@ def test_processes_wait_for_slow_work_and_learn_of_each_others_errors():
     assert said[0][3].startswith(unlike) and said[0][3] == said[1][3]
 
 
-# Four processes, and what kills them: minutes.
+# A mixture, four processes, and what kills them: minutes.
+
+MIXED = """
+from configs import base, tiny
+
+def get_config():
+    c = tiny.get_config()
+    weights = {"a": 3.0, "b": 2.0, "c": 1.0}
+    c.data.sources = {name: base.source(f"FOLDER/{name}", w) for name, w in weights.items()}
+    return c
+"""
+
+# Of every batch that several processes place together.
+BATCHES = """
+import hashlib, sys
+from jax.experimental import multihost_utils
+from moepp_jax import distributed, mesh, processes, workdir
+from moepp_jax.data import open_dataset
+
+distributed.initialize()
+config = workdir.read_config(sys.argv[1])
+rows = processes.Rows(mesh.batch_sharding(mesh.make_mesh(config)), config.train.batch_size)
+dataset = open_dataset(config)
+for step in range(8):
+    placed = rows.place(dataset.train_batch(step, rows.indices))
+    whole = multihost_utils.process_allgather(placed, tiled=True)
+    print("batch", *(hashlib.sha256(whole[name].tobytes()).hexdigest() for name in sorted(whole)))
+"""
+
+
+def hashes(batch) -> str:
+    return " ".join(hashlib.sha256(batch[name].tobytes()).hexdigest() for name in sorted(batch))
+
+
+@pytest.fixture(scope="module")
+def mixed(folder):
+    """The command of a run on three sources, and what it said to two processes."""
+    for i, file in enumerate(sorted(tiny.TEXT.glob("*.txt"))):
+        (folder / "abc"[i % 3]).mkdir(exist_ok=True)
+        shutil.copy(file, folder / "abc"[i % 3])
+    (folder / "recipe.py").write_text(MIXED.replace("FOLDER", str(folder)))
+    arguments = [a for a in command(folder, "mixed") if not a.startswith("--config.data.sources.")]
+    arguments[1] = f"--config={folder / 'recipe.py'}"
+    with Job(arguments) as job:
+        return arguments, job.ended(0, 0)
+
+
+@pytest.mark.slow
+def test_a_mixture_is_the_same_batches_and_losses_for_any_processes(mixed, folder):
+    rows = read_metrics(folder / "mixed")
+    c = read_config(folder / "mixed")
+    with pytest.MonkeyPatch.context() as patch:
+        some = functools.partial(mesh_lib.make_mesh, devices=jax.devices()[:4])
+        patch.setattr(mesh_lib, "make_mesh", some)
+        train(c, folder / "mixed-one", lambda line: None)
+    assert_same_story(rows, read_metrics(folder / "mixed-one"))
+    assert [rows[-1][f"eval_tokens/{name}"] > 0 for name in "abc"] == [True] * 3
+    tokens = [rows[-2][f"tokens/{name}"] for name in "abc"]
+    np.testing.assert_allclose(np.array(tokens) / (8 * 8 * 32), [3 / 6, 2 / 6, 1 / 6], atol=1 / 64)
+
+    dataset = open_dataset(c)
+    expected = [f"batch {hashes(dataset.train_batch(step))}" for step in range(8)]
+    with Job([folder / "mixed"], program=["-c", BATCHES]) as job:
+        for out, _ in job.ended(0, 0):
+            assert [line for line in out.splitlines() if line.startswith("batch")] == expected
+
+
+@pytest.mark.slow
+def test_a_damaged_record_ends_all_processes_with_its_name(mixed, folder):
+    arguments, _ = mixed
+    tokens = prepared_sources(read_config(folder / "mixed")).tokens["a"]
+    (file,) = tokens.glob("*-train.array_record-*")
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 4
+    file.write_bytes(content)
+    with Job([*arguments[:-1], f"--workdir={folder / 'damaged'}"]) as job:
+        said = [process.communicate(timeout=SECONDS)[1] for process in job.processes]
+    for process, err in zip(job.processes, said, strict=True):
+        assert process.returncode in (1, -signal.SIGABRT), err  # the latter: by JAX, of another
+    assert any(re.search(rf"error: process \d: .*{file}, record \d+, cannot", err) for err in said)
+
 
 CUBE = {"mesh.data": 2, "mesh.fsdp": 2, "mesh.expert": 2, "train.steps": 24, "train.eval_every": 24}
 

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 import pytest
 
+from moepp_jax import flops, moe
 from moepp_jax import mesh as mesh_lib
 from moepp_jax import state as state_lib
 from tests import tiny
@@ -217,3 +218,26 @@ def test_the_step_counts_its_learning_rate():
     first = state.opt_state[1][0].mu
     norm = np.sqrt(sum(np.sum(leaf**2) for leaf in jax.tree.leaves(first)))
     assert norm == pytest.approx(0.1, rel=1e-4)
+
+
+def test_biases_lead_tokens_to_experts_that_were_never_chosen():
+    """From FFN experts alone to the share that tau asks for."""
+    axes = (2, 2, 2)
+    changes = {"moe.bias_rate": 0.5, "optim.lr": 1e-6, "moe.balance_weight": 0.0}
+    c, _, batch, step = case(axes, "dropless", **changes)
+    mesh = mesh_lib.make_mesh(c, jax.devices()[: np.prod(axes)])
+    state = state_lib.init_state(c, mesh)
+    start = np.zeros((2, c.moe.num_experts), np.float32)
+    start[:, c.moe.n_ffn :] = moe.bias.NEVER
+    router = state.params["layers"]["moe"]["router"]
+    router["bias"] = jax.device_put(start, router["bias"].sharding)
+    seen = []
+    for _ in range(70):
+        state, metrics = step(state, batch)
+        seen.append(float(metrics["ffn_experts_per_token"]))
+    assert seen[0] == c.moe.top_k
+    wanted = flops.ffn_experts_at_balance(c)
+    assert abs(np.mean(seen[-6:]) - wanted) < 0.25 < c.moe.top_k - wanted
+    bias = jax.device_get(state.params["layers"]["moe"]["router"]["bias"])
+    np.testing.assert_array_equal(bias[:, : c.moe.n_ffn], 0.0)
+    assert np.all(np.mod(bias, 0.5) == 0.0)  # the optimizer does not touch it

@@ -14,11 +14,11 @@ import pytest
 
 from moepp_jax import evaluate as evaluate_lib
 from moepp_jax import mesh as mesh_lib
-from moepp_jax import optim
+from moepp_jax import optim, processes
 from moepp_jax import state as state_lib
 from moepp_jax.checkpoint import Checkpoints
 from moepp_jax.config import ConfigError
-from moepp_jax.data import Tokenizer
+from moepp_jax.data import DataError, Dataset, Tokenizer
 from moepp_jax.interrupt import Stopped, StopRequest
 from moepp_jax.metrics import MetricsWriter, read_metrics
 from moepp_jax.train import train
@@ -27,7 +27,7 @@ from tests import tiny
 
 # What every training row holds; others may join them.
 ROW = {"step", "loss", "balance_loss", "z_loss", "grad_norm", "lr", "tokens", "tokens_per_s"}
-ROW |= {"ffn_experts_per_token", "drop_rate", "seconds"}
+ROW |= {"ffn_experts_per_token", "drop_rate", "seconds", "data_wait", "tokens/text", "epochs/text"}
 
 
 @pytest.fixture(scope="module")
@@ -120,8 +120,10 @@ def test_another_configuration_changes_nothing(finished, data):
 
 
 def test_text_that_is_not_there_leaves_no_run(data, tmp_path):
-    with pytest.raises(ConfigError, match=r"config.data.corpus = .*nowhere"):
-        train(config(data, **{"data.corpus": str(tmp_path / "nowhere")}), tmp_path / "run")
+    with pytest.raises(ConfigError, match=r"config.data.sources.text.path = .*nowhere"):
+        train(
+            config(data, **{"data.sources.text.path": str(tmp_path / "nowhere")}), tmp_path / "run"
+        )
     assert not (tmp_path / "run").exists()
 
 
@@ -174,8 +176,13 @@ def test_a_run_asked_to_stop_saves_and_goes_on_on_fewer_devices(
     assert seconds == sorted(seconds)
 
 
-def pretended(monkeypatch, seconds_of_step=0.0, seconds_of_evaluation=0.0):
-    """A step and an evaluation that are quick to compile, and seem to take their time."""
+def pretended(
+    monkeypatch, seconds_of_step=0.0, seconds_of_evaluation=0.0, seconds_of_batch=0.0, at_step=None
+):
+    """A step and an evaluation that are quick to compile, and like reading seem to take their time.
+
+    `at_step` is called when a step begins.
+    """
     clock = [0.0]
 
     def perf_counter():
@@ -186,6 +193,8 @@ def pretended(monkeypatch, seconds_of_step=0.0, seconds_of_evaluation=0.0):
         def step(state, batch):
             jax.block_until_ready(batch)
             clock[0] += seconds_of_step
+            if at_step:
+                at_step()
             names = ("loss", "grad_norm", "lr", "ffn_experts_per_token", "drop_rate")
             return state, dict.fromkeys(names, 1.0)
 
@@ -199,6 +208,14 @@ def pretended(monkeypatch, seconds_of_step=0.0, seconds_of_evaluation=0.0):
 
         return evaluate
 
+    read = Dataset.train_batches
+
+    def train_batches(*args):
+        for batch in read(*args):
+            clock[0] += seconds_of_batch
+            yield batch
+
+    monkeypatch.setattr(Dataset, "train_batches", train_batches)
     monkeypatch.setattr(state_lib, "make_train_step", make_train_step)
     monkeypatch.setattr(evaluate_lib, "make_evaluate", make_evaluate)
     monkeypatch.setattr("moepp_jax.train.time", SimpleNamespace(perf_counter=perf_counter))
@@ -224,6 +241,48 @@ def test_time_goes_on_where_it_was(data, tmp_path, monkeypatch):
         writer.write(0, seconds=1000.0)
     train(config(data), tmp_path, report=lambda line: None)
     assert all(1000 < row["seconds"] < 1100 for row in training_rows(tmp_path))
+
+
+def test_the_share_of_the_time_that_went_by_waiting_for_data_is_told(data, tmp_path, monkeypatch):
+    pretended(monkeypatch, seconds_of_step=0.03, seconds_of_batch=0.01)
+    train(config(data, **{"train.log_every": 2}), tmp_path, report=lambda line: None)
+    assert [row["data_wait"] for row in training_rows(tmp_path)[1:]] == pytest.approx([0.25] * 3)
+
+
+def test_the_next_batch_is_on_its_way_to_the_devices_when_a_step_begins(
+    data, tmp_path, monkeypatch
+):
+    placed, at_steps = [], []
+    place = processes.Rows.place
+
+    def counted(rows, batch):
+        placed.append(place(rows, batch))
+        return placed[-1]
+
+    monkeypatch.setattr(processes.Rows, "place", counted)
+    pretended(monkeypatch, at_step=lambda: at_steps.append(len(placed)))
+    train(config(data), tmp_path, report=lambda line: None)
+    assert at_steps == [*range(2, 10)]
+
+
+def test_damaged_data_ends_the_run_and_its_checkpoints_are_kept(data, tmp_path, monkeypatch):
+    pretended(monkeypatch)
+    read = Dataset.train_batch
+
+    def damaged(dataset, step, rows):
+        if step == 6:
+            raise DataError("shard 5, record 7")
+        return read(dataset, step, rows)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Dataset, "train_batch", damaged)
+        with pytest.raises(DataError, match="shard 5, record 7"):
+            train(config(data), tmp_path, report=lambda line: None)
+    assert training_rows(tmp_path)[-1]["step"] < 6
+    with Checkpoints(tmp_path, keep=2) as checkpoints:
+        assert checkpoints.steps() == [4]
+    train(config(data), tmp_path, report=lambda line: None)
+    assert [row["step"] for row in training_rows(tmp_path)] == [*range(1, 9)]
 
 
 def test_the_first_signal_asks_and_the_second_one_insists():

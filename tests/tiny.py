@@ -27,7 +27,7 @@ CHANGES = {
     "model.loss_chunk": 16,
     "moe.ffn_size": 24,
     "moe.group_size": 16,
-    "data.corpus": str(TEXT),
+    "data.sources.text.path": str(TEXT),
     "data.eval_fraction": 0.2,
     "data.seq_len": 32,
     "optim.lr": 2e-3,
@@ -55,9 +55,20 @@ def batch(c: Config, rows: int | None = None, seed: int = 0) -> dict[str, np.nda
     rows = rows or c.train.batch_size
     lengths = rng.integers(1, 40, size=rows * c.data.seq_len)
     documents = [rng.integers(3, c.model.vocab_size, n).astype(np.int32) for n in lengths]
-    packed = PackedRows(documents, lengths, c.data.seq_len, pad_id=0, drop_last=True)
-    parts = [packed[i] for i in range(rows)]
-    return {name: np.stack([part[name] for part in parts]) for name in parts[0]}
+    return packed(documents, c.data.seq_len, drop_last=True).read(np.arange(rows))
+
+
+def packed(documents: list[np.ndarray], row_length: int, **options) -> PackedRows:
+    """Rows of documents in memory."""
+    starts = np.concatenate([[0], np.cumsum([len(document) for document in documents])])
+    return PackedRows(InMemory(documents), starts, row_length, **({"pad_id": 0} | options))
+
+
+class InMemory(list):
+    """Documents in a list, read as those on disk are."""
+
+    def __getitems__(self, indices: list[int]) -> list[np.ndarray]:
+        return [self[i] for i in indices]
 
 
 def run_folder(folder: Path, c: Config, step: int = 3) -> Path:

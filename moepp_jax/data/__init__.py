@@ -1,7 +1,18 @@
-"""Text to batches: corpus -> tokenizer -> tokens -> packed rows -> `Dataset`."""
+"""Text to batches: corpus -> tokenizer -> tokens -> packed rows -> mixture -> `Dataset`."""
 
-from moepp_jax.data.loader import Batch, Dataset, open_dataset, prepare
-from moepp_jax.data.packing import PackedRows
+from moepp_jax.data.dataset import Dataset
+from moepp_jax.data.loader import describe, open_dataset, prepare
+from moepp_jax.data.packing import Batch, PackedRows
+from moepp_jax.data.storage import DataError
 from moepp_jax.data.tokenizer import Tokenizer
 
-__all__ = ["Batch", "Dataset", "PackedRows", "Tokenizer", "open_dataset", "prepare"]
+__all__ = [
+    "Batch",
+    "DataError",
+    "Dataset",
+    "PackedRows",
+    "Tokenizer",
+    "describe",
+    "open_dataset",
+    "prepare",
+]

@@ -1,23 +1,37 @@
-"""The text of a corpus as a TFDS data set with the splits `train` and `validation`."""
+"""The text of a source as a TFDS data set with the splits `train` and `validation`."""
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import hashlib
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import tensorflow_datasets as tfds
 
 from moepp_jax.config import ConfigError, DataConfig
-from moepp_jax.data import storage
-from moepp_jax.data.packages import DefaultCorpus
-from moepp_jax.data.sources import Corpus, LocalCorpus, Report
-
-SPLITS = ("train", "validation")
+from moepp_jax.data import records, storage, tfds_sets, work
+from moepp_jax.data.files import FilesCorpus
+from moepp_jax.data.packages import default_corpus
+from moepp_jax.data.records import SPLITS, Shard, ShardWriter
+from moepp_jax.data.sources import Corpus, Document, Part, Report
 
 # Raise it when the same documents would be stored or split in another way.
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+
+_NAME = "moepp_text"
+FEATURES = tfds.features.FeaturesDict(
+    {name: tfds.features.Text() for name in ("text", "source", "id")}
+)
+
+# Characters of text that are shuffled at once, and so in memory.
+_BLOCK = 64_000_000
+
+# Bytes that are read between two words to whoever shows the progress.
+_ADVANCE_EVERY = 1_000_000
 
 
 def text_hash(text: str) -> float:
@@ -25,55 +39,34 @@ def text_hash(text: str) -> float:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:6]) / 2**48
 
 
-class MoeppText(storage.ArrayRecordBuilder, skip_registration=True):
-    """One example a document: its text, the name of its source and its id.
-
-    TFDS stores them ordered by a hash of the id, so any first part of a split is a fair sample.
-    """
-
-    def __init__(self, folder: Path, corpus: Corpus, held_out: float):
-        self._corpus = corpus
-        self._held_out = held_out
-        super().__init__(folder)
-
-    def _info(self) -> tfds.core.DatasetInfo:
-        return tfds.core.DatasetInfo(
-            builder=self,
-            description=self._corpus.description,
-            citation=self._corpus.citation,
-            features=tfds.features.FeaturesDict(
-                {name: tfds.features.Text() for name in ("text", "source", "id")}
-            ),
-        )
-
-    def _split_generators(self, dl_manager) -> dict[str, Iterator]:
-        return {split: self._generate_examples(split) for split in SPLITS}
-
-    def _generate_examples(self, split: str) -> Iterator[tuple[str, dict]]:
-        for document in self._corpus.documents():
-            if (text_hash(document.text) <= self._held_out) == (split == "validation"):
-                yield document.id, document._asdict()
-
-
-class Texts(storage.Split):
+class Texts(records.Split):
     """The texts of one split, by index."""
 
-    def __init__(self, folder: Path, split: str):
-        super().__init__(MoeppText, folder, split)
-
     def __getitem__(self, index: int) -> str:
-        return super().__getitem__(index)["text"].decode()
+        [record] = self.records([index])
+        return records.decode_bytes(record, "text").decode()
 
 
-def open_corpus(config: DataConfig) -> Corpus:
-    """The corpus that `config.data.corpus` names.
+def open_corpus(config: DataConfig, name: str) -> Corpus:
+    """The text of the source of this name.
 
     Raises:
       ConfigError: there is no such path, or it holds no text.
     """
-    if config.corpus == "default":
-        return DefaultCorpus(Path(config.dir) / "raw")
-    return LocalCorpus(Path(config.corpus))
+    source = config.sources[name]
+    path, field = source.path, f"config.data.sources.{name}.path = {source.path!r}"
+    if path == "default" or path.startswith("default/"):
+        return default_corpus(path, Path(config.dir) / "raw", field)
+    if path.startswith("tfds:"):
+        path = tfds_sets.find(path.removeprefix("tfds:"), config.tfds_dir, field)
+    if tfds_sets.holds_data_set(path):
+        return tfds_sets.TfdsCorpus(path, source.text_field)
+    if "://" in path:
+        raise ConfigError(
+            f"{field} holds no TFDS data set (no dataset_info.json); other files than those of "
+            "TFDS are read from local disks only"
+        )
+    return FilesCorpus(path, field, source.text_field)
 
 
 def text_folder(config: DataConfig, corpus: Corpus) -> Path:
@@ -82,7 +75,7 @@ def text_folder(config: DataConfig, corpus: Corpus) -> Path:
     return Path(config.dir) / f"text-{name}"
 
 
-def prepare_text(config: DataConfig, corpus: Corpus, report: Report) -> Path:
+def prepare_text(config: DataConfig, corpus: Corpus, report: Report, workers: int = 1) -> Path:
     """Makes the text data set if it is missing; returns its folder.
 
     Raises:
@@ -93,26 +86,126 @@ def prepare_text(config: DataConfig, corpus: Corpus, report: Report) -> Path:
         start = time.perf_counter()
         corpus.fetch(report)
         report(f"text: reading {corpus.name}")
-        held_out = _threshold(corpus, config)
-        storage.publish(folder, lambda made: MoeppText(made, corpus, held_out).write())
-        counts = " and ".join(f"{len(Texts(folder, s)):,} {s}" for s in SPLITS)
-        report(f"text: {counts} documents in {folder} ({time.perf_counter() - start:.1f} s)")
+        empty = 0
+
+        def make(partial: Path) -> None:
+            nonlocal empty
+            empty = _make(partial, corpus, config.eval_fraction, workers, report)
+
+        storage.publish_in_parts(folder, make)
+        counts = " and ".join(
+            f"{sum(s.records for s in records.shards(folder, split)):,} {split}" for split in SPLITS
+        )
+        skipped = f", {empty:,} empty ones left out" if empty else ""
+        seconds = time.perf_counter() - start
+        report(f"text: {counts} documents in {folder}{skipped} ({seconds:.1f} s)")
     return folder
 
 
-def _threshold(corpus: Corpus, config: DataConfig) -> float:
-    """Documents whose hash is at most this are held out.
-
-    It is `eval_fraction` (a document keeps its split when others come or go), or more where that
-    would hold out nothing: then the document with the smallest hash is.
-    """
-    hashes = [text_hash(document.text) for document in corpus.documents()]
-    threshold = max(config.eval_fraction, min(hashes))
-    if max(hashes) <= threshold:
+def _make(folder: Path, corpus: Corpus, held_out: float, workers: int, report: Report) -> int:
+    """The data set in this folder; returns how many documents were empty."""
+    results = _read(folder, corpus, held_out, workers, report)
+    hashes = [r["hashes"] for r in results if r["hashes"]]
+    if not hashes:
+        storage.discard(folder)
+        raise ConfigError(f"{corpus.name} is empty: none of its documents holds any text")
+    if not any(r["validation"]["records"] for r in results):
+        # A document keeps its split when others come or go. Only where that holds out nothing,
+        # the document with the smallest hash is held out.
+        storage.discard(folder / storage.DONE)
+        results = _read(folder, corpus, min(least for least, _ in hashes), workers, report)
+    if not any(r["train"]["records"] for r in results):
+        storage.discard(folder)
+        count = sum(r["validation"]["records"] for r in results)
         raise ConfigError(
-            f"config.data.corpus = {config.corpus!r} is too small to hold text out: "
-            f"config.data.eval_fraction = {config.eval_fraction} leaves none of its "
-            f"{len(hashes)} document(s) to train on; give more text (a folder of *.txt files, or "
+            f"{corpus.name} is too small to hold text out: "
+            f"config.data.eval_fraction = {held_out} leaves none of its "
+            f"{count} document(s) to train on; give more text (a folder of *.txt files, or "
             "a file whose paragraphs are separated by blank lines)"
         )
-    return threshold
+    records.finish(
+        folder,
+        _NAME,
+        FEATURES,
+        {split: [Shard(**result[split]) for result in results] for split in SPLITS},
+        description=corpus.description,
+        citation=corpus.citation,
+    )
+    return sum(result["empty"] for result in results)
+
+
+def _read(
+    folder: Path, corpus: Corpus, held_out: float, workers: int, report: Report
+) -> list[dict]:
+    # In an order of their own, so that neighbouring files are not neighbours in training.
+    parts = sorted(corpus.parts(), key=lambda part: _order("part", part.name))
+    jobs = [_TextJob(folder, part, i, len(parts), held_out) for i, part in enumerate(parts)]
+    return work.run(folder, jobs, workers, "text", report)
+
+
+@dataclasses.dataclass(frozen=True)
+class _TextJob:
+    """Reads a part into one shard of each split."""
+
+    folder: Path
+    part: Part
+    index: int
+    count: int
+    held_out: float  # documents whose hash is at most this are
+
+    @property
+    def name(self) -> str:
+        return f"{self.index:05}"
+
+    @property
+    def num_bytes(self) -> int:
+        return self.part.num_bytes
+
+    def __call__(self, advance: work.Advance) -> dict[str, Any]:
+        hashes: list[float] = []
+        empty = 0
+
+        def placed() -> Iterator[tuple[str, Document]]:
+            nonlocal empty
+            read = 0
+            for document in self.part.documents():
+                if document.read - read >= _ADVANCE_EVERY:
+                    advance(document.read - read)
+                    read = document.read
+                if not document.text:
+                    empty += 1
+                    continue
+                place = text_hash(document.text)
+                hashes[:] = [min([place, *hashes[:1]]), max([place, *hashes[1:]])]
+                held_out = place <= self.held_out
+                yield document.split or ("validation" if held_out else "train"), document
+            advance(self.num_bytes - read)
+
+        with contextlib.ExitStack() as stack:
+            writers = {}
+            for split in SPLITS:
+                name = records.shard_name(_NAME, split, self.index, self.count)
+                writers[split] = ShardWriter(self.folder / name)
+                stack.callback(writers[split].discard)
+            for split, document in _shuffled(placed()):
+                example = {name: getattr(document, name).encode() for name in FEATURES}
+                writers[split].write(example, len(example["text"]))
+            shards = {split: writer.close()._asdict() for split, writer in writers.items()}
+        return {**shards, "empty": empty, "hashes": hashes}
+
+
+def _shuffled(placed: Iterable[tuple[str, Document]]) -> Iterator[tuple[str, Document]]:
+    """In an order of their own within each split, as far as they fit into memory."""
+    block: list[tuple[str, Document]] = []
+    size = 0
+    for split, document in placed:
+        block.append((split, document))
+        size += len(document.text)
+        if size >= _BLOCK:
+            yield from sorted(block, key=lambda d: _order(d[0], d[1].id))
+            block, size = [], 0
+    yield from sorted(block, key=lambda d: _order(d[0], d[1].id))
+
+
+def _order(salt: str, name: str) -> bytes:
+    return hashlib.md5((salt + name).encode(), usedforsecurity=False).digest()

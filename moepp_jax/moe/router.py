@@ -1,6 +1,6 @@
 """Which experts a token visits, and with what weight: the pathway-aware router, in float32.
 
-A `Router` is six functions, one for each decision that routing rules of the literature make
+A `Router` is seven functions, one for each decision that routing rules of the literature make
 differently. A new rule is a new function of the same signature; `route` stays as it is.
 """
 
@@ -85,6 +85,18 @@ def divided_by_deviation(std: float) -> Callable[[Float[Array, "G S N"]], Float[
     return normalise
 
 
+# Bias: added to what is scored, and to nothing else. A rule moves it (`bias`), not the gradient.
+
+
+def no_bias(logits: Float[Array, "G S N"], p: Params) -> Float[Array, "G S N"]:
+    return logits
+
+
+def add_bias(logits: Float[Array, "G S N"], p: Params) -> Float[Array, "G S N"]:
+    """One number an expert, of all tokens: p["bias"] (N,)."""
+    return logits + jax.lax.stop_gradient(p["bias"])
+
+
 # Scores over all experts.
 
 
@@ -139,7 +151,8 @@ class Router:
       select: scores (G, S, N) -> experts (G, S, K).
       project: (x, params) -> own logits (G, S, N).
       residual: (own logits, previous layer's logits, params) -> logits.
-      normalise: logits -> logits that are scored; the residual handed on is the one before.
+      normalise: logits -> logits; the residual handed on is the one before.
+      bias: (normalised logits, params) -> logits that are scored.
       score: logits -> probabilities over all experts.
       gate: Chosen -> gates (G, S, K).
     """
@@ -148,6 +161,7 @@ class Router:
     project: Callable = linear
     residual: Callable = add_logits
     normalise: Callable = as_they_are
+    bias: Callable = no_bias
     score: Callable = softmax
     gate: Callable = renormalise_nonzero
 
@@ -165,12 +179,12 @@ def route(
       x_GSD: the layer's input, any float type; the arithmetic here is float32.
       previous_GSN: raw logits of the MoE layer before, zeros for the first.
       params: "w" (N, D); for the two-layer gate "w_hidden" (8 N, D) and "w_logits" (N, 8 N); with a
-        gating residual "w_residual" (N, N).
+        gating residual "w_residual" (N, N), with a bias "bias" (N,).
       first_zero: experts from this number on are zero experts.
     """
     own = router.project(x_GSD.astype(jnp.float32), params)
     logits = router.residual(own, previous_GSN.astype(jnp.float32), params)
-    scored = router.normalise(logits)
+    scored = router.bias(router.normalise(logits), params)
     probs = router.score(scored)
     experts = router.select(probs)
     # A masked sum over N reads the chosen values: its gradient needs no scatter.

@@ -1,0 +1,20 @@
+"""compile --config=RECIPE --topology=v5p:4x4x4: the training step, for devices not there."""
+
+import sys
+
+from absl import flags
+
+from moepp_jax import compile
+from moepp_jax.commands import options
+from moepp_jax.compile import topology
+from moepp_jax.config import ConfigError
+
+_TOPOLOGY = flags.DEFINE_string("topology", None, f"compile: devices, {topology.EXAMPLES}")
+
+
+def run(arguments: list[str]) -> None:
+    options.no_more(arguments)
+    if not _TOPOLOGY.value:
+        raise ConfigError(f"no --topology was given: write --topology={topology.EXAMPLES}")
+    if not compile.run(options.given_config(), _TOPOLOGY.value, options.JSON.value):
+        sys.exit(2)

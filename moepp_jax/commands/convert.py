@@ -1,0 +1,55 @@
+"""convert from-hf PATH WORKDIR, to-hf WORKDIR PATH, upcycle PATH WORKDIR: checkpoints."""
+
+from absl import flags
+
+from moepp_jax import interop
+from moepp_jax.commands import options
+from moepp_jax.config import Config, ConfigError
+
+_DTYPE = flags.DEFINE_string(
+    "dtype", None, "convert: from-hf, of the arithmetic; to-hf, of the tensors; by default as came"
+)
+_LAYOUT = flags.DEFINE_string(
+    "layout", "moepp", f"convert to-hf: whose names and fields: {', '.join(interop.LAYOUTS)}"
+)
+_TOKENIZER = flags.DEFINE_string(
+    "tokenizer", None, "convert upcycle: SentencePiece model, if it is not in PATH"
+)
+_SETTINGS = {
+    "n_ffn": flags.DEFINE_integer("n_ffn", None, "convert upcycle: copies of a dense FFN"),
+    "n_const": flags.DEFINE_integer("n_const", None, "convert upcycle: constant experts"),
+    "n_copy": flags.DEFINE_integer("n_copy", None, "convert upcycle: copy experts"),
+    "n_zero": flags.DEFINE_integer("n_zero", None, "convert upcycle: zero experts"),
+    "tau": flags.DEFINE_float("tau", None, "convert upcycle: config.moe.tau"),
+    "bias_rate": flags.DEFINE_float("bias_rate", None, "convert upcycle: config.moe.bias_rate"),
+}
+
+
+def run(arguments: list[str]) -> None:
+    if len(arguments) != 3 or arguments[0] not in _WAYS:
+        raise ConfigError(
+            "write convert from-hf PATH WORKDIR, convert to-hf WORKDIR PATH, or convert upcycle "
+            f"PATH WORKDIR, not convert {' '.join(arguments)}"
+        )
+    way, source, target = arguments
+    _WAYS[way](source, target)
+
+
+def _from_hf(source: str, target: str) -> None:
+    interop.from_hf(source, target, _recipe(), _DTYPE.value)
+
+
+def _to_hf(source: str, target: str) -> None:
+    interop.to_hf(source, target, options.STEP.value, _DTYPE.value, layout=_LAYOUT.value)
+
+
+def _upcycle(source: str, target: str) -> None:
+    settings = {name: flag.value for name, flag in _SETTINGS.items()}
+    interop.upcycle(source, target, _recipe(), _DTYPE.value, _TOKENIZER.value, **settings)
+
+
+_WAYS = {"from-hf": _from_hf, "to-hf": _to_hf, "upcycle": _upcycle}
+
+
+def _recipe() -> Config | None:
+    return None if options.CONFIG.value is None else options.given_config()

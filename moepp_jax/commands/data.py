@@ -1,0 +1,52 @@
+"""data prepare --config=RECIPE: text to token ids on disk, ahead of training.
+
+data verify --config=RECIPE: reads what was prepared again, and checks every byte.
+data benchmarks: the items of the paper's benchmarks, for `lm_eval`.
+"""
+
+from pathlib import Path
+
+from absl import flags
+
+from moepp_jax import data
+from moepp_jax.commands import options
+from moepp_jax.config import ConfigError
+from moepp_jax.data.estimate import estimate
+from moepp_jax.data.prepare import prepare_sources, verify
+from moepp_jax.harness import local
+
+_DRY_RUN = flags.DEFINE_bool("dry_run", False, "data prepare: only say what there is to do")
+_WORKERS = flags.DEFINE_integer(
+    "workers", None, "data prepare: processes; by default one a core", lower_bound=1
+)
+_DIR = flags.DEFINE_string("dir", "data/benchmarks", "data benchmarks: folder to make")
+_LOGIQA = flags.DEFINE_string("logiqa", None, "data benchmarks: a file of LogiQA's test split")
+
+
+def run(arguments: list[str]) -> None:
+    if arguments[:1] not in [[name] for name in _COMMANDS]:
+        raise ConfigError(f"write data followed by one of {', '.join(_COMMANDS)}")
+    _COMMANDS[arguments[0]](arguments[1:])
+
+
+def _prepare(arguments: list[str]) -> None:
+    options.no_more(arguments)
+    config = options.given_config()
+    if _DRY_RUN.value:
+        estimate(config)
+    else:
+        prepare_sources(config, workers=_WORKERS.value)
+        data.open_dataset(config).require_rows()  # says so now if there is too little text
+
+
+def _verify(arguments: list[str]) -> None:
+    options.no_more(arguments)
+    verify(options.given_config())
+
+
+def _benchmarks(arguments: list[str]) -> None:
+    options.no_more(arguments)
+    local.build(Path(_DIR.value), _LOGIQA.value and Path(_LOGIQA.value))
+
+
+_COMMANDS = {"prepare": _prepare, "verify": _verify, "benchmarks": _benchmarks}

@@ -1,0 +1,114 @@
+"""generate --workdir=RUN --prompt=TEXT: continues texts.
+
+The text goes to standard output: of one prompt as it comes, of several when all is there. How fast
+it was made goes to standard error.
+"""
+
+import contextlib
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from absl import flags
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from moepp_jax import api
+from moepp_jax.commands import options
+from moepp_jax.config import ConfigError
+
+_PROMPT = flags.DEFINE_multi_string("prompt", [], "text to continue; may be given several times")
+_PROMPTS_FILE = flags.DEFINE_string(
+    "prompts_file",
+    None,
+    "generate: a prompt a line; in a file of *.jsonl, objects with a prompt; - is standard input",
+)
+_STOP = flags.DEFINE_multi_string(
+    "stop", [], "generate: text that ends the new one, not part of it"
+)
+_NUM_SAMPLES = flags.DEFINE_integer("num_samples", 1, "generate: texts of each prompt")
+_SETTINGS = {
+    "max_new_tokens": flags.DEFINE_integer("max_new_tokens", None, "generate: tokens at most"),
+    "temperature": flags.DEFINE_float("temperature", None, "generate: 0 is greedy"),
+    "top_k": flags.DEFINE_integer("top_k", None, "generate: 0 is off"),
+    "top_p": flags.DEFINE_float("top_p", None, "generate: 1 is off"),
+    "min_p": flags.DEFINE_float("min_p", None, "generate: 0 is off"),
+    "repetition_penalty": flags.DEFINE_float("repetition_penalty", None, "generate: 1 is off"),
+    "seed": flags.DEFINE_integer("seed", None, "generate: of the sampling"),
+}
+
+
+def run(arguments: list[str]) -> None:
+    options.no_more(arguments)
+    given = {name: flag.value for name, flag in _SETTINGS.items() if flag.value is not None}
+    settings = vars(options.config_of_run().replace("generate", **given).generate)
+    prompts = [*_PROMPT.value, *_prompts_of_file()]
+    if not prompts:
+        raise ConfigError("no --prompt was given: write --prompt='some text'")
+    model = api.load(options.given_workdir(), options.STEP.value)
+    if len(prompts) == _NUM_SAMPLES.value == 1:
+        _stream(model, prompts[0], settings)
+    else:
+        _make_all(model, prompts, settings)
+    print(model.speed, file=sys.stderr)
+
+
+def _stream(model: api.Model, prompt: str, settings: dict) -> None:
+    pieces = model.stream(prompt, stop=_STOP.value, **settings)
+    print(prompt, end="", flush=True)
+    for piece in pieces:
+        print(piece, end="", flush=True)
+    print("\n")
+
+
+def _make_all(model: api.Model, prompts: list[str], settings: dict) -> None:
+    samples = _NUM_SAMPLES.value
+    with _shown(len(prompts) * samples * settings["max_new_tokens"]) as progress:
+        texts = model.generate(
+            prompts, stop=_STOP.value, num_samples=samples, progress=progress, **settings
+        )
+    for prompt, of_prompt in zip(prompts, texts, strict=True):
+        for text in of_prompt:
+            print(f"{prompt}{text}\n")
+
+
+@contextlib.contextmanager
+def _shown(most: int) -> Iterator:
+    """A bar of new tokens, and a function that moves it; texts may end before the bar does."""
+    columns = (TextColumn("tokens"), BarColumn(30), MofNCompleteColumn(), TimeElapsedColumn())
+    console = Console(stderr=True)
+    with Progress(
+        *columns, console=console, transient=True, disable=not console.is_terminal
+    ) as bar:
+        task = bar.add_task("", total=most)
+        yield lambda tokens: bar.advance(task, tokens)
+
+
+def _prompts_of_file() -> list[str]:
+    """
+    Raises:
+      ConfigError: the file cannot be read, or a line holds no prompt.
+    """
+    name = _PROMPTS_FILE.value
+    if not name:
+        return []
+    try:
+        text = sys.stdin.read() if name == "-" else Path(name).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--prompts_file={name} cannot be read: {error}") from None
+    lines = [(n, line) for n, line in enumerate(text.splitlines(), 1) if line.strip()]
+    if not name.endswith(".jsonl"):
+        return [line for _, line in lines]
+    return [_prompt_of(line, f"--prompts_file={name}, line {n}") for n, line in lines]
+
+
+def _prompt_of(line: str, where: str) -> str:
+    try:
+        found = json.loads(line)
+    except ValueError as error:
+        raise ConfigError(f"{where} is no JSON: {error}") from None
+    prompt = found.get("prompt") if isinstance(found, dict) else found
+    if not isinstance(prompt, str):
+        raise ConfigError(f'{where} = {line!r} must be {{"prompt": "some text"}}')
+    return prompt

@@ -1,0 +1,41 @@
+"""lm_eval --workdir=RUN: the paper's benchmarks, by EleutherAI's lm-evaluation-harness."""
+
+import json
+
+from absl import flags
+
+from moepp_jax import processes, storage
+from moepp_jax.commands import devices, options
+from moepp_jax.config import ConfigError
+from moepp_jax.harness import needed, suite
+
+_SUITE = flags.DEFINE_enum("suite", "paper", ["paper"], "lm_eval: the tasks and their shots")
+_TASKS = flags.DEFINE_list("tasks", [], "lm_eval: some tasks of the suite; by default all")
+_LIMIT = flags.DEFINE_integer(
+    "limit", None, "lm_eval: items of each task (each subject of MMLU)", lower_bound=1
+)
+_BENCHMARKS = flags.DEFINE_string(
+    "benchmarks", "data/benchmarks", f"lm_eval: folder of `data benchmarks`, or {suite.HUB}"
+)
+_BATCH_SIZE = flags.DEFINE_string("batch_size", "auto", "lm_eval: rows of full length in a batch")
+
+
+def run(arguments: list[str]) -> None:
+    options.no_more(arguments)
+    needed.require("lm_eval")
+    config, folder = options.config_of_run(), options.given_workdir()
+    tasks = suite.select(_TASKS.value, _BENCHMARKS.value)
+    file = storage.open_path(options.JSON.value) if options.JSON.value else None
+    if file and not file.parent.is_dir():
+        raise ConfigError(f"--json={file}: there is no such folder")
+    devices.start(config)
+    from moepp_jax.harness.model import MoEPPJax
+
+    model = MoEPPJax(folder, options.STEP.value, config, _BATCH_SIZE.value, count_generated=True)
+    result = suite.run(model, tasks, _BENCHMARKS.value, _LIMIT.value)
+    if not processes.is_first():
+        return
+    print(f"{folder}, step {model.step}\n\n{suite.table(result['rows'])}")
+    if file:
+        text = json.dumps({"step": model.step, **result}, indent=2, default=str)
+        storage.write_atomic(file, text + "\n")

@@ -1,0 +1,39 @@
+"""Flags that several commands share, and what they say."""
+
+from absl import flags
+
+from moepp_jax import cli, workdir
+from moepp_jax.config import Config, ConfigError
+
+CONFIG = cli.define_config()
+WORKDIR = flags.DEFINE_string("workdir", None, "folder of the run")
+STEP = flags.DEFINE_integer("step", None, "checkpoint to use; by default the best")
+JSON = flags.DEFINE_string("json", None, "evaluate, compile: write the result to this file")
+
+
+def given_config() -> Config:
+    if CONFIG.value is None:
+        raise ConfigError("no --config was given: write --config=configs/tiny.py")
+    return Config.parse(CONFIG.value)
+
+
+def given_workdir() -> str:
+    if not WORKDIR.value:
+        raise ConfigError("no --workdir was given: write --workdir=runs/NAME")
+    return WORKDIR.value
+
+
+def config_of_run() -> Config:
+    """That of the work directory, or the given one if it is of the same run."""
+    there = workdir.read_config(given_workdir())
+    if CONFIG.value is None:
+        return there
+    given = given_config()
+    workdir.require_same(given_workdir(), given)
+    return given
+
+
+def no_more(arguments: list[str]) -> None:
+    """Refuses words after the command, which it does not take."""
+    if arguments:
+        raise ConfigError(f"{' '.join(arguments)!r} is too much: this command takes flags only")

@@ -1,0 +1,27 @@
+"""train --config=RECIPE --workdir=RUN: trains a model, or goes on training it."""
+
+from absl import flags
+
+from moepp_jax import profiling, train, workdir
+from moepp_jax.commands import devices, options
+from moepp_jax.config import Config
+
+_PROFILE = flags.DEFINE_string(
+    "profile", None, "train: START:STOP, steps to trace, counted from 0 where this command goes on"
+)
+
+
+def run(arguments: list[str]) -> None:
+    options.no_more(arguments)
+    config, folder = _config(), options.given_workdir()
+    steps = profiling.parse(_PROFILE.value) if _PROFILE.value else None
+    devices.start(config)
+    train.train(config, folder, profile=steps)
+
+
+def _config() -> Config:
+    """The given one; or that of the work directory, which a conversion may have made."""
+    folder = options.WORKDIR.value
+    if options.CONFIG.value is None and folder and workdir.holds_run(folder):
+        return workdir.read_config(folder)
+    return options.given_config()

@@ -1,0 +1,60 @@
+"""Generation that ends at a piece of text, as requests of the harness ask for it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from moepp_jax.config import Config, ConfigError, GenerateConfig
+from moepp_jax.data import Tokenizer
+from moepp_jax.generation import Generator, Reader
+
+
+def settings_of(
+    asked: Mapping[str, Any], config: Config, max_length: int
+) -> tuple[GenerateConfig, list[str]]:
+    """The settings, and the texts that end it.
+
+    Args:
+      asked: the harness's keywords, normalised by it.
+      max_length: tokens that the model sees.
+
+    Raises:
+      ConfigError: a keyword is not known here, or no room is left for a prompt.
+    """
+    asked = dict(asked)
+    stops = [stop for stop in asked.pop("until") if stop]
+    settings = {
+        "max_new_tokens": asked.pop("max_gen_toks"),
+        "temperature": float(asked.pop("temperature", 0.0)),
+        "top_k": int(asked.pop("top_k", 0)),
+        "top_p": float(asked.pop("top_p", 1.0)),
+    }
+    if not asked.pop("do_sample"):
+        settings["temperature"] = 0.0
+    if asked:
+        raise ConfigError(
+            f"generation_kwargs {', '.join(sorted(asked))}: moepp_jax knows until, max_gen_toks, "
+            "do_sample, temperature, top_k and top_p"
+        )
+    if settings["max_new_tokens"] >= max_length:
+        raise ConfigError(
+            f"max_gen_toks = {settings['max_new_tokens']} leaves no room for a prompt: the model "
+            f"sees {max_length} tokens"
+        )
+    return config.replace("generate", **settings).generate, stops
+
+
+def generate_until(
+    generator: Generator,
+    tokenizer: Tokenizer,
+    prompts: Sequence[Sequence[int]],
+    settings: GenerateConfig,
+    stops: Sequence[str],
+) -> list[str]:
+    """New text of every prompt, up to the first stop, the end of the text or max_new_tokens."""
+    readers = [Reader(tokenizer, prompt, stops) for prompt in prompts]
+    generator(prompts, settings, tokenizer.eos_id, watch=readers)
+    for reader in readers:
+        reader.close()
+    return [reader.text for reader in readers]

@@ -1,0 +1,21 @@
+"""The packages that only benchmarks need."""
+
+import importlib.util
+
+from moepp_jax.config import ConfigError
+
+
+def is_installed(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None
+
+
+def require(package: str) -> None:
+    """
+    Raises:
+      ConfigError: the package is not installed; the message says how to install it.
+    """
+    if not is_installed(package):
+        raise ConfigError(
+            f"benchmarks need the package {package}: pip install -r requirements-eval.txt, or "
+            "pip install moepp_jax[eval]"
+        )

@@ -1,0 +1,159 @@
+"""A work directory at step 0, of parameters that are made piece by piece."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from absl import logging
+
+from moepp_jax import mesh as mesh_lib
+from moepp_jax import model as model_lib
+from moepp_jax.checkpoint import Checkpoints
+from moepp_jax.config import Config
+from moepp_jax.data import Tokenizer
+from moepp_jax.interop import source, streams, targets
+from moepp_jax.interop.errors import ConversionError
+from moepp_jax.interop.fields import Groups
+from moepp_jax.interop.layout import EMBEDDING, HEAD, Place
+from moepp_jax.workdir import open_workdir, tokenizer_file
+
+# What the work directory of a converted model remembers of where it came from.
+RECORD = "hf.json"
+
+
+class Leaf(NamedTuple):
+    """How one of our parameters is made.
+
+    Attributes:
+      stacked: how many leading axes are walked through, a piece for each of their indices.
+      piece: makes the piece of an index, float32.
+    """
+
+    stacked: int
+    piece: Callable[[tuple[int, ...]], np.ndarray]
+
+
+def leaves_of(places: Mapping[str, Place], tensors: Mapping[str, source.Tensor]) -> dict[str, Leaf]:
+    """Parameters by path, read from these tensors when they are written."""
+    at: dict[str, dict[tuple[int, ...], str]] = {}
+    for name, place in places.items():
+        at.setdefault(place.leaf, {})[place.index] = name
+
+    def leaf(names: Mapping[tuple[int, ...], str]) -> Leaf:
+        def piece(index):
+            name = names[index]
+            try:
+                tensor = tensors[name].read()
+            except (OSError, ValueError) as error:
+                file = tensors[name].file
+                raise ConversionError(f"{file}: tensor {name} cannot be read: {error}") from error
+            return tensor.astype(np.float32).reshape(places[name].piece)
+
+        return Leaf(len(next(iter(names))), piece)
+
+    return {path: leaf(names) for path, names in at.items()}
+
+
+def untie(config: Config, tensors: dict[str, source.Tensor]) -> None:
+    """Takes away an output matrix that is the embedding once more.
+
+    Raises:
+      ConversionError: it is another one.
+    """
+    if not config.model.tied_embeddings or HEAD not in tensors:
+        return
+    head, embedding = tensors.pop(HEAD), tensors.get(EMBEDDING)
+    if embedding is not None and not (
+        head.dtype == embedding.dtype and np.array_equal(head.read(), embedding.read())
+    ):
+        raise ConversionError(
+            f"{head.file}: tensor {HEAD} is not {EMBEDDING}, though tie_word_embeddings is true"
+        )
+
+
+def configuration(given: Config | None, changes: list[Groups]) -> Config:
+    """The given configuration, by default that of configs/base.py, with groups' fields changed."""
+    tree = given.to_dict() if given else _base()
+    for change in changes:
+        tree |= {group: tree[group] | values for group, values in change.items()}
+    return Config.parse(tree)
+
+
+def tokenizer_of(workdir: Path, file: Path, required: bool = False) -> Groups:
+    """The fields that name a work directory's tokenizer, which is to be made of this file.
+
+    Raises:
+      ConfigError: the file is there, or is required to be, and holds no tokenizer.
+    """
+    if required or file.exists():
+        Tokenizer.load(file)
+    return {"data": {"tokenizer": str(tokenizer_file(workdir.absolute()))}}
+
+
+def build(
+    target: Path,
+    config: Config,
+    leaves: Mapping[str, Leaf],
+    tokenizer: Path,
+    record: Mapping[str, Any] | None = None,
+) -> None:
+    """Makes the work directory; nothing is left of it if that fails.
+
+    Args:
+      leaves: every parameter of the model.
+      tokenizer: its file, if it is there.
+      record: what is to be remembered in RECORD.
+
+    Raises:
+      ConversionError: the work directory is there already or cannot be written, or a leaf raised.
+    """
+    with targets.beside(target) as made:
+        open_workdir(made, config)
+        if tokenizer.exists():
+            shutil.copyfile(tokenizer, tokenizer_file(made))
+        if record is not None:
+            (made / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        opened = Checkpoints(made, config.train.keep, streams.handlers())
+        with _errors_are_raised_only(), opened as checkpoints:
+            checkpoints.save_params(0, _streamed(config, leaves))
+            checkpoints.wait()
+
+
+def abstract(config: Config) -> Any:
+    """Shapes of the model's parameters."""
+    model = model_lib.build(config, dispatch="dropless")
+    return jax.eval_shape(lambda: model_lib.init(model, jax.random.key(0)))
+
+
+def _streamed(config: Config, leaves: Mapping[str, Leaf]) -> Any:
+    def streamed(key_path, shape):
+        leaf = leaves[mesh_lib.path_of(key_path)]
+        return streams.Streamed(shape.shape, leaf.stacked, leaf.piece)
+
+    return jax.tree_util.tree_map_with_path(streamed, abstract(config))
+
+
+def _base() -> dict[str, Any]:
+    try:
+        from configs import base
+    except ImportError as error:  # used without the repository
+        raise ConversionError("no recipe was given, and there is no configs/base.py") from error
+    return base.get_config().to_dict()
+
+
+@contextlib.contextmanager
+def _errors_are_raised_only() -> Iterator[None]:
+    """Orbax would log the traceback of each thread that an error comes through."""
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity(logging.FATAL)
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)

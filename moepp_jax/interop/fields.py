@@ -1,0 +1,100 @@
+"""Values of a config.json: what other models' and the authors' have in common."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from moepp_jax.config import ConfigError
+from moepp_jax.interop.errors import ConversionError
+
+Fields = Mapping[str, Any]
+Groups = dict[str, dict[str, Any]]  # of a configuration: fields by group
+
+_DTYPES = ("float32", "bfloat16", "float16")
+
+
+def number(fields: Fields, name: str, kind: type, default: Any = None) -> Any:
+    """A field's value, of one type: a number or a truth.
+
+    Raises:
+      ConversionError: it is of another type, or absent and there is no default.
+    """
+    value = fields.get(name)
+    value = default if value is None else value
+    if value is None:
+        raise ConversionError(f"{name} is missing")
+    if kind is float and type(value) is int:
+        value = float(value)
+    if type(value) is not kind:
+        raise ConversionError(f"{name} = {value!r} must be of type {kind.__name__}")
+    return value
+
+
+def dtype(fields: Fields) -> str:
+    """Of the tensors, by the file; float32 if it says nothing."""
+    named = fields.get("torch_dtype") or fields.get("dtype") or "float32"
+    name = str(named).removeprefix("torch.")
+    if name not in _DTYPES:
+        raise ConversionError(f"torch_dtype = {named!r} must be one of {', '.join(_DTYPES)}")
+    return name
+
+
+def require_only(fields: Fields, allowed: Mapping[str, Any]) -> None:
+    """Refuses fields that are neither absent nor null, and have another value than this one."""
+    for name, only in allowed.items():
+        if fields.get(name) not in (None, only):
+            raise ConversionError(f"{name} = {fields[name]!r} is not supported, only {only!r}")
+
+
+def rope(fields: Fields, theta: float) -> tuple[float, float]:
+    """Base and divisor of the rotary positions, the base being theta if none is named."""
+    name = "rope_scaling" if fields.get("rope_scaling") is not None else "rope_parameters"
+    said = fields.get(name)
+    if said is None:
+        return theta, 1.0
+    if not isinstance(said, Mapping):
+        raise ConversionError(f"{name} = {said!r} must be null or have a type and a factor")
+    if any(isinstance(value, Mapping) for value in said.values()):
+        raise ConversionError(f"{name} = {dict(said)!r} is not supported: it differs by layer")
+    kind = said.get("rope_type", said.get("type"))
+    require_only(said, {"partial_rotary_factor": 1.0})
+    theta = number(said, "rope_theta", float, theta)
+    if kind in ("default", None):
+        return theta, 1.0
+    if kind != "linear":
+        raise ConversionError(f"{name} of type {kind!r} is not supported, only 'linear' or null")
+    try:
+        factor = number(said, "factor", float)
+    except ConfigError as error:
+        raise ConversionError(f"{name}: {error}") from error
+    if not 0 < factor < math.inf:
+        raise ConversionError(f"{name}: factor = {factor!r} must be greater than 0")
+    return theta, factor
+
+
+def rope_scaling(divisor: float) -> dict[str, Any] | None:
+    """The field of that name."""
+    return None if divisor == 1.0 else {"type": "linear", "factor": divisor}
+
+
+def sequences_of(length: int) -> Groups:
+    """What a configuration needs to go with the length that a model was made for."""
+    return {
+        "data": {"seq_len": length},
+        "moe": {"group_size": length},
+        "model": {"loss_chunk": math.gcd(256, length)},
+    }
+
+
+def first_beyond(choices: Iterable[tuple[str, Any, tuple]]) -> str | None:
+    """The first field whose value another format has no room for, in words.
+
+    Args:
+      choices: of each field its name, its value and the values that there is room for.
+    """
+    for name, value, allowed in choices:
+        if value not in allowed:
+            return f"config.{name} is always {' or '.join(map(repr, allowed))}, not {value!r}"
+    return None
