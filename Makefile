@@ -15,7 +15,7 @@ help:
 	@echo "make scaling    the table of docs/scaling anew: rows that are there are kept"
 	@echo "make check      lint and format checks"
 	@echo "make format     mend what they find, where it can be mended"
-	@echo "make benchmark  time the layer against its matrix products and against a vanilla MoE"
+	@echo "make benchmark  time the layer, and decoding, against their limits and a vanilla MoE"
 	@echo "make lock       write requirements*.txt anew from requirements*.in"
 
 .venv/run: requirements.txt
@@ -71,11 +71,12 @@ format: .venv/dev
 
 benchmark: .venv/run
 	$(PY) -m benchmarks.layer --json benchmarks/results/layer.json
+	$(PY) -m benchmarks.decode --json benchmarks/results/decode.json
 	$(PY) -m benchmarks.data --json benchmarks/results/data.json
 
 lock: .venv/dev
 	$(PY) -m pip install --quiet pip-tools==7.6.2
-	for f in requirements requirements-cloud requirements-cuda requirements-dev requirements-eval requirements-tpu; do \
+	for f in requirements requirements-cloud requirements-cuda requirements-data requirements-dev requirements-eval requirements-tpu; do \
 	  $(PY) -m piptools compile --quiet --no-header --no-annotate --strip-extras \
 	    --no-emit-index-url --no-emit-find-links --output-file $$f.txt $$f.in; done
 

@@ -56,8 +56,8 @@ def get_config() -> ConfigDict:
     e.input_scale = 1.0  # multiplies the experts' input, not the router's (the authors' option: K)
     e.balance = "heterogeneous"  # the balance loss: "heterogeneous" or "none"
     e.balance_weight = 0.01  # beta; the loss has the customary factor N, mean over the layers
-    # u: after each step the bias that zero-computation experts have on their logits moves by this
-    # towards the share of the tokens that tau asks for; 0: there is no bias.
+    # u: after each step the bias that zero-computation experts have on their logits moves by this,
+    # or by less near it, towards the share of the tokens that tau asks for; 0: there is no bias.
     e.bias_rate = 0.0
     e.z_weight = 0.0  # weight of the router's z-loss, mean over the layers
 

@@ -9,8 +9,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
+from moepp_jax import mesh as mesh_lib
 from moepp_jax import model as model_lib
 from moepp_jax import vocabulary
 from moepp_jax.checkpoint import Checkpoints
@@ -30,13 +32,29 @@ class Model:
       speed: of the last generation.
     """
 
-    def __init__(self, config: Config, params: dict[str, Any], tokenizer: Tokenizer | None = None):
+    def __init__(
+        self,
+        config: Config,
+        params: dict[str, Any],
+        tokenizer: Tokenizer | None = None,
+        mesh: Mesh | None = None,
+    ):
+        """
+        Args:
+          mesh: over which the parameters are cut as in training; None is one device.
+        """
         self.config = config
         self.params = params
         self.tokenizer = tokenizer
-        self._model = model_lib.build(config, dispatch="dropless")
-        self._logits = jax.jit(self._forward)
-        self._generator = Generator(self._model, params)
+        self._model = model_lib.build(config, mesh, dispatch="dropless")
+        self._devices = 1 if mesh is None else mesh.size
+        forward = self._forward
+        if mesh is not None:
+            rows = mesh_lib.BATCH
+            specs = (mesh_lib.specs(params), rows, rows)
+            forward = jax.shard_map(forward, mesh=mesh, in_specs=specs, out_specs=rows)
+        self._logits = jax.jit(forward)
+        self._generator = Generator(self._model, params, mesh)
         self.speed = Speed()
 
     def logits(self, tokens, mask=None) -> Float[Array, "B S V"]:
@@ -58,7 +76,9 @@ class Model:
         real = jnp.ones(tokens.shape, bool) if mask is None else jnp.asarray(mask).astype(bool)
         if real.shape != tokens.shape:
             raise ValueError(f"mask of shape {real.shape} must have that of tokens, {tokens.shape}")
-        return self._logits(self.params, tokens.astype(np.int32), real)
+        more = ((0, -len(tokens) % self._devices), (0, 0))
+        tokens, real = np.pad(tokens.astype(np.int32), more), np.pad(real, more)
+        return self._logits(self.params, tokens, real)[: tokens.shape[0] - more[0][1]]
 
     def generate(
         self,
@@ -167,6 +187,7 @@ class Model:
         S = tokens.shape[1]
         positions = jnp.maximum(jnp.cumsum(real, axis=1) - 1, 0)
         mask = jnp.tril(jnp.ones((S, S), bool)) & real[:, None, :]
+        params = model_lib.unite(self._model, params)
         out = self._model.apply({"params": params}, tokens, positions, mask)
         return vocabulary.logits(params, out.hidden)
 
@@ -191,12 +212,14 @@ def _ids(i: int, prompt: Any) -> list[int]:
     return ids.tolist()
 
 
-def load(workdir: str | Path, step: int | None = None) -> Model:
-    """The model of a work directory, on one device.
+def load(workdir: str | Path, step: int | None = None, all_devices: bool = False) -> Model:
+    """The model of a work directory.
 
     Args:
       step: which checkpoint; by default the best on held-out text, or the newest if none was
         evaluated.
+      all_devices: every parameter is cut over all devices, and put together where it is used: for
+        models that one device cannot hold. By default it is on the first device.
 
     Raises:
       ConfigError, CheckpointError: the directory holds no run, no checkpoint, not that step, or a
@@ -205,9 +228,22 @@ def load(workdir: str | Path, step: int | None = None) -> Model:
     config = read_config(workdir)
     model = model_lib.build(config, dispatch="dropless")
     shapes = jax.eval_shape(lambda: model_lib.init(model, jax.random.key(0)))
+    mesh = _over_all_devices(config) if all_devices else None
     here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    abstract = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=here), shapes)
+    lies = (
+        jax.tree.map(lambda _: here, shapes) if mesh is None else mesh_lib.shardings(shapes, mesh)
+    )
+    abstract = jax.tree.map(
+        lambda s, where: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where), shapes, lies
+    )
     with Checkpoints(workdir, keep=config.train.keep) as checkpoints:
         params = checkpoints.restore_params(checkpoints.choose(step), abstract)
     file = tokenizer_file(workdir)
-    return Model(config, params, Tokenizer.load(file) if file.exists() else None)
+    return Model(config, params, Tokenizer.load(file) if file.exists() else None, mesh)
+
+
+def _over_all_devices(config: Config) -> Mesh:
+    """A mesh that cuts every parameter, whatever the run was trained on."""
+    sequences = {"batch_size": jax.device_count(), "accumulate": 1}
+    cut = config.replace("mesh", data=1, fsdp=-1, expert=1).replace("train", **sequences)
+    return mesh_lib.make_mesh(cut)

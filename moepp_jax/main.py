@@ -17,10 +17,11 @@ Every field of the configuration is a flag: --config.moe.tau=0.5. evaluate and g
 work directory's configuration; with --config they check that it is the same. So does train where
 there is one already. With --config, convert from-hf and upcycle take all but the model from it.
 
-train and evaluate run on many hosts: start the same command on each. Under SLURM, Open MPI, on
-Cloud TPU and with JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID set the processes
-find each other; else tell them with --coordinator, --num_processes and --process_id. A work
-directory may be in a bucket: gs://bucket/run, s3://bucket/run. --profile=10:13 traces three steps.
+train, evaluate and lm_eval run on many hosts: start the same command on each. Under SLURM, Open
+MPI, on Cloud TPU and with JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID set the
+processes find each other; else tell them with --coordinator, --num_processes and --process_id. A
+work directory may be in a bucket: gs://bucket/run, s3://bucket/run. --profile=10:13 traces three
+steps.
 
 A training run that is killed goes on when the same command is given again. SIGTERM or SIGINT lets
 it save first; it then ends with exit status 143 or 130. Errors end with status 1 and one message.

@@ -6,7 +6,7 @@ import contextlib
 import itertools
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -97,12 +97,8 @@ def _loop(config, mesh, dataset: Dataset, state, step, checkpoints, log, tracer,
     train_step = state_lib.make_train_step(config, mesh)
     evaluate = evaluate_lib.make_evaluate(config, mesh)
     rows = processes.Rows(mesh_lib.batch_sharding(mesh), t.batch_size)
-    placed = map(rows.place, dataset.train_batches(step, rows.indices))
-    # The transfer of the next batch to the devices has begun before the step of this one does.
-    batches = itertools.pairwise(placed)
-    while step < t.steps:
-        with log.waiting():
-            batch, _ = next(batches)
+    batches = itertools.islice(dataset.train_batches(step, rows.indices), t.steps - step)
+    for batch in log.waited_for(_one_ahead(map(rows.place, batches))):
         tracer.before_step()
         with jax.transfer_guard("disallow"):
             state, metrics = train_step(state, batch)
@@ -133,6 +129,15 @@ def _loop(config, mesh, dataset: Dataset, state, step, checkpoints, log, tracer,
     return state, step
 
 
+def _one_ahead(batches: Iterator) -> Iterator:
+    """Each batch when the next one is on its way to the devices too: transfers overlap steps."""
+    batch = next(batches)
+    for following in batches:
+        yield batch
+        batch = following
+    yield batch
+
+
 class _Log:
     """Rows of metrics: training's noted when their step is started, written when it is done.
 
@@ -160,12 +165,15 @@ class _Log:
         self._since = time.perf_counter()
         self._waited = 0.0
 
-    @contextlib.contextmanager
-    def waiting(self):
-        """What happens in this context is waiting for data."""
-        start = time.perf_counter()
-        yield
-        self._waited += time.perf_counter() - start
+    def waited_for(self, batches: Iterator) -> Iterator:
+        """The batches; the time that each takes to come is noted as waiting for data."""
+        while True:
+            start = time.perf_counter()
+            batch = next(batches, None)
+            self._waited += time.perf_counter() - start
+            if batch is None:
+                return
+            yield batch
 
     def note(self, step: int, metrics: Any) -> None:
         self._pending = (step, metrics)

@@ -100,6 +100,39 @@ def test_one_text_several_texts_and_ids(model):
     assert model.generate([]) == []
 
 
+def test_the_stream_is_the_text(model):
+    text = model.generate("The river")
+    assert "".join(model.stream("The river")) == text
+    assert model.speed.decoded_tokens > 0
+    stop = text[2:4]
+    assert model.generate("The river", stop=stop) == text[: text.index(stop)]
+    assert "".join(model.stream("The river", stop=[stop])) == text[: text.index(stop)]
+
+
+def test_a_stop_token_ends_a_text(model):
+    ids = [[1, 5, 6]]
+    (whole,) = model.generate(ids)
+    assert model.generate(ids, stop=[whole[3]]) == [whole[: whole.index(whole[3])]]
+
+
+def test_samples_of_a_prompt(model):
+    heard = []
+    warm = {"temperature": 2.0, "seed": 1, "progress": heard.append}
+    texts = model.generate(["The river", "A"], num_samples=3, batch_size=2, **warm)
+    assert [len(set(samples)) for samples in texts] == [3, 3]
+    assert model.generate("A", num_samples=2, **warm) == texts[1][:2]
+    assert model.generate(["A", "A"], **warm) == [texts[1][0]] * 2
+    assert sum(heard) > 9 * 2
+
+
+def test_a_model_over_all_devices_is_the_same(model, folder):
+    cut = moepp_jax.load(folder, all_devices=True)
+    matrix = cut.params["embedding"]
+    assert len(matrix.addressable_shards[0].data) * jax.device_count() == len(matrix)
+    tokens = np.arange(3, 33).reshape(3, 10)
+    close(cut.logits(tokens), model.logits(tokens))
+
+
 @pytest.mark.parametrize(
     ("prompts", "settings", "said"),
     [
@@ -109,6 +142,10 @@ def test_one_text_several_texts_and_ids(model):
         ([[1], []], {}, "prompt 1 is empty: give at least one token"),
         ("a", {"top_p": 0}, "config.generate.top_p = 0.0 must be greater than 0"),
         ("a", {"temperature": -1.0}, "config.generate.temperature = -1.0 must be at least 0"),
+        ("a", {"num_samples": 0}, "num_samples = 0 must be at least 1"),
+        ("a", {"batch_size": 0}, "batch_size = 0 must be at least 1"),
+        ("a", {"stop": ""}, "stop = '' must be a text of at least one character"),
+        ("a", {"min_p": 1.0}, "config.generate.min_p = 1.0 must be at least 0 and less than 1"),
         ("a", {"max_new_tokens": 0}, "config.generate.max_new_tokens = 0 must be at least 1"),
         ("a", {"max_tokens": 5}, "unknown field config.generate.max_tokens = 5: did you mean"),
     ],
@@ -121,6 +158,8 @@ def test_prompts_and_settings_of_no_use(model, prompts, settings, said):
 def test_no_texts_without_a_tokenizer(theirs):
     with pytest.raises(ConfigError, match="has no tokenizer: give lists of token ids"):
         theirs[0].generate("text")
+    with pytest.raises(ConfigError, match="has no tokenizer: give token ids to stop at"):
+        theirs[0].generate([[1]], stop="text")
 
 
 def test_what_cannot_be_loaded(folder, tmp_path):

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import layer, timing
+from benchmarks import decode, layer, timing
 
 SHAPE = layer.Shape(
     tokens=128, groups=2, width=16, ffn_size=24, n_ffn=4, zero_computation=(1, 1, 1)
@@ -54,6 +54,46 @@ def test_bare_products_are_those_of_the_experts():
         case = layer.bare_products(ffn, 40, way)
         cost = case.function.lower(*case.arguments).compile().cost_analysis()
         assert cost["flops"] == pytest.approx(passes * 4 * 40 * 6 * 16 * 24, rel=0.01)
+
+
+SMALL = decode.Shape(1, 32, 2, 48, 64, 4, (1, 1, 1))
+
+
+def test_bytes_of_a_step_are_those_of_the_arrays():
+    shared = decode.shared_params(SMALL)
+    for subject in decode.subjects(SMALL)[:2]:
+        generator = decode.generator_of(subject, SMALL, shared)
+        params = generator._programs._params
+        expert = sum(p.nbytes for p in jax.tree.leaves(params["layers"][0]["moe"]["ffn"][0]))
+        every = sum(p.nbytes for p in jax.tree.leaves(params)) - 4 * expert
+        every -= params["embedding"].nbytes  # of which a step reads one row a token
+        counted = decode.Bytes.of(SMALL, subject)
+        assert counted.expert == expert
+        assert counted.every_step == every
+        assert counted.place == 2 * 4 * 32
+
+
+def test_routers_are_set_to_the_theory():
+    for subject in decode.subjects(SMALL):
+        noise = np.random.default_rng(1).normal(size=(5000, subject.pool.size)).astype(np.float32)
+        noise -= noise.mean(axis=1, keepdims=True)
+        router = decode.router_of(subject)
+        logits = router.bias(router.normalise(jnp.asarray(noise)), {})
+        chosen = np.asarray(router.select(logits))
+        ffn = (chosen < subject.pool.n_ffn).sum(axis=1).mean()
+        assert ffn == pytest.approx(decode.TOP_K / subject.theory, rel=0.1)
+
+
+@pytest.mark.slow
+def test_decoding_is_timed():
+    rows = decode.measure(SMALL, (1, 2), rounds=1, floats=1 << 16)
+    assert json.loads(json.dumps(rows)) == rows
+    assert [(row["batch"], row["tau"]) for row in rows] == [
+        (batch, tau) for batch in (1, 2) for tau in (None, *decode.TAUS)
+    ]
+    for row in rows:
+        assert row["seconds_per_step"] > 0 and row["speedup"] > 0
+        assert row["ffn_experts_per_token"] <= row["experts_read_per_layer"] * 1.001 <= 4.01
 
 
 def test_interleaved_runs_every_case_each_round():

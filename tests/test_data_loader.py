@@ -12,6 +12,7 @@ import pytest
 from configs import base, tiny
 from moepp_jax.config import Config, ConfigError
 from moepp_jax.data import DataError, Dataset, Tokenizer, describe, open_dataset, packages, prepare
+from moepp_jax.data import dataset as dataset_lib
 from moepp_jax.data.files import FilesCorpus
 from moepp_jax.data.prepare import prepared_sources
 
@@ -116,7 +117,10 @@ def test_every_epoch_has_every_row_once_in_its_own_order(dataset, source):
     assert dataset.taken(steps)["text"] == (steps * 128, steps * 4 / n)
 
 
-def test_read_ahead_batches_are_those_of_their_steps(dataset):
+@pytest.mark.parametrize("piece", [1, 400, 2**16])
+def test_read_ahead_batches_are_those_of_their_steps(dataset, monkeypatch, piece):
+    """Read one by one, three together and all together."""
+    monkeypatch.setattr(dataset_lib, "_PIECE", piece)
     for step, batch in zip(range(5, 30), dataset.train_batches(5), strict=False):
         assert_equal(batch, dataset.train_batch(step))
 
@@ -131,10 +135,10 @@ def test_processes_that_read_their_rows_read_the_batch_together(dataset):
 
 
 def test_an_error_on_the_thread_reaches_the_reader(dataset, monkeypatch):
-    def fail(step, rows):
+    def fail(steps, rows):
         raise OSError("the disk is gone")
 
-    monkeypatch.setattr(dataset, "train_batch", fail)
+    monkeypatch.setattr(dataset, "_train_batches", fail)
     with pytest.raises(OSError, match="the disk is gone"):
         next(dataset.train_batches())
 

@@ -13,11 +13,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
+from absl import flags
+from absl.testing import flagsaver
 
 from configs import tiny
 from configs.base import source
+from moepp_jax.commands import data as command
 from moepp_jax.config import Config, ConfigError
-from moepp_jax.data import corpus, estimate, files, records, storage, tokens, work
+from moepp_jax.data import corpus, estimate, files, records, shards, storage, tokens, work
 from moepp_jax.data.prepare import prepare_sources, prepared_sources, verify
 
 TEXT = Path(__file__).parent / "data" / "text"
@@ -204,9 +207,9 @@ def test_a_full_disk_is_one_error_and_the_rest_is_made_when_there_is_space(
             raise raised
         return closed(writer)
 
-    closed = records.ShardWriter.close
+    closed = shards.ShardWriter.close
     with monkeypatch.context() as patch:
-        patch.setattr(records.ShardWriter, "close", close)
+        patch.setattr(shards.ShardWriter, "close", close)
         with pytest.raises(
             ConfigError, match=r"is full: No space left on device\. What is done is"
         ):
@@ -374,6 +377,20 @@ def test_a_dry_run_says_what_there_is_and_writes_nothing(whole, tmp_path, monkey
     )
     assert sampled.tokens == pytest.approx(counted, rel=0.1)
     assert any(line.startswith("disk: about ") for line in lines)
+
+
+def test_the_commands_estimate_prepare_and_verify(whole, tmp_path, monkeypatch, capsys):
+    c = config(tmp_path, whole / "text", **{"train.batch_size": 4})
+    monkeypatch.setattr(command.options, "given_config", lambda: c)
+    flags.FLAGS.mark_as_parsed()
+    with flagsaver.flagsaver(dry_run=True):
+        command.run(["prepare"])
+    assert "source0: " in capsys.readouterr().out and not list(tmp_path.iterdir())
+    with flagsaver.flagsaver(workers=1):
+        command.run(["prepare"])
+    assert contents(tmp_path) == contents(whole / "data")
+    command.run(["verify"])
+    assert capsys.readouterr().out.count("are as written") == 2
 
 
 def test_progress_is_told_in_lines_where_there_is_no_terminal(whole, tmp_path, monkeypatch):

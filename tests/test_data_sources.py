@@ -74,6 +74,17 @@ def test_every_format_gives_the_same_documents_however_it_is_cut(
         assert read == sorted(read) and (not read or read[-1] <= part.num_bytes)
 
 
+def test_a_line_that_starts_where_a_part_does_is_in_one_part(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "_PART_BYTES", 100)
+    texts = [f"{i:09}" for i in range(40)]
+    (tmp_path / "a.jsonl").write_bytes(content := json_lines(texts))
+    corpus = FilesCorpus(str(tmp_path / "a.jsonl"))
+    assert len(content) == 40 * 22 and len(corpus.parts()) == 9
+    monkeypatch.setattr(files, "_PART_BYTES", 110)
+    assert len(corpus.parts()) == 8  # of five lines each
+    assert documents(corpus) == texts
+
+
 def test_a_folder_is_searched_to_its_leaves_and_hidden_ones_are_left_out(tmp_path):
     for name in ("a/x.jsonl", "a/b/x.jsonl.gz", "y.json.zst", ".cache/z.jsonl"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)

@@ -40,6 +40,18 @@ def test_text_of_the_corpus_comes_back_shorter_than_its_bytes():
     assert sum(map(len, batch)) < 0.6 * sum(len(text.encode()) for text in TEXTS)
 
 
+@pytest.mark.parametrize("name", ["trained", "llama"])
+def test_a_long_text_is_encoded_in_pieces_to_the_same_ids(name, llama, monkeypatch):
+    t = tokenizer() if name == "trained" else llama
+    texts = ["short", " ".join(TEXTS), "", "a  b   c" * 99, " ".join(TEXTS[:3])]
+    whole = t.encode_batch(texts)
+    monkeypatch.setattr("moepp_jax.data.tokenizer._PIECE", 200)
+    assert len(t._pieces(texts[1])) > 20
+    assert t.encode_batch(texts, threads=1) == whole
+    without_spaces = "x" * 999
+    assert t.decode(t.encode(without_spaces)).replace(" ", "") == without_spaces
+
+
 def test_specials_have_the_released_ids_and_no_text():
     t = tokenizer()
     assert (t.pad_id, t.bos_id, t.eos_id, t.vocab_size) == (0, 1, 2, 500)
@@ -63,7 +75,10 @@ def test_saved_and_loaded_it_is_the_same(tmp_path):
     assert [path.name for path in file.parent.iterdir()] == ["t.model"]
 
 
-def test_a_model_without_a_padding_piece_pads_with_id_0(tmp_path):
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory) -> Tokenizer:
+    """A model with the settings of LLaMA's: it puts a space before every text."""
+    tmp_path = tmp_path_factory.mktemp("llama")
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(TEXTS),
         model_prefix=str(tmp_path / "llama"),
@@ -72,7 +87,10 @@ def test_a_model_without_a_padding_piece_pads_with_id_0(tmp_path):
         byte_fallback=True,
         minloglevel=2,
     )
-    llama = Tokenizer.load(tmp_path / "llama.model")
+    return Tokenizer.load(tmp_path / "llama.model")
+
+
+def test_a_model_without_a_padding_piece_pads_with_id_0(llama):
     assert (llama.pad_id, llama.bos_id, llama.eos_id) == (0, 1, 2)
     assert llama.decode([1, *llama.encode("so it goes"), 2, 0]) == "so it goes"
 

@@ -114,7 +114,7 @@ def test_the_bucket_does_not_matter():
     want = [score for row, score in zip(rows(), scores(), strict=True) if row in short]
     for row, score in zip(short, want, strict=True):
         # A batch of the longest bucket, the row in it with another.
-        batch = scoring.padded([rows()[6], row], 2, LONGEST, 128)
+        batch = scoring.padded([rows()[6], row], 2, LONGEST, 96)
         got = on_one_device().score(parameters(), batch)
         asked = len(row.places)
         got = Score(got.log_probs[1, :asked], got.greedy[1, :asked], got.served[1])
@@ -123,6 +123,13 @@ def test_the_bucket_does_not_matter():
 
 def test_the_mesh_does_not_matter():
     assert_same(scorer((2, 2, 2), batch_size=8)(rows()), scores())
+
+
+def test_lengths_are_rounded_to_two_steps_an_octave():
+    given = [1, 64, 65, 96, 97, 128, 129, 192, 193, 1025, 1537, 2048]
+    assert [scoring.rounded(n) for n in given] == [
+        64, 64, 96, 96, 128, 128, 192, 192, 256, 1536, 2048, 2048,
+    ]  # fmt: skip
 
 
 def test_progress_counts_rows():

@@ -237,7 +237,7 @@ def test_biases_lead_tokens_to_experts_that_were_never_chosen():
         seen.append(float(metrics["ffn_experts_per_token"]))
     assert seen[0] == c.moe.top_k
     wanted = flops.ffn_experts_at_balance(c)
-    assert abs(np.mean(seen[-6:]) - wanted) < 0.25 < c.moe.top_k - wanted
+    assert abs(np.mean(seen[-6:]) - wanted) < 0.1 < c.moe.top_k - wanted
     bias = jax.device_get(state.params["layers"]["moe"]["router"]["bias"])
     np.testing.assert_array_equal(bias[:, : c.moe.n_ffn], 0.0)
-    assert np.all(np.mod(bias, 0.5) == 0.0)  # the optimizer does not touch it
+    assert np.all(bias[:, c.moe.n_ffn :] > moe.bias.NEVER + 20)

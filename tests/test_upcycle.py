@@ -116,6 +116,7 @@ def test_a_dense_model_is_copied_to_every_expert(tmp_path):
             np.testing.assert_array_equal(ffn["w_out"][layer, i], tensors[f"{mlp}down_proj.weight"])
 
 
+@pytest.mark.parametrize("upcycled", ["olmoe", "qwen3_moe"], indirect=True)
 def test_cached_decoding_normalises_keys_as_the_forward_does(upcycled):
     name, model = upcycled
     prompt = np.load(ROOT / name / "expected.npz")["input_ids"][:, :6]

@@ -12,11 +12,12 @@ SETTINGS = upcycling.Settings(steps=30, lr=3e-4, bias_rate=1 / 3)
 
 
 def run(name, tau, experts, loss, settings=SETTINGS):
-    """A run's two rows, at its start and its end."""
+    """A run's rows: one at its start, three at its end."""
     shared = {"run": name, "tau": tau, "wanted": 1.0, "tokens_per_s": 123.456789, **vars(settings)}
     start = {"step": 0, "eval_loss": 3.0, "ffn_experts_per_token": 2.0}
     end = {"step": settings.steps, "eval_loss": loss, "ffn_experts_per_token": experts}
-    return [shared | start, shared | end]
+    around = [end | {"eval_loss": loss + more} for more in (0.1, -0.1)]
+    return [shared | row for row in (start, *around, end)]
 
 
 ROWS = run("control", "", 2.0, 2.9) + run("tau 0.5", 0.5, 1.04, 2.95)
@@ -29,11 +30,11 @@ def test_finished_runs_are_read_again(tmp_path):
     upcycling.write(file, ROWS + half + other)
     kept = upcycling.finished(upcycling.read(file), SETTINGS)
     assert list(kept) == ["control", "tau 0.5"]
-    assert kept["tau 0.5"][1]["ffn_experts_per_token"] == 1.04
+    assert kept["tau 0.5"][3]["ffn_experts_per_token"] == 1.04
     assert kept["control"][0]["tau"] == ""
     upcycling.write(tmp_path / "again.csv", [row for rows in kept.values() for row in rows])
     lines = file.read_text().splitlines()
-    assert (tmp_path / "again.csv").read_text().splitlines() == lines[:5]
+    assert (tmp_path / "again.csv").read_text().splitlines() == lines[:9]
 
 
 def test_page_and_picture():

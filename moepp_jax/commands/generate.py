@@ -28,6 +28,9 @@ _STOP = flags.DEFINE_multi_string(
     "stop", [], "generate: text that ends the new one, not part of it"
 )
 _NUM_SAMPLES = flags.DEFINE_integer("num_samples", 1, "generate: texts of each prompt")
+_ALL_DEVICES = flags.DEFINE_bool(
+    "all_devices", False, "generate: cut the model over all devices: it need not fit one of them"
+)
 _SETTINGS = {
     "max_new_tokens": flags.DEFINE_integer("max_new_tokens", None, "generate: tokens at most"),
     "temperature": flags.DEFINE_float("temperature", None, "generate: 0 is greedy"),
@@ -46,7 +49,7 @@ def run(arguments: list[str]) -> None:
     prompts = [*_PROMPT.value, *_prompts_of_file()]
     if not prompts:
         raise ConfigError("no --prompt was given: write --prompt='some text'")
-    model = api.load(options.given_workdir(), options.STEP.value)
+    model = api.load(options.given_workdir(), options.STEP.value, _ALL_DEVICES.value)
     if len(prompts) == _NUM_SAMPLES.value == 1:
         _stream(model, prompts[0], settings)
     else:

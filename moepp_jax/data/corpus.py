@@ -16,7 +16,8 @@ from moepp_jax.config import ConfigError, DataConfig
 from moepp_jax.data import records, storage, tfds_sets, work
 from moepp_jax.data.files import FilesCorpus
 from moepp_jax.data.packages import default_corpus
-from moepp_jax.data.records import SPLITS, Shard, ShardWriter
+from moepp_jax.data.records import SPLITS
+from moepp_jax.data.shards import Shard, ShardWriter, decode_bytes, shard_name
 from moepp_jax.data.sources import Corpus, Document, Part, Report
 
 # Raise it when the same documents would be stored or split in another way.
@@ -44,7 +45,7 @@ class Texts(records.Split):
 
     def __getitem__(self, index: int) -> str:
         [record] = self.records([index])
-        return records.decode_bytes(record, "text").decode()
+        return decode_bytes(record, "text").decode()
 
 
 def open_corpus(config: DataConfig, name: str) -> Corpus:
@@ -105,18 +106,16 @@ def prepare_text(config: DataConfig, corpus: Corpus, report: Report, workers: in
 def _make(folder: Path, corpus: Corpus, held_out: float, workers: int, report: Report) -> int:
     """The data set in this folder; returns how many documents were empty."""
     results = _read(folder, corpus, held_out, workers, report)
-    hashes = [r["hashes"] for r in results if r["hashes"]]
-    if not hashes:
+    count = sum(r[split]["records"] for r in results for split in SPLITS)
+    if not count:
         storage.discard(folder)
         raise ConfigError(f"{corpus.name} is empty: none of its documents holds any text")
     if not any(r["validation"]["records"] for r in results):
         # A document keeps its split when others come or go. Only where that holds out nothing,
         # the document with the smallest hash is held out.
-        storage.discard(folder / storage.DONE)
-        results = _read(folder, corpus, min(least for least, _ in hashes), workers, report)
+        results = _read(folder, corpus, min(r["least_hash"] for r in results), workers, report)
     if not any(r["train"]["records"] for r in results):
         storage.discard(folder)
-        count = sum(r["validation"]["records"] for r in results)
         raise ConfigError(
             f"{corpus.name} is too small to hold text out: "
             f"config.data.eval_fraction = {held_out} leaves none of its "
@@ -155,18 +154,17 @@ class _TextJob:
 
     @property
     def name(self) -> str:
-        return f"{self.index:05}"
+        return f"{self.index:05}-{self.held_out}"
 
     @property
     def num_bytes(self) -> int:
         return self.part.num_bytes
 
     def __call__(self, advance: work.Advance) -> dict[str, Any]:
-        hashes: list[float] = []
-        empty = 0
+        empty, least_hash = 0, 1.0
 
         def placed() -> Iterator[tuple[str, Document]]:
-            nonlocal empty
+            nonlocal empty, least_hash
             read = 0
             for document in self.part.documents():
                 if document.read - read >= _ADVANCE_EVERY:
@@ -176,7 +174,7 @@ class _TextJob:
                     empty += 1
                     continue
                 place = text_hash(document.text)
-                hashes[:] = [min([place, *hashes[:1]]), max([place, *hashes[1:]])]
+                least_hash = min(least_hash, place)
                 held_out = place <= self.held_out
                 yield document.split or ("validation" if held_out else "train"), document
             advance(self.num_bytes - read)
@@ -184,14 +182,14 @@ class _TextJob:
         with contextlib.ExitStack() as stack:
             writers = {}
             for split in SPLITS:
-                name = records.shard_name(_NAME, split, self.index, self.count)
+                name = shard_name(_NAME, split, self.index, self.count)
                 writers[split] = ShardWriter(self.folder / name)
                 stack.callback(writers[split].discard)
             for split, document in _shuffled(placed()):
                 example = {name: getattr(document, name).encode() for name in FEATURES}
                 writers[split].write(example, len(example["text"]))
             shards = {split: writer.close()._asdict() for split, writer in writers.items()}
-        return {**shards, "empty": empty, "hashes": hashes}
+        return {**shards, "empty": empty, "least_hash": least_hash}
 
 
 def _shuffled(placed: Iterable[tuple[str, Document]]) -> Iterator[tuple[str, Document]]:

@@ -8,9 +8,8 @@ import itertools
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-import grain
 import numpy as np
 
 from moepp_jax.config import Config, ConfigError
@@ -24,10 +23,13 @@ Rows = slice | np.ndarray
 
 _ALL = slice(None)
 
-# Batches that `Dataset.train_batches` reads ahead, and the threads that read: the work is in code
-# that lets others run meanwhile, so two keep two cores busy.
+# Pieces of work that `Dataset.train_batches` reads ahead, and the threads that read them: most of
+# their time goes by in storage and in code that lets other threads run. A piece is a batch, or
+# several small ones of this many tokens together: a call to the reader costs as much as a few
+# thousand tokens.
 _AHEAD = 4
-_THREADS = 2
+_THREADS = 4
+_PIECE = 2**16
 
 
 class Taken(NamedTuple):
@@ -52,9 +54,14 @@ class Source:
         self.train = pack(self.train_documents, self.train_documents.starts, drop_last=True)
         self.eval = pack(self.eval_documents, self.eval_documents.starts, drop_last=False)
         self._batch_size = config.train.batch_size
-        # The order is that of the seed and the number of rows, whatever the other sources are.
-        rows = grain.MapDataset.range(len(self.train)) if len(self.train) else None
-        self._shuffled = rows and rows.seed(config.seed % 2**32).shuffle().repeat(None)
+        self._seed = config.seed % 2**32
+
+    @functools.cached_property
+    def _shuffled(self) -> Any:
+        """Row numbers, through all epochs: their order is that of the seed, of no other source."""
+        import grain  # here, as it brings JAX: processes that prepare data start without
+
+        return grain.MapDataset.range(len(self.train)).seed(self._seed).shuffle().repeat(None)
 
     def train_rows(self, numbers: np.ndarray) -> Batch:
         """Rows of training, numbered through all epochs.
@@ -108,34 +115,47 @@ class Dataset:
           DataError: a record is damaged.
         """
         self.require_rows()
+        [batch] = self._train_batches(range(step, step + 1), rows)
+        return batch
+
+    def _train_batches(self, steps: range, rows: Rows) -> list[Batch]:
+        """The batches of several steps, read together."""
         batch_size = self._config.train.batch_size
-        numbers = step * batch_size + np.arange(batch_size)[rows]
+        in_batch = np.arange(batch_size)[rows]
+        numbers = np.add.outer(np.array(steps) * batch_size, in_batch).ravel()
         of_source, row = self._mixture.select(numbers)
         parts, places = [], []
         for i, name in enumerate(self._mixture.names):
             places.append(np.flatnonzero(of_source == i))
             parts.append(self.sources[name].train_rows(row[places[-1]]))
         order = np.argsort(np.concatenate(places))
-        return {k: np.concatenate([part[k] for part in parts])[order] for k in parts[0]}
+        together = {k: np.concatenate([part[k] for part in parts])[order] for k in parts[0]}
+        starts = range(0, len(numbers), len(in_batch))
+        return [{k: v[s : s + len(in_batch)] for k, v in together.items()} for s in starts]
 
     def train_batches(self, start_step: int = 0, rows: Rows = _ALL) -> Iterator[Batch]:
         """`train_batch` of each step from `start_step` on, without end, read ahead on threads.
 
         Raises:
-          ConfigError, DataError: as `train_batch`; the latter where the batch would come.
+          ConfigError, DataError: as `train_batch`; the latter where the batch would come, or a few
+            small batches before.
         """
         self.require_rows()  # raise here, not at the first batch
         return self._read_ahead(start_step, rows)
 
     def _read_ahead(self, start_step: int, rows: Rows) -> Iterator[Batch]:
         pool = ThreadPoolExecutor(max_workers=_THREADS, thread_name_prefix="train-batches")
-        steps = itertools.count(start_step)
-        batches = collections.deque()
+        tokens = len(np.arange(self._config.train.batch_size)[rows]) * self._config.data.seq_len
+        count = max(1, _PIECE // tokens)
+        firsts = itertools.count(start_step, count)
+        pieces = collections.deque()
         try:
             while True:
-                while len(batches) <= _AHEAD:
-                    batches.append(pool.submit(self.train_batch, next(steps), rows))
-                yield batches.popleft().result()
+                while len(pieces) <= _AHEAD:
+                    first = next(firsts)
+                    steps = range(first, first + count)
+                    pieces.append(pool.submit(self._train_batches, steps, rows))
+                yield from pieces.popleft().result()
         finally:
             pool.shutdown(cancel_futures=True)
 

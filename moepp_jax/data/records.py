@@ -12,86 +12,27 @@ ArrayRecord's own checksum when it is read. What is not as it was written is nev
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import json
 import os
+import resource
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import tensorflow_datasets as tfds
-from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
-from tensorflow_datasets.proto import tf_example_pb2
+from array_record.python.array_record_module import ArrayRecordReader
 
+from moepp_jax.data.shards import TEMPLATE, Shard
 from moepp_jax.data.storage import DataError, file_sha256
 from moepp_jax.storage import write_atomic
 
 SPLITS = ("train", "validation")
 
 _MANIFEST = "manifest.json"
-_TEMPLATE = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"
-
-# A record at a time can be read at random: larger groups are up to five times slower.
-_WRITER_OPTIONS = "group_size:1"
 
 # Bytes of records that are read at once, about, where a shard is read from its start to its end.
 _AHEAD = 1_000_000
-
-
-class Shard(NamedTuple):
-    """What is known of one file of a data set."""
-
-    file: str
-    size: int  # bytes on disk
-    sha256: str
-    records: int
-    num_bytes: int  # of the records' text or tokens, before compression
-
-
-class ShardWriter:
-    """Writes one shard, which has its name only when it is whole."""
-
-    def __init__(self, file: Path):
-        self._file = file
-        self._temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
-        self._writer = ArrayRecordWriter(os.fspath(self._temporary), _WRITER_OPTIONS)
-        self._records = self._num_bytes = 0
-
-    def write(self, example: dict[str, bytes | int], num_bytes: int) -> None:
-        self._writer.write(encode(example))
-        self._records += 1
-        self._num_bytes += num_bytes
-
-    def close(self) -> Shard:
-        self._writer.close()
-        with self._temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        size, sha256 = self._temporary.stat().st_size, file_sha256(self._temporary)
-        os.replace(self._temporary, self._file)
-        return Shard(self._file.name, size, sha256, self._records, self._num_bytes)
-
-    def discard(self) -> None:
-        """Leaves nothing of a shard that was not closed."""
-        self._temporary.unlink(missing_ok=True)
-
-
-def encode(example: dict[str, bytes | int]) -> bytes:
-    """An example as TFDS stores it; equal ones as equal bytes, which TFDS does not promise."""
-    proto = tf_example_pb2.Example()
-    for name, value in example.items():
-        feature = proto.features.feature[name]
-        values = feature.bytes_list if isinstance(value, bytes) else feature.int64_list
-        values.value.append(value)
-    return proto.SerializeToString(deterministic=True)
-
-
-def decode_bytes(record: bytes, name: str) -> bytes:
-    """One field of an example; as TFDS would decode it, in a tenth of the time."""
-    example = tf_example_pb2.Example.FromString(record)
-    return example.features.feature[name].bytes_list.value[0]
-
-
-def shard_name(dataset: str, split: str, index: int, count: int) -> str:
-    return f"{dataset}-{split}.array_record-{index:05}-of-{count:05}"
 
 
 def finish(
@@ -113,7 +54,7 @@ def finish(
         data_dir=os.fspath(folder),
         features=features,
         split_infos=infos,
-        filename_template=_TEMPLATE,
+        filename_template=TEMPLATE,
         check_data=False,  # it would need TensorFlow
         disable_shuffling=True,
         **about,
@@ -136,7 +77,7 @@ def _split_info(folder: Path, dataset: str, split: str, shards: list[Shard]) -> 
             split=split,
             filetype_suffix="array_record",
             data_dir=folder,
-            template=_TEMPLATE,
+            template=TEMPLATE,
         ),
     )
 
@@ -205,12 +146,15 @@ class Split(Sequence):
     def __init__(self, folder: Path, split: str):
         self._folder = folder
         manifest = _manifest(folder)
+        others = tuple(f"{other}-" for other in SPLITS if other != split)
         for name, file in manifest["files"].items():
-            _check_size(folder / name, file["size"])
-            _check_sum(folder / name, file["sha256"])
+            if not name.startswith(others):
+                _check_size(folder / name, file["size"])
+                _check_sum(folder / name, file["sha256"])
         self._shards = [Shard(**shard) for shard in manifest["shards"][split]]
         for shard in self._shards:
             _check_size(folder / shard.file, shard.size)
+        _allow_open_files()
         self._source = tfds.builder_from_directory(folder).as_data_source(split)
 
     def __len__(self) -> int:
@@ -248,6 +192,13 @@ class Split(Sequence):
 
     def __iter__(self) -> Iterator:
         return map(self.__getitem__, range(len(self)))
+
+
+def _allow_open_files() -> None:
+    """Shards stay open once they are read: of a mixture more than the usual limit of 1,024."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def verify(folder: Path) -> int:

@@ -74,7 +74,11 @@ def publish_in_parts(target: Path, make: Callable[[Path], None]) -> None:
             leftover.unlink(missing_ok=True)
         with naming_a_full_disk(target.parent):
             make(partial)
-        os.replace(partial, target)
+        try:
+            os.replace(partial, target)
+        except OSError:
+            if not target.exists():
+                raise
         discard(target / DONE)
     finally:
         os.close(lock)

@@ -15,7 +15,8 @@ import tensorflow_datasets as tfds
 
 from moepp_jax.config import DataConfig
 from moepp_jax.data import records, storage, work
-from moepp_jax.data.records import SPLITS, Shard, ShardWriter
+from moepp_jax.data.records import SPLITS
+from moepp_jax.data.shards import Shard, ShardWriter, decode_bytes, shard_name
 from moepp_jax.data.sources import Report
 from moepp_jax.data.tokenizer import Tokenizer
 
@@ -77,7 +78,7 @@ class TokenDocuments(records.Split):
           DataError: a record cannot be read, or is not the document that was written there.
         """
         stored = self.records(indices)
-        documents = [np.frombuffer(records.decode_bytes(r, "tokens"), self._dtype) for r in stored]
+        documents = [np.frombuffer(decode_bytes(r, "tokens"), self._dtype) for r in stored]
         numbers = np.array(indices, np.int64)
         lengths = self.starts[numbers + 1] - self.starts[numbers]
         for index, document, length in zip(indices, documents, lengths, strict=True):
@@ -173,10 +174,10 @@ class _TokensJob:
         stored = records.read_shard(self.text, self.shards[split])
         counts: list[tuple[int, int]] = []
         with contextlib.ExitStack() as stack:
-            name = records.shard_name(_NAME, split, self.index, self.count)
+            name = shard_name(_NAME, split, self.index, self.count)
             writer = ShardWriter(self.folder / name)
             stack.callback(writer.discard)
-            for texts in _batches(records.decode_bytes(record, "text") for record in stored):
+            for texts in _batches(decode_bytes(record, "text") for record in stored):
                 encoded = tokenizer.encode_batch([text.decode() for text in texts], self.threads)
                 for text, ids in zip(texts, encoded, strict=True):
                     tokens = np.array(bos + ids + eos, dtype)

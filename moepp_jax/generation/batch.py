@@ -30,7 +30,8 @@ class Batch:
         self._programs = programs
         self._prompts = prompts
         self._rules = sampling.rules(settings)
-        self._ends = np.array(sorted(ends) or [-1], np.int32)
+        room = max(4, _power_of_two(len(ends)))  # -1 is no token
+        self._ends = np.array([*ends, *[-1] * (room - len(ends))], np.int32)
         # More rows than prompts: they do what the last one does, so that they choose its experts.
         rows = _multiple(_power_of_two(len(prompts)), programs.devices)
         more = rows - len(prompts)
@@ -96,7 +97,8 @@ class Batch:
 
 
 def _power_of_two(n: int) -> int:
-    return 1 << (n - 1).bit_length()
+    """The least that is at least n."""
+    return 1 << (n - 1).bit_length() if n else 0
 
 
 def _multiple(n: int, of: int) -> int:

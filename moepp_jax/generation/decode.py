@@ -113,7 +113,7 @@ def decode(
 
     def one(carry):
         state, i, made = carry
-        place_M = jnp.arange(state.caches[0].keys.shape[2])
+        place_M = jnp.arange(state.caches[0].keys.shape[1])
         mask = (place_M <= state.place) & (place_M >= rows.first[:, None])
         attends = [into_place(cache, state.place, mask) for cache in state.caches]
         positions = (state.place - rows.first)[:, None]
@@ -137,7 +137,7 @@ def decode(
 def grow(caches: list[Cache]) -> list[Cache]:
     """The caches with twice the places."""
     return jax.tree.map(
-        lambda a: jnp.pad(a, [(0, 0), (0, 0), (0, a.shape[2]), (0, 0)]),
+        lambda a: jnp.pad(a, [(0, 0), (0, a.shape[1]), (0, 0)]),
         caches,
     )
 

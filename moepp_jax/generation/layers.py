@@ -28,10 +28,14 @@ Params = dict[str, Any]
 
 
 class Cache(NamedTuple):
-    """Keys and values of one layer. A head's places lie together, as products read them."""
+    """Keys and values of one layer, of the key heads of each sequence, one after the other.
 
-    keys: Float[Array, "B KV M W"]
-    values: Float[Array, "B KV M W"]
+    This is how products over a batch of heads read them: of any other shape XLA on CPU makes copies
+    of the cache, at every step.
+    """
+
+    keys: Float[Array, "B*KV M W"]
+    values: Float[Array, "B*KV M W"]
 
 
 def taken_apart(params: Params, config: ModelConfig, experts: bool) -> Params:
@@ -83,8 +87,8 @@ def into_new(mask_BLL: Bool[Array, "B L L"], places: int) -> Attend:
 
     def attend(q, k, v):
         y, _ = model_lib.attend_to_each_other(mask_BLL)(q, k, v)
-        rest = [(0, 0), (0, 0), (0, places - k.shape[1]), (0, 0)]
-        return y, Cache(*(jnp.pad(a.swapaxes(1, 2), rest) for a in (k, v)))
+        rest = [(0, 0), (0, places - k.shape[1]), (0, 0)]
+        return y, Cache(*(jnp.pad(_by_head(a), rest) for a in (k, v)))
 
     return attend
 
@@ -94,17 +98,23 @@ def into_place(cache: Cache, place: Int[Array, ""], mask_BM: Bool[Array, "B M"])
 
     def attend(q_B1HW, k_B1KW, v_B1KW):
         put = jax.lax.dynamic_update_slice_in_dim
-        keys = put(cache.keys, k_B1KW.swapaxes(1, 2), place, axis=2)
-        values = put(cache.values, v_B1KW.swapaxes(1, 2), place, axis=2)
-        B, _, H, W = q_B1HW.shape
-        q_BKGW = q_B1HW.reshape(B, keys.shape[1], -1, W)  # G queries share a key head
-        scores = jnp.einsum("bkgw,bkmw->bkgm", q_BKGW, keys, preferred_element_type=jnp.float32)
-        scores = jnp.where(mask_BM[:, None, None], scores * W**-0.5, -jnp.inf)
-        weights = jax.nn.softmax(scores, axis=-1).astype(values.dtype)
-        y = jnp.einsum("bkgm,bkmw->bkgw", weights, values)
-        return y.reshape(B, 1, H, W), Cache(keys, values)
+        keys_HMW = put(cache.keys, _by_head(k_B1KW), place, axis=1)
+        values_HMW = put(cache.values, _by_head(v_B1KW), place, axis=1)
+        heads, _, W = keys_HMW.shape
+        q_HGW = q_B1HW.reshape(heads, -1, W)  # G queries share a key head
+        scores = jnp.einsum("hgw,hmw->hgm", q_HGW, keys_HMW, preferred_element_type=jnp.float32)
+        mask = jnp.repeat(mask_BM, heads // len(mask_BM), axis=0)[:, None]
+        scores = jnp.where(mask, scores * W**-0.5, -jnp.inf)
+        weights = jax.nn.softmax(scores, axis=-1).astype(values_HMW.dtype)
+        y_HGW = jnp.einsum("hgm,hmw->hgw", weights, values_HMW)
+        return y_HGW.reshape(q_B1HW.shape), Cache(keys_HMW, values_HMW)
 
     return attend
+
+
+def _by_head(x_BLKW: Float[Array, "B L KV W"]) -> Float[Array, "B*KV L W"]:
+    B, L, heads, W = x_BLKW.shape
+    return x_BLKW.swapaxes(1, 2).reshape(B * heads, L, W)
 
 
 @dataclass(frozen=True)

@@ -24,8 +24,8 @@ from moepp_jax import vocabulary
 from moepp_jax.config import Config
 from moepp_jax.processes import Rows
 
-# Lengths are rounded up to powers of two from this on, so that a whole suite compiles a handful of
-# programs; the padding costs less than compiling one for every length would.
+# Lengths are rounded up to 64, 96, 128, 192, 256 and so on, two steps an octave: a suite compiles
+# some ten programs, and pads its rows by a fifth of their tokens (by half with one step).
 _SHORTEST = 64
 
 
@@ -168,8 +168,8 @@ class Scorer:
         """Indices of rows, and the shape (B, L, Q) of their batch; the longest first."""
         shapes: dict[tuple[int, int], list[int]] = {}
         for i, row in enumerate(rows):
-            length = min(_rounded(len(row.tokens)), self._max_length)
-            shapes.setdefault((length, _rounded(len(row.places))), []).append(i)
+            length = min(rounded(len(row.tokens)), self._max_length)
+            shapes.setdefault((length, rounded(len(row.places))), []).append(i)
         for (length, queries), indices in sorted(shapes.items(), reverse=True):
             indices.sort(key=lambda i: len(rows[i].tokens), reverse=True)
             parts = max(1, self._tokens // length)
@@ -178,8 +178,11 @@ class Scorer:
                 yield indices[start : start + batch], (batch, length, queries)
 
 
-def _rounded(n: int) -> int:
-    return max(_SHORTEST, 1 << (n - 1).bit_length())
+def rounded(n: int) -> int:
+    """The length that rows of n tokens, or of n queries, are padded to."""
+    power = max(_SHORTEST, 1 << (n - 1).bit_length())
+    between = 3 * power // 4
+    return between if between > _SHORTEST and n <= between else power
 
 
 def padded(rows: Sequence[Row], B: int, L: int, Q: int) -> dict[str, np.ndarray]:

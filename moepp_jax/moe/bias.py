@@ -1,8 +1,9 @@
 """The router's bias, moved after each step by the load that the experts had: a rule, no gradient.
 
 As in DeepSeek's auxiliary-loss-free balancing (arXiv 2408.15664), but of zero-computation experts
-only and towards the share that tau asks for. A model that has just been given such experts can
-start with a bias so low that none of them is chosen, and is led to use them.
+only, towards the share that tau asks for, and by less the nearer it is: steps of one size swing
+around it. A model that has just been given such experts can start with a bias so low that none of
+them is chosen, and is led to use them.
 """
 
 import jax.numpy as jnp
@@ -29,6 +30,9 @@ def moved(
     wanted: float,
     rate: float,
 ) -> Float[Array, "*L N"]:
-    """The bias after a step: b_i + u sign(wanted - f_i) for zero-computation experts."""
+    """The bias after a step: b_i + u (1 - f_i / wanted) for zero-computation experts.
+
+    The step is at most u, which is that of an expert which nobody chooses.
+    """
     is_ffn = jnp.arange(pool.size) < pool.n_ffn
-    return bias_N + jnp.where(is_ffn, 0.0, rate * jnp.sign(wanted - load_N))
+    return bias_N + jnp.where(is_ffn, 0.0, rate * jnp.clip(1.0 - load_N / wanted, -1.0, 1.0))

@@ -46,6 +46,7 @@ def test_the_wanted_load_is_where_the_balance_loss_balances():
 
 
 def test_biases_move_towards_the_wanted_load_and_ffn_experts_have_none():
-    load = jnp.array([[0.9, 0.1, 0.2, 0.8], [0.0, 2.0, 0.5, 0.0]])
-    moved = bias.moved(jnp.zeros((2, 4)), load, POOL, wanted=0.5, rate=0.1)
-    np.testing.assert_allclose(moved, [[0, 0, 0.1, -0.1], [0, 0, 0, 0.1]])
+    load = jnp.array([[0.9, 0.1, 0.25, 0.75], [0.0, 2.0, 0.5, 0.0], [0.0, 0.0, 2.0, 0.0]])
+    moved = bias.moved(jnp.ones((3, 4)), load, POOL, wanted=0.5, rate=0.2)
+    expected = [[1, 1, 1.1, 0.9], [1, 1, 1, 1.2], [1, 1, 0.8, 1.2]]
+    np.testing.assert_allclose(moved, expected, rtol=1e-6)

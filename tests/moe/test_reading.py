@@ -91,7 +91,8 @@ def test_the_whole_layer_is_the_oracles():
     )
     x = jax.random.normal(jax.random.key(0), (6, 1, cases.D))
     previous = jnp.zeros((6, 1, N))
-    y, *_ = moe.local(x, previous, PARAMS | {"ffn": apart(PARAMS["ffn"])}, layer)
+    params = jax.tree.map(jnp.asarray, PARAMS) | {"ffn": apart(PARAMS["ffn"])}
+    y, *_ = jax.jit(functools.partial(moe.local, moe=layer))(x, previous, params)
     np.testing.assert_allclose(y, oracle.layer(SPEC, x, previous, PARAMS).y, rtol=0, atol=1e-5)
 
 
