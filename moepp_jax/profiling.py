@@ -54,7 +54,11 @@ class Profile:
     def before_step(self) -> None:
         if self._count in self._steps and self._staging is None:
             self._staging = Staging(self._workdir)
-            jax.profiler.start_trace(self._staging.folder / "profile")
+            # Of the host what JAX does, not every call in Python: to trace those the profiler looks
+            # into all threads, and was seen to crash (signal 11) while some read batches.
+            options = jax.profiler.ProfileOptions()
+            options.python_tracer_level = 0
+            jax.profiler.start_trace(self._staging.folder / "profile", profiler_options=options)
 
     def after_step(self, state: Any) -> None:
         """

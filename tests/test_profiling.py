@@ -19,7 +19,12 @@ def test_the_steps_of_the_range_are_traced(tmp_path, monkeypatch):
     assert profiling.parse("2:4") == range(2, 4)
     calls, done = [], []
     start, stop = jax.profiler.start_trace, jax.profiler.stop_trace
-    monkeypatch.setattr(jax.profiler, "start_trace", lambda d: (calls.append(len(done)), start(d)))
+
+    def started(folder, **options):
+        calls.append(len(done))
+        start(folder, **options)
+
+    monkeypatch.setattr(jax.profiler, "start_trace", started)
     monkeypatch.setattr(jax.profiler, "stop_trace", lambda: (calls.append(len(done)), stop()))
     square = jax.jit(lambda x: x @ x)
     x = jnp.eye(64)
