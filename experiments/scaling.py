@@ -32,6 +32,7 @@ from jax.sharding import Mesh
 from matplotlib.figure import Figure
 from rich.console import Console
 
+from experiments import rows as rows_lib
 from moepp_jax import cli, compile
 from moepp_jax import mesh as mesh_lib
 from moepp_jax.chips import GIB
@@ -107,7 +108,7 @@ def scaling(base: Config, folder: Path, compile_up_to: int, console: Console) ->
             reference = row
         rows.append(row)
         later = [kept[s.topology] for s in SIZES[number + 1 :] if s.topology in kept]
-        _write(file, rows + later)
+        rows_lib.write(file, COLUMNS, rows + later)
     write_atomic(folder / "scaling.png", _figure(rows))
     return rows
 
@@ -188,16 +189,6 @@ def _value(text: str) -> Any:
         except ValueError:
             continue
     return text
-
-
-def _write(file: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    text = io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
-    writer.writeheader()
-    for row in rows:
-        writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()})
-    write_atomic(file, text.getvalue())
 
 
 def _figure(rows: Sequence[Mapping[str, Any]]) -> bytes:

@@ -31,6 +31,7 @@ import numpy as np
 from absl import flags
 from matplotlib.figure import Figure
 
+from experiments import rows as rows_lib
 from moepp_jax import cli, flops, interop
 from moepp_jax.config import Config, ConfigError
 from moepp_jax.metrics import read_metrics
@@ -105,9 +106,9 @@ def upcycling(
             _train(_as_mixtral(source, workdir, report), run, config, pool, settings, report)
             points = _measured(run, source, settings)
             runs[name] = [{"run": name, "tau": pool.get("tau", "")} | point for point in points]
-            write(file, [row for rows in runs.values() for row in rows])
+            rows_lib.write(file, COLUMNS, [row for rows in runs.values() for row in rows])
     rows = [row for name in pools for row in runs[name]]
-    write(file, rows)
+    rows_lib.write(file, COLUMNS, rows)
     write_atomic(folder / "upcycling.png", figure(rows))
     write_atomic(folder / "README.md", page(rows, config, settings))
     return rows
@@ -173,16 +174,6 @@ def read(file: Path) -> list[Row]:
             {k: v if k == "run" or v == "" else float(v) for k, v in row.items()}
             for row in csv.DictReader(lines)
         ]
-
-
-def write(file: Path, rows: Sequence[Row]) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    text = io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
-    writer.writeheader()
-    for row in rows:
-        writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()})
-    write_atomic(file, text.getvalue())
 
 
 def by_run(rows: Sequence[Row]) -> dict[str, list[Row]]:

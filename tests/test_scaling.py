@@ -5,6 +5,7 @@ import csv
 import pytest
 from rich.console import Console
 
+from experiments import rows as rows_lib
 from experiments import scaling
 from tests import tiny
 
@@ -66,7 +67,7 @@ def test_an_interruption_loses_no_row(compiled, tmp_path, monkeypatch):
     scaling.scaling(CONFIG, tmp_path, 64, SILENT)
     file = tmp_path / "scaling.csv"
     lost = [row for row in scaling._read(file) if row["topology"] != "v5p:2x2x4"]
-    scaling._write(file, lost)
+    rows_lib.write(file, scaling.COLUMNS, lost)
 
     def interrupt(*_):
         raise KeyboardInterrupt

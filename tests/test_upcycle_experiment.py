@@ -4,6 +4,7 @@ import csv
 
 import pytest
 
+from experiments import rows as rows_lib
 from experiments import upcycling
 from moepp_jax.train import train
 from tests import tiny
@@ -27,12 +28,14 @@ def test_finished_runs_are_read_again(tmp_path):
     file = tmp_path / "x" / "upcycling.csv"
     half = run("tau 0.1", 0.1, 0.5, 3.1)[:1]
     other = run("tau 1", 1.0, 1.3, 2.9, upcycling.Settings(30, 1e-3, 1 / 3))
-    upcycling.write(file, ROWS + half + other)
+    rows_lib.write(file, upcycling.COLUMNS, ROWS + half + other)
     kept = upcycling.finished(upcycling.read(file), SETTINGS)
     assert list(kept) == ["control", "tau 0.5"]
     assert kept["tau 0.5"][3]["ffn_experts_per_token"] == 1.04
     assert kept["control"][0]["tau"] == ""
-    upcycling.write(tmp_path / "again.csv", [row for rows in kept.values() for row in rows])
+    rows_lib.write(
+        tmp_path / "again.csv", upcycling.COLUMNS, [row for rows in kept.values() for row in rows]
+    )
     lines = file.read_text().splitlines()
     assert (tmp_path / "again.csv").read_text().splitlines() == lines[:9]
 
