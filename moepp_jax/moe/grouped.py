@@ -20,10 +20,10 @@ from moepp_jax.moe.experts import activate, as_one
 class Blocked:
     """Any expert function, over blocks of rows; work and time follow the rows that exist.
 
-    Experts are taken in order: an odd block of one of a few sizes, then full ones. The odd block
-    may run over into the next expert's rows, which that expert then overwrites. The gradient
-    recomputes each block. For CPUs, where `jax.lax.ragged_dot` multiplies every row with every
-    expert.
+    An expert has an odd block of one of a few sizes, then full ones. Blocks replace the rows that
+    they have read: of a buffer with room for the worst load, what is empty is not touched, and the
+    rows past the last one come back as they were. The gradient recomputes each block. For CPUs,
+    where `jax.lax.ragged_dot` multiplies every row with every expert.
 
     Attributes:
       expert: (params stacked over E, rows (E, B, D)) -> rows (E, B, D).
@@ -36,10 +36,9 @@ class Blocked:
     def __call__(
         self, params, rows_RD: Float[Array, "R D"], counts_E: Int[Array, " E"]
     ) -> Float[Array, "R D"]:
-        R = rows_RD.shape[0]
-        sizes = _sizes(min(self.block, R))
-        room = jnp.pad(rows_RD, ((0, sizes[-1]), (0, 0)))  # for the last block to run over into
-        return _blocked(self.expert, sizes, params, room, counts_E)[:R]
+        return _blocked(
+            self.expert, _sizes(min(self.block, len(rows_RD))), params, rows_RD, counts_E
+        )
 
 
 @dataclass(frozen=True)
@@ -148,18 +147,18 @@ def _sizes(block: int) -> tuple[int, ...]:
 
     The last one is the full block's.
     """
-    sizes = [8]
+    sizes = [min(8, block)]
     while sizes[-1] < block:
         power_of_two = 1 << (sizes[-1].bit_length() - 1)
-        sizes.append(sizes[-1] + max(8, power_of_two // 8))
+        sizes.append(min(sizes[-1] + max(8, power_of_two // 8), block))
     return tuple(sizes)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _blocked(expert, sizes, params, rows_RD, counts_E):
-    def of_block(params_e, at, size, real):
-        x = jax.lax.dynamic_slice_in_dim(rows_RD, at, size)
-        return (), expert(params_e, x[None])[0].astype(x.dtype)
+    def of_block(params_e, x, first, mine):
+        y = expert(params_e, x[None])[0].astype(x.dtype)
+        return (), jnp.where(mine[:, None], y, x)
 
     return _over_blocks(of_block, sizes, params, rows_RD, counts_E, ())[1]
 
@@ -171,63 +170,70 @@ def _blocked_fwd(expert, sizes, params, rows_RD, counts_E):
 def _blocked_bwd(expert, sizes, saved, d_out):
     params, rows_RD, counts_E = saved
 
-    def of_block(params_e, at, size, real):
-        x = jax.lax.dynamic_slice_in_dim(rows_RD, at, size)
-        d_y = jax.lax.dynamic_slice_in_dim(d_out, at, size)
-        # Past its own rows a block holds the next expert's: not this expert's to learn from.
-        d_y = jnp.where((jnp.arange(size) < real)[:, None], d_y, 0)
+    def of_block(params_e, d_y, first, mine):
+        x = _cut(rows_RD, first, len(d_y))
         _, pullback = jax.vjp(lambda p, x: expert(p, x[None])[0].astype(x.dtype), params_e, x)
-        d_params, d_x = pullback(d_y)
-        return jax.tree.map(_at_least_float32, d_params), d_x
+        d_params, d_x = pullback(jnp.where(mine[:, None], d_y, 0))
+        return jax.tree.map(_at_least_float32, d_params), jnp.where(mine[:, None], d_x, d_y)
 
     zeros = jax.tree.map(lambda p: _zeros_like(p, counts_E), params)
-    d_params, d_rows = _over_blocks(of_block, sizes, params, rows_RD, counts_E, zeros)
+    d_params, d_rows = _over_blocks(of_block, sizes, params, d_out, counts_E, zeros)
     return d_params, d_rows, None
 
 
 _blocked.defvjp(_blocked_fwd, _blocked_bwd)
 
+_cut = jax.lax.dynamic_slice_in_dim
+_put = functools.partial(jax.lax.dynamic_update_slice_in_dim, axis=0)
+
 
 def _over_blocks(of_block, sizes, params, rows_RD, counts_E, totals):
-    """of_block(params of an expert, first row, size, real rows) -> (sums, rows), over all blocks.
+    """Replaces rows block by block, and sums what the blocks of an expert give beside.
+
+    Args:
+      of_block: (params of an expert, rows, number of the first one, which are the expert's own) ->
+        (sums, rows). A block may hold other experts' rows, which must come back as they were.
+      rows_RD: what the first block sees; a later one sees what the blocks before it have left.
 
     Returns:
-      The totals, with entry e replaced by the sums of expert e's blocks if it has any, and all
-      blocks' rows in their places.
+      The totals, with entry e replaced by the sums of expert e's blocks if it has any; the rows.
     """
     starts_E = jnp.cumsum(counts_E) - counts_E
     with_rows_first = jnp.argsort(counts_E == 0, stable=True)
-    block = sizes[-1]
-    put = jax.lax.dynamic_update_slice_in_dim
+    full = sizes[-1]
+
+    def replaced(size, params_e, rows, window, at, count):
+        """Of the rows of a window, those from `at` on; at the buffer's end, from earlier on."""
+        start = jnp.minimum(at - window, len(rows) - size)
+        number = window + start + jnp.arange(size)
+        mine = (number >= at) & (number < at + count)
+        sums, block = of_block(params_e, _cut(rows, start, size), window + start, mine)
+        return sums, _put(rows, block, start)
 
     def per_expert(i, carry):
-        totals, out = carry
+        totals, rows = carry
         e = with_rows_first[i]
-        params_e = jax.tree.map(lambda p: jax.lax.dynamic_slice_in_dim(p, e, 1), params)
-        odd = (counts_E[e] - 1) % block + 1
-
-        def odd_block(size):
-            def run(at):
-                sums, y = of_block(params_e, at, size, odd)
-                return sums, jnp.pad(y, ((0, block - size), (0, 0)))
-
-            return run
+        params_e = jax.tree.map(lambda p: _cut(p, e, 1), params)
+        odd = (counts_E[e] - 1) % full + 1
 
         def full_block(b, carry):
-            sums, out = carry
-            at = starts_E[e] + odd + b * block
-            more, y = of_block(params_e, at, block, block)
-            return jax.tree.map(jnp.add, sums, more), put(out, y, at, 0)
+            sums, rows = carry
+            more, rows = replaced(full, params_e, rows, 0, starts_E[e] + odd + b * full, full)
+            return jax.tree.map(jnp.add, sums, more), rows
 
+        # A branch is given a window, not the buffer: of that XLA would make a copy for each.
+        window = jnp.minimum(starts_E[e], len(rows) - full)
+        branches = [functools.partial(replaced, size, params_e) for size in sizes]
         fitting = jnp.searchsorted(jnp.asarray(sizes), odd)
-        sums, y = jax.lax.switch(fitting, [odd_block(s) for s in sizes], starts_E[e])
-        carry = sums, put(out, y, starts_E[e], 0)
-        sums, out = jax.lax.fori_loop(0, (counts_E[e] - odd) // block, full_block, carry)
-        totals = jax.tree.map(lambda t, s: put(t, s.astype(t.dtype), e, 0), totals, sums)
-        return totals, out
+        sums, around = jax.lax.switch(
+            fitting, branches, _cut(rows, window, full), window, starts_E[e], odd
+        )
+        carry = sums, _put(rows, around, window)
+        sums, rows = jax.lax.fori_loop(0, (counts_E[e] - odd) // full, full_block, carry)
+        totals = jax.tree.map(lambda t, s: _put(t, s.astype(t.dtype), e), totals, sums)
+        return totals, rows
 
-    carry = totals, _zeros_like(rows_RD, counts_E)
-    return jax.lax.fori_loop(0, jnp.sum(counts_E > 0), per_expert, carry)
+    return jax.lax.fori_loop(0, jnp.sum(counts_E > 0), per_expert, (totals, rows_RD))
 
 
 def _at_least_float32(x):
