@@ -176,9 +176,9 @@ def _blocked_bwd(expert, sizes, saved, d_out):
         d_params, d_x = pullback(jnp.where(mine[:, None], d_y, 0))
         return jax.tree.map(_at_least_float32, d_params), jnp.where(mine[:, None], d_x, d_y)
 
-    zeros = jax.tree.map(lambda p: _zeros_like(p, counts_E), params)
+    zeros = jax.tree.map(lambda p: _zeros_like(_at_least_float32(p), counts_E), params)
     d_params, d_rows = _over_blocks(of_block, sizes, params, d_out, counts_E, zeros)
-    return d_params, d_rows, None
+    return jax.tree.map(lambda d, p: d.astype(p.dtype), d_params, params), d_rows, None
 
 
 _blocked.defvjp(_blocked_fwd, _blocked_bwd)
@@ -211,29 +211,52 @@ def _over_blocks(of_block, sizes, params, rows_RD, counts_E, totals):
         return sums, _put(rows, block, start)
 
     def per_expert(i, carry):
-        totals, rows = carry
         e = with_rows_first[i]
         params_e = jax.tree.map(lambda p: _cut(p, e, 1), params)
         odd = (counts_E[e] - 1) % full + 1
 
-        def full_block(b, carry):
-            sums, rows = carry
-            more, rows = replaced(full, params_e, rows, 0, starts_E[e] + odd + b * full, full)
-            return jax.tree.map(jnp.add, sums, more), rows
+        def odd_block(of_sizes):
+            # A branch is given a window, not the buffer: of that XLA would make a copy for each.
+            branches = [functools.partial(replaced, size, params_e) for size in of_sizes]
+            fitting = jnp.searchsorted(jnp.asarray(of_sizes), odd)
 
-        # A branch is given a window, not the buffer: of that XLA would make a copy for each.
-        window = jnp.minimum(starts_E[e], len(rows) - full)
-        branches = [functools.partial(replaced, size, params_e) for size in sizes]
-        fitting = jnp.searchsorted(jnp.asarray(sizes), odd)
-        sums, around = jax.lax.switch(
-            fitting, branches, _cut(rows, window, full), window, starts_E[e], odd
-        )
-        carry = sums, _put(rows, around, window)
-        sums, rows = jax.lax.fori_loop(0, (counts_E[e] - odd) // full, full_block, carry)
-        totals = jax.tree.map(lambda t, s: _put(t, s.astype(t.dtype), e), totals, sums)
-        return totals, rows
+            def run(_, carry):
+                totals, rows = carry
+                window = jnp.minimum(starts_E[e], len(rows) - of_sizes[-1])
+                around = _cut(rows, window, of_sizes[-1])
+                sums, around = jax.lax.switch(fitting, branches, around, window, starts_E[e], odd)
+                totals = jax.tree.map(lambda t, s: _put(t, s, e), totals, sums)
+                return totals, _put(rows, around, window)
+
+            return run
+
+        def full_block(b, carry):
+            totals, rows = carry
+            at = starts_E[e] + odd + b * full
+            sums, rows = replaced(full, params_e, rows, 0, at, full)
+            return jax.tree.map(lambda t, s: _put(t, _cut(t, e, 1) + s, e), totals, sums), rows
+
+        # Loops of no round or one: a conditional that passes the buffer on would copy it.
+        for below, of_sizes in _windows(sizes):
+            here = (odd > below) & (odd <= of_sizes[-1])
+            carry = jax.lax.fori_loop(0, here.astype(jnp.int32), odd_block(of_sizes), carry)
+        return jax.lax.fori_loop(0, (counts_E[e] - odd) // full, full_block, carry)
 
     return jax.lax.fori_loop(0, jnp.sum(counts_E > 0), per_expert, (totals, rows_RD))
+
+
+def _windows(sizes: tuple[int, ...]) -> list[tuple[int, tuple[int, ...]]]:
+    """The sizes of odd blocks in parts, each with the largest size before it, or 0.
+
+    Blocks of a part are cut out of windows of its largest size: few rows out of a small window.
+    """
+    parts, below = [], 0
+    while below < sizes[-1]:
+        largest = min(max(64, 4 * below), sizes[-1])
+        part = tuple(size for size in sizes if below < size <= largest)
+        parts.append((below, part))
+        below = part[-1]
+    return parts
 
 
 def _at_least_float32(x):
