@@ -20,9 +20,9 @@ from moepp_jax import mesh as mesh_lib
 from moepp_jax import moe as moe_lib
 from moepp_jax import vocabulary
 from moepp_jax.config import Config, ModelConfig, MoEConfig
-from moepp_jax.moe import experts as experts_lib
 from moepp_jax.moe import kernels
 from moepp_jax.moe import router as router_lib
+from moepp_jax.moe.products import tokens_first
 
 _PROJECT = {1: router_lib.linear, 2: router_lib.two_layer}
 _RESIDUAL = {
@@ -163,7 +163,7 @@ class Attention(nn.Module):
     """
 
     config: ModelConfig
-    product: Callable = experts_lib.tokens_first
+    product: Callable = tokens_first
 
     @nn.compact
     def __call__(self, x_BLD, positions_BL, attend):

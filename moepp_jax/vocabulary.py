@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from moepp_jax.moe.products import tokens_first
+
 
 def output_matrix(params: dict[str, Any]) -> Float[Array, "V D"]:
     """The matrix of the vocabulary's logits: its own, or the embedding where they are tied."""
@@ -23,8 +25,7 @@ def logits(params: dict[str, Any], hidden: Float[Array, "*B D"]) -> Float[Array,
 
 
 def _logits(w_VD, hidden):
-    w_VD = w_VD.astype(hidden.dtype)
-    return jnp.einsum("...d,vd->...v", hidden, w_VD, preferred_element_type=jnp.float32)
+    return tokens_first(hidden, w_VD.astype(hidden.dtype), jnp.float32)
 
 
 def token_losses(

@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from moepp_jax.moe.products import tokens_first
+
 
 class Pool(NamedTuple):
     """How many experts of each kind there are. They are numbered in this order."""
@@ -40,24 +42,6 @@ def activate(h_BH: Float[Array, "*B H"]) -> Float[Array, "*B F"]:
 def as_one(w_in: Float[Array, "E 2 F D"]) -> Float[Array, "E H D"]:
     """Both matrices as one of H = 2 F rows: products over two axes make XLA copy them first."""
     return w_in.reshape(w_in.shape[0], -1, w_in.shape[3])
-
-
-def tokens_first(x_BD: Float[Array, "*B D"], w_FD: Float[Array, "F D"], dtype=None):
-    """x W^T, in `dtype` or that of x."""
-    return jnp.einsum("...d,fd->...f", x_BD, w_FD, preferred_element_type=dtype)
-
-
-def few_weights_first(x_BD: Float[Array, "*B D"], w_FD: Float[Array, "F D"], dtype=None):
-    """As `tokens_first`, for CPUs: of 2 to 8 tokens as W x^T.
-
-    So it reads the weights as fast as memory gives them; the other way round takes twice as long.
-    The compiler would turn it, so it must not look.
-    """
-    few_BD = x_BD.reshape(-1, x_BD.shape[-1])
-    if not 2 <= len(few_BD) <= 8:
-        return tokens_first(x_BD, w_FD, dtype)
-    y_FB = jax.lax.dot_general(w_FD, few_BD, (((1,), (1,)), ((), ())), preferred_element_type=dtype)
-    return jax.lax.optimization_barrier(y_FB).T.reshape(*x_BD.shape[:-1], -1)
 
 
 def one_swiglu(product: Callable) -> Callable:
@@ -132,8 +116,9 @@ def zero_computation(
         return (scale_GS[..., None] * x_GSD).astype(x_GSD.dtype)
     constants = experts_GSK[..., None] == pool.n_ffn + jnp.arange(pool.n_const)
     gates_GSJ = jnp.sum(jnp.where(constants, gates[..., None], 0.0), axis=2)
-    mix_GSJ2 = jnp.einsum("gsd,jcd->gsjc", x_GSD, params["w"]).astype(jnp.float32)
+    mix_GSJ2 = tokens_first(x_GSD, params["w"].reshape(-1, x_GSD.shape[-1]))
+    mix_GSJ2 = mix_GSJ2.astype(jnp.float32).reshape(*gates_GSJ.shape, 2)
     mix_GSJ2 = gates_GSJ[..., None] * jax.nn.softmax(mix_GSJ2, axis=-1)
     scale_GS += jnp.sum(mix_GSJ2[..., 0], axis=-1)
-    constant_GSD = jnp.einsum("gsj,jd->gsd", mix_GSJ2[..., 1].astype(x_GSD.dtype), params["v"])
+    constant_GSD = tokens_first(mix_GSJ2[..., 1].astype(x_GSD.dtype), params["v"].T)
     return (scale_GS[..., None] * x_GSD + constant_GSD).astype(x_GSD.dtype)

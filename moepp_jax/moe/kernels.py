@@ -7,8 +7,9 @@ its compiler makes of them. Nothing is measured on GPU yet.
 from collections.abc import Callable
 
 from moepp_jax.moe import exchange, transfer
-from moepp_jax.moe.experts import few_weights_first, one_swiglu, swiglu, tokens_first
+from moepp_jax.moe.experts import one_swiglu, swiglu
 from moepp_jax.moe.grouped import Apart, Blocked, ragged_swiglu
+from moepp_jax.moe.products import few_weights_first, tokens_first
 
 
 def grouped_function(platform: str) -> Callable:

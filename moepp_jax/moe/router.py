@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from moepp_jax.moe.products import tokens_first
+
 Params = Mapping[str, Float[Array, "..."]]
 
 
@@ -199,8 +201,7 @@ def route(
 
 def _product(x, w):
     """x W^T at full float32 precision, which accelerators do not give by default."""
-    w = w.astype(jnp.float32)
-    return jnp.einsum("...i,oi->...o", x, w, precision=jax.lax.Precision.HIGHEST)
+    return tokens_first(x, w.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST)
 
 
 def _over_sum(weights):

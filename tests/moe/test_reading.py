@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from moepp_jax import moe
 from moepp_jax.moe import kernels
-from moepp_jax.moe.experts import few_weights_first, tokens_first
+from moepp_jax.moe.products import few_weights_first, tokens_first
 from tests import oracle
 from tests.moe import cases
 from tests.oracle import Spec
