@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import random
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -11,6 +12,8 @@ from typing import Any, NamedTuple
 
 import jax
 from rich.progress import track
+
+from moepp_jax import host_memory
 
 
 class Seconds(NamedTuple):
@@ -33,13 +36,19 @@ def interleaved(
 ) -> dict[str, Seconds]:
     """Runs every case once a round, so that what disturbs the machine disturbs all alike.
 
-    Compilation and a first run of each case come before.
+    Each round has an order of its own: what a case leaves in caches falls to no one in particular.
+
+    Compilation and a first run of each case come before. On CPU memory is kept as `train` keeps it.
     """
+    if jax.default_backend() == "cpu":
+        host_memory.keep_freed()
     for case in cases.values():
         jax.block_until_ready(case.function(*case.arguments))
+    order = random.Random(0)
     taken: dict[str, list[float]] = {name: [] for name in cases}
     for _ in track(range(rounds), label, transient=True):
-        for name, case in cases.items():
+        for name in order.sample(list(cases), len(cases)):
+            case = cases[name]
             start = time.perf_counter()
             jax.block_until_ready(case.function(*case.arguments))
             taken[name].append(time.perf_counter() - start)

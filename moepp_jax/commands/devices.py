@@ -5,7 +5,7 @@ import os
 import jax
 from absl import flags
 
-from moepp_jax import distributed, mesh
+from moepp_jax import distributed, host_memory, mesh
 from moepp_jax.config import Config
 
 _DISTRIBUTED = flags.DEFINE_string(
@@ -36,3 +36,5 @@ def start(config: Config) -> None:
     # fewer than two threads a device they can deadlock; more than it takes is slower.
     if said or devices > 1:
         os.environ.setdefault("PJRT_NPROC", str(max(32, 4 * devices)))
+    if jax.default_backend() == "cpu":
+        host_memory.keep_freed()
