@@ -50,7 +50,7 @@ GROUPED |= {
 
 
 @functools.cache
-def compiled(name):
+def compiled(name, R=R):
     """(values and gradients of a grouped function, the same of every expert on every row)."""
     grouped, expert, make = GROUPED[name]
 
@@ -80,6 +80,28 @@ def test_values_and_gradients(name, counts):
     wanted, y_naive = naive(params, rows, counts, d)
     cases.close(y, y_naive, 1e-6)
     cases.trees_close(gradients, wanted, 1e-6)
+
+
+@pytest.mark.parametrize("counts", [[3, 70, 600, 20], [256, 1, 200, 243], [0, 0, 700, 0]], ids=str)
+def test_odd_blocks_of_all_sizes_beside_full_ones(counts):
+    """Windows of 64 and 256 rows, in the middle of the buffer and at its end."""
+    R = 700
+    params, ours, naive = compiled("one block", R)
+    rng = np.random.default_rng(3)
+    rows, d = (jnp.asarray(rng.normal(size=(R, D)), jnp.float32) for _ in range(2))
+    counts = jnp.array(counts, jnp.int32)
+    gradients, y = ours(params, rows, counts, d)
+    wanted, y_naive = naive(params, rows, counts, d)
+    cases.close(y, y_naive, 1e-6)
+    cases.trees_close(gradients, wanted, 1e-5)
+
+
+@pytest.mark.parametrize("counts", COUNTS.values(), ids=COUNTS)
+def test_rows_past_the_last_one_come_back(counts):
+    params = jax.tree.map(jnp.asarray, swiglu_params())
+    rows = jnp.arange(R * D, dtype=jnp.float32).reshape(R, D)
+    y = jax.jit(moe.Blocked(moe.swiglu, 5))(params, rows, jnp.array(counts, jnp.int32))
+    assert np.array_equal(y[sum(counts) :], rows[sum(counts) :])
 
 
 @pytest.mark.parametrize("name", GROUPED)
