@@ -37,11 +37,8 @@ class Taken(NamedTuple):
     peak_gb: float
 
 
-def checkpoint(folder: Path, layers: int) -> tuple[float, float]:
-    """Writes it; returns the gigabytes of it, and of one of its layers in float32."""
-    fields = moepp_7b.get_config()
-    fields.model.num_layers = layers
-    config = Config.parse(fields)
+def checkpoint(folder: Path, config: Config) -> tuple[float, float]:
+    """Writes one; returns the gigabytes of it, and of one of its layers in float32."""
     places = layout(config)
     rng = np.random.default_rng(0)
     noise = (config.model.init_std * rng.standard_normal(2**20)).astype(jnp.dtype(_DTYPE))
@@ -72,28 +69,38 @@ def run(*command: str) -> Taken:
     return Taken(time.perf_counter() - start, int(done.stdout) * 1024 / 1e9)
 
 
+def measure(config: Config, folder: Path) -> dict[str, float | Taken]:
+    """What the conversion to and fro takes, and how large what was converted is."""
+    source, workdir, back = (str(folder / name) for name in ("source", "run", "back"))
+    size, layer = checkpoint(Path(source), config)
+    convert = ("-m", "moepp_jax.main", "convert")
+    return {
+        "gb": size,
+        "layer_gb": layer,
+        "imports alone": run("-c", "import moepp_jax.main"),
+        "from-hf": run(*convert, "from-hf", source, workdir),
+        "to-hf": run(*convert, "to-hf", workdir, back),
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--dir", type=Path, help="where there is room; by default temporary files'")
     parser.add_argument("--json", type=Path, help="write the numbers to this file")
     args = parser.parse_args()
+    fields = moepp_7b.get_config()
+    fields.model.num_layers = args.layers
     with tempfile.TemporaryDirectory(dir=args.dir) as temporary:
-        source, workdir, back = (f"{temporary}/{name}" for name in ("source", "run", "back"))
-        size, layer = checkpoint(Path(source), args.layers)
-        convert = ("-m", "moepp_jax.main", "convert")
-        taken = {
-            "imports alone": run("-c", "import moepp_jax.main"),
-            "from-hf": run(*convert, "from-hf", source, workdir),
-            "to-hf": run(*convert, "to-hf", workdir, back),
-        }
+        found = measure(Config.parse(fields), Path(temporary))
+    size, layer = found["gb"], found["layer_gb"]
     print(f"{size:.2f} GB in {_DTYPE}, a layer {layer:.2f} GB in float32; {timing.machine()}")
+    taken = {name: value for name, value in found.items() if isinstance(value, Taken)}
     for name, (seconds, peak) in taken.items():
         print(f"{name:14} {seconds:6.1f} s, at most {peak:.2f} GB resident")
     if args.json:
-        numbers = {name: values._asdict() for name, values in taken.items()}
-        written = {"machine": timing.machine(), "gb": size, "layer_gb": layer, **numbers}
-        args.json.write_text(json.dumps(written, indent=1) + "\n")
+        numbers = found | {name: value._asdict() for name, value in taken.items()}
+        args.json.write_text(json.dumps({"machine": timing.machine(), **numbers}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """The harness's own class for transformers, on an equal model, gives what ours gives, item by item.
 
-The model is a vanilla pool, written as a Mixtral; the tokenizer is our SentencePiece model.
+The model is a vanilla pool, written as a Mixtral with our tokenizer. Theirs differs in what looks
+like a special token, or like SentencePiece's sign for a space: it reads "<s>" in a text as BOS.
 """
 
 import dataclasses
@@ -16,7 +17,6 @@ from moepp_jax import state as state_lib
 from moepp_jax.checkpoint import Checkpoints
 from moepp_jax.harness.requests import encode_pairs
 from moepp_jax.mesh import make_mesh
-from moepp_jax.workdir import tokenizer_file
 from tests import tiny
 
 pytestmark = pytest.mark.harness
@@ -51,7 +51,6 @@ def both(tmp_path_factory):
     config = tiny.config(**vanilla, **changes, **{"moe.tau": 1.0})
     run = without_bytes(tiny.run_folder(folder / "run", config), config)
     interop.to_hf(run, folder / "mixtral", layout="mixtral")
-    save_tokenizer(tokenizer_file(run), folder / "mixtral")
     theirs = HFLM(str(folder / "mixtral"), device="cpu", dtype="float32", batch_size=3)
     return MoEPPJax(str(run), fsdp=2), theirs
 
@@ -68,26 +67,6 @@ def without_bytes(run, config):
         checkpoints.save(4, dataclasses.replace(state, params=params))
         checkpoints.wait()
     return run
-
-
-def save_tokenizer(model, folder):
-    """Our SentencePiece model as transformers loads it, with no space before a text.
-
-    It differs in what looks like a special token or like SentencePiece's sign for a space: it reads
-    "<s>" in a text as BOS, where we keep the three characters.
-    """
-    (folder / "tokenizer.model").write_bytes(model.read_bytes())
-    settings = {
-        "tokenizer_class": "LlamaTokenizer",
-        "add_bos_token": True,
-        "add_prefix_space": False,
-        "legacy": False,
-        "bos_token": "<s>",
-        "eos_token": "</s>",
-        "unk_token": "<unk>",
-        "pad_token": "<pad>",
-    }
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
 
 
 def instances(kind, arguments):

@@ -1,7 +1,7 @@
-"""The released layout: its numbers, its bytes, and what is said of a checkpoint that is damaged."""
+"""The released layout: what goes in and comes back, and files of torch."""
 
+import collections
 import json
-import resource
 import shutil
 import subprocess
 import sys
@@ -12,44 +12,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from safetensors.numpy import load_file, save_file
 
 import moepp_jax
 from configs import base
 from moepp_jax import interop, train
 from moepp_jax.checkpoint import Checkpoints
 from moepp_jax.config import Config
-from moepp_jax.interop import ConversionError, safetensors_file, streams
+from moepp_jax.interop import ConversionError, streams
 from moepp_jax.workdir import read_config
 from tests import reference, tiny
-
-SILENT = {"report": lambda line: None}
-NORM = "model.norm.weight"
-
-
-def tensors_in(folder: Path) -> dict[str, np.ndarray]:
-    return {n: a for f in folder.glob("*.safetensors") for n, a in load_file(f).items()}
-
-
-def fields_in(folder: Path) -> dict:
-    return json.loads((folder / "config.json").read_text())
-
-
-def checkpoint(folder: Path, tensors=None, **changes) -> Path:
-    """The reference with little in it, in one file, with other tensors or fields of config.json."""
-    folder.mkdir()
-    fields = fields_in(reference.ROOT / "mixtral_gating") | changes
-    (folder / "config.json").write_text(json.dumps(fields))
-    save_file(tensors_in(reference.ROOT / "mixtral_gating") | (tensors or {}), folder / "x")
-    (folder / "x").rename(folder / "model.safetensors")
-    return folder
-
-
-def same_bytes(a, b) -> bool:
-    return a.keys() == b.keys() and all(
-        a[n].dtype == b[n].dtype and a[n].shape == b[n].shape and a[n].tobytes() == b[n].tobytes()
-        for n in a
-    )
+from tests.released import NORM, SILENT, checkpoint, fields_in, refused, same_bytes, tensors_in
 
 
 @pytest.fixture(scope="module", params=reference.NAMES)
@@ -225,193 +197,52 @@ def test_bin_files(tmp_path):
     assert not (tmp_path / "harm").exists()
 
 
+@pytest.mark.torch
+def test_bin_files_of_all_sorts(tmp_path):
+    """Old archives, parameters, matrices that lie transposed, an ordered dictionary."""
+    import torch
+
+    source = checkpoint(tmp_path / "source")
+    tensors = tensors_in(source)
+    stored = collections.OrderedDict((n, torch.from_numpy(a)) for n, a in tensors.items())
+    stored[NORM] = torch.nn.Parameter(stored[NORM])
+    stored["lm_head.weight"] = stored["lm_head.weight"].T.contiguous().T
+    (source / "model.safetensors").unlink()
+    for i, zipped in enumerate((True, False)):
+        torch.save(stored, source / "pytorch_model.bin", _use_new_zipfile_serialization=zipped)
+        interop.from_hf(source, tmp_path / f"run{i}", **SILENT)
+        interop.to_hf(tmp_path / f"run{i}", tmp_path / f"back{i}", **SILENT)
+        assert same_bytes(tensors, tensors_in(tmp_path / f"back{i}"))
+    stored[NORM] = stored[NORM].detach().to_sparse()
+    torch.save(stored, source / "pytorch_model.bin")
+    refused(source, tmp_path, f"pytorch_model.bin: tensor {NORM} is sparse")
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("layout", ["moepp", "mixtral"])
+def test_transformers_reads_our_tokenizer(tmp_path, layout):
+    from transformers import AutoTokenizer
+
+    vanilla = {"moe.n_const": 0, "moe.n_copy": 0, "moe.n_zero": 0, "moe.residual": "none"}
+    changes = vanilla if layout == "mixtral" else {}
+    config = tiny.config(**changes, **{"data.dir": str(tmp_path / "data")})
+    run = tiny.run_folder(tmp_path / "run", config)
+    interop.to_hf(run, tmp_path / "out", layout=layout, **SILENT)
+    theirs, ours = AutoTokenizer.from_pretrained(tmp_path / "out"), moepp_jax.load(run).tokenizer
+    for text in ("And God said", " two  spaces\n\n", "Ünïcödé 漢字 and\ttabs", ""):
+        ids = ours.encode(text)
+        assert theirs(text)["input_ids"] == [ours.bos_id, *ids], text
+        assert theirs.decode(ids) == text
+    assert (theirs.bos_token_id, theirs.eos_token_id) == (ours.bos_id, ours.eos_id)
+    assert (theirs.pad_token_id, theirs.model_max_length) == (ours.pad_id, config.data.seq_len)
+
+
 class _Harmful:
     def __init__(self, file):
         self.file = file
 
     def __reduce__(self):
         return Path.touch, (self.file,)
-
-
-# Bad input
-
-
-def refused(source: Path, folder: Path, said: str) -> None:
-    there = {*folder.iterdir()}
-    with pytest.raises(ConversionError, match=said) as caught:
-        interop.from_hf(source, folder / "run", **SILENT)
-    assert str(folder) in str(caught.value)
-    assert {*folder.iterdir()} == there
-
-
-@pytest.mark.parametrize(
-    ("tensors", "said"),
-    [
-        ({NORM: None}, rf"source lacks tensor {NORM}, which config.json asks for"),
-        ({"model.extra": np.zeros(2)}, "model.safetensors: unexpected tensor model.extra"),
-        (
-            {NORM: np.zeros(63, np.float32)},
-            rf"model.safetensors: tensor {NORM} has shape \[63\], and by config.json it must have "
-            r"\[64\]",
-        ),
-        ({NORM: np.zeros(64, int)}, rf"model.safetensors: tensor {NORM} is of type I64; it must"),
-    ],
-)
-def test_tensors_that_do_not_fit(tmp_path, tensors, said):
-    all_of_them = tensors_in(reference.ROOT / "mixtral_gating") | tensors
-    source = checkpoint(tmp_path / "source")
-    save_file({n: a for n, a in all_of_them.items() if a is not None}, source / "model.safetensors")
-    refused(source, tmp_path, said)
-
-
-@pytest.mark.parametrize("kept", [0, 5, 3_000, 100_000, -1])
-def test_truncated_files(tmp_path, kept):
-    source = checkpoint(tmp_path / "source")
-    file = source / "model.safetensors"
-    file.write_bytes(file.read_bytes()[:kept])
-    refused(source, tmp_path, "model.safetensors is truncated")
-
-
-def test_files_that_are_something_else(tmp_path):
-    source = checkpoint(tmp_path / "source")
-    (source / "model.safetensors").write_bytes((2).to_bytes(8, "little") + b"[]")
-    refused(source, tmp_path, "model.safetensors is no safetensors file")
-    (source / "model.safetensors").unlink()
-    refused(source, tmp_path, "source holds no weights: there is no model.safetensors or")
-    (source / "config.json").write_text("{")
-    refused(source, tmp_path, "config.json cannot be read as JSON")
-    (source / "config.json").unlink()
-    refused(source, tmp_path, "config.json cannot be read: No such file")
-
-
-@pytest.mark.parametrize(
-    ("change", "said"),
-    [
-        ({NORM: "../x.safetensors"}, rf"{NORM} is said to be in '../x.safetensors', which is no"),
-        ({NORM: "/etc/passwd"}, "is said to be in '/etc/passwd'"),
-        ({NORM: "gone.safetensors"}, f"gone.safetensors, which has tensor {NORM}, is missing"),
-        ({NORM: "model-00001-of-00012.safetensors"}, f"has tensor {NORM}; .* says it is in"),
-        ({NORM: None}, f"has tensor {NORM}; .* does not know it"),
-        ({"x": "model-00001-of-00012.safetensors"}, "lacks tensor x, which .* names"),
-    ],
-)
-def test_an_index_that_lies(tmp_path, change, said):
-    source = tmp_path / "source"
-    shutil.copytree(reference.ROOT / "default", source)
-    file = source / "model.safetensors.index.json"
-    index = json.loads(file.read_text())
-    files = index["weight_map"] | change
-    index["weight_map"] = {name: f for name, f in files.items() if f is not None}
-    file.write_text(json.dumps(index))
-    refused(source, tmp_path, said)
-
-
-def test_a_disk_that_is_full_half_way(tmp_path):
-    source = checkpoint(tmp_path / "source")
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, limits[1]))  # bytes a file
-    try:
-        refused(source, tmp_path, r"run cannot be written: .*File too large")
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-
-
-def test_a_source_that_fails_half_way(tmp_path, monkeypatch):
-    source = checkpoint(tmp_path / "source")
-    reads = []
-
-    def read(file, entry, real=safetensors_file.read):
-        reads.append(entry)
-        if len(reads) == 20:
-            raise OSError(5, "Input/output error")
-        return real(file, entry)
-
-    monkeypatch.setattr(safetensors_file, "read", read)
-    refused(source, tmp_path, "tensor .* cannot be read: .*Input/output error")
-    assert len(reads) == 20
-
-
-def test_a_folder_that_is_in_use_stays_as_it_is(tmp_path):
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "notes").write_text("mine")
-    with pytest.raises(ConversionError, match="run is there already"):
-        interop.from_hf(checkpoint(tmp_path / "source"), tmp_path / "run", **SILENT)
-    assert [p.name for p in (tmp_path / "run").iterdir()] == ["notes"]
-
-
-# Config fields
-
-
-@pytest.mark.parametrize(
-    ("changes", "said"),
-    [
-        ({"model_type": "mixtral"}, r"model_type = 'mixtral' must be 'MoE\+\+'"),
-        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_scaling of type 'dynamic'"),
-        ({"rope_scaling": {"rope_type": "yarn"}}, "rope_scaling of type 'yarn' is not supported"),
-        ({"rope_scaling": {"type": "linear"}}, "rope_scaling: factor is missing"),
-        ({"moe_expert_interval": 2}, "moe_expert_interval = 2 is not supported, only 1"),
-        ({"moe_new_idea": True}, "moe_new_idea = True is not supported"),
-        ({"hidden_act": "gelu"}, "hidden_act = 'gelu' is not supported"),
-        ({"attention_bias": True}, "attention_bias = True is not supported"),
-        ({"head_dim": 8}, "head_dim = 8 is not supported"),
-        ({"num_experts": [12, 8, 12]}, "num_experts = .* every layer must have the same"),
-        ({"num_experts": [4]}, r"num_experts = \[4\] must be at least \[5\]"),
-        ({"num_experts": None}, "num_experts = None must be"),
-        ({"vocab_size": None}, "vocab_size is missing"),
-        ({"hidden_size": "64"}, "hidden_size = '64' must be of type int"),
-        ({"num_attention_heads": 3}, "must divide config.model.hidden_size = 64"),
-        ({"moe_2layer_gate": True}, "lacks tensor .*gate.wg.0.weight and 5 more"),
-        ({"torch_dtype": "int8"}, "torch_dtype = 'int8' must be one of"),
-    ],
-)
-def test_fields_that_are_refused(tmp_path, changes, said):
-    refused(checkpoint(tmp_path / "source", **changes), tmp_path, said)
-
-
-def test_what_absent_fields_mean(tmp_path):
-    source = checkpoint(tmp_path / "source")
-    kept = {"model_type", "vocab_size", "hidden_size", "intermediate_size", "num_experts"}
-    kept |= {"num_hidden_layers", "num_attention_heads"}
-    fields = {name: value for name, value in fields_in(source).items() if name in kept}
-    (source / "config.json").write_text(json.dumps(fields))
-    gate = "model.layers.{}.mlp.moe.gate.wg.{}weight"
-    tensors = tensors_in(source)
-    for i in range(3):
-        del tensors[gate.format(i, "")]
-        tensors[gate.format(i, "0.")] = np.ones((96, 64), np.float32)
-        tensors[gate.format(i, "2.")] = np.ones((12, 96), np.float32)
-        for name in ("k", "v"):
-            full = f"model.layers.{i}.self_attn.{name}_proj.weight"
-            tensors[full] = np.ones((64, 64), np.float32)
-    save_file(tensors, source / "model.safetensors")
-    c = interop.from_hf(source, tmp_path / "run", **SILENT)
-    assert (c.moe.router_layers, c.moe.logit_norm, c.moe.gate) == (2, False, "renormalise_nonzero")
-    assert (c.moe.input_scale, c.model.init_std, c.model.num_kv_heads) == (2.0, 0.02, 4)
-    assert (c.model.rope_theta, c.model.dtype, c.data.seq_len) == (10_000.0, "float32", 2048)
-
-
-@pytest.mark.parametrize(
-    "field",
-    [
-        {"rope_scaling": {"type": "linear", "factor": 4}},
-        {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 50_000.0}},
-    ],
-)
-def test_linear_scaling_goes_and_comes_back(tmp_path, field):
-    source = checkpoint(tmp_path / "source", **field)
-    c = interop.from_hf(source, tmp_path / "run", **SILENT)
-    assert (c.model.rope_scaling, c.model.rope_theta) == (4.0, 50_000.0)
-    interop.to_hf(tmp_path / "run", tmp_path / "back", **SILENT)
-    assert fields_in(tmp_path / "back")["rope_scaling"] == {"type": "linear", "factor": 4.0}
-
-
-def test_our_fields_may_not_contradict_the_plain_ones(tmp_path):
-    config = tiny.config(**{"moe.top_k": 3, "data.dir": str(tmp_path / "data")})
-    run = tiny.run_folder(tmp_path / "run1", config)
-    interop.to_hf(run, tmp_path / "source", **SILENT)
-    fields = fields_in(tmp_path / "source") | {"rope_theta": 5.0}
-    (tmp_path / "source" / "config.json").write_text(json.dumps(fields))
-    refused(tmp_path / "source", tmp_path, "rope_theta = 5.0 contradicts moepp_jax")
 
 
 # Memory

@@ -6,22 +6,24 @@ from moepp_jax import interop
 from moepp_jax.commands import options
 from moepp_jax.config import Config, ConfigError
 
+for _name in ("config", "step"):
+    flags.declare_key_flag(_name)
 _DTYPE = flags.DEFINE_string(
-    "dtype", None, "convert: from-hf, of the arithmetic; to-hf, of the tensors; by default as came"
+    "dtype", None, "from-hf, upcycle: of the arithmetic; to-hf: of the tensors; by default as came"
 )
 _LAYOUT = flags.DEFINE_string(
-    "layout", "moepp", f"convert to-hf: whose names and fields: {', '.join(interop.LAYOUTS)}"
+    "layout", "moepp", f"to-hf: whose names and fields: {', '.join(interop.LAYOUTS)}"
 )
 _TOKENIZER = flags.DEFINE_string(
-    "tokenizer", None, "convert upcycle: SentencePiece model, if it is not in PATH"
+    "tokenizer", None, "upcycle: SentencePiece model, if it is not in PATH"
 )
 _SETTINGS = {
-    "n_ffn": flags.DEFINE_integer("n_ffn", None, "convert upcycle: copies of a dense FFN"),
-    "n_const": flags.DEFINE_integer("n_const", None, "convert upcycle: constant experts"),
-    "n_copy": flags.DEFINE_integer("n_copy", None, "convert upcycle: copy experts"),
-    "n_zero": flags.DEFINE_integer("n_zero", None, "convert upcycle: zero experts"),
-    "tau": flags.DEFINE_float("tau", None, "convert upcycle: config.moe.tau"),
-    "bias_rate": flags.DEFINE_float("bias_rate", None, "convert upcycle: config.moe.bias_rate"),
+    "n_ffn": flags.DEFINE_integer("n_ffn", None, "upcycle: copies of a dense FFN"),
+    "n_const": flags.DEFINE_integer("n_const", None, "upcycle: constant experts"),
+    "n_copy": flags.DEFINE_integer("n_copy", None, "upcycle: copy experts"),
+    "n_zero": flags.DEFINE_integer("n_zero", None, "upcycle: zero experts"),
+    "tau": flags.DEFINE_float("tau", None, "upcycle: config.moe.tau"),
+    "bias_rate": flags.DEFINE_float("bias_rate", None, "upcycle: config.moe.bias_rate"),
 }
 
 

@@ -18,7 +18,7 @@ from moepp_jax import model as model_lib
 from moepp_jax.checkpoint import Checkpoints
 from moepp_jax.config import Config
 from moepp_jax.data import Tokenizer
-from moepp_jax.interop import source, streams, targets
+from moepp_jax.interop import safetensors_file, source, streams, targets
 from moepp_jax.interop.errors import ConversionError
 from moepp_jax.interop.fields import Groups
 from moepp_jax.interop.layout import EMBEDDING, HEAD, Place
@@ -49,30 +49,23 @@ def leaves_of(places: Mapping[str, Place], tensors: Mapping[str, source.Tensor])
     def leaf(names: Mapping[tuple[int, ...], str]) -> Leaf:
         def piece(index):
             name = names[index]
-            try:
-                tensor = tensors[name].read()
-            except (OSError, ValueError) as error:
-                file = tensors[name].file
-                raise ConversionError(f"{file}: tensor {name} cannot be read: {error}") from error
-            return tensor.astype(np.float32).reshape(places[name].piece)
+            return tensors[name].read().astype(np.float32).reshape(places[name].piece)
 
         return Leaf(len(next(iter(names))), piece)
 
     return {path: leaf(names) for path, names in at.items()}
 
 
-def untie(config: Config, tensors: dict[str, source.Tensor]) -> None:
-    """Takes away an output matrix that is the embedding once more.
+def require_tied(config: Config, tensors: Mapping[str, source.Tensor]) -> None:
+    """Refuses an output matrix that is not the embedding once more, where they are tied.
 
     Raises:
       ConversionError: it is another one.
     """
     if not config.model.tied_embeddings or HEAD not in tensors:
         return
-    head, embedding = tensors.pop(HEAD), tensors.get(EMBEDDING)
-    if embedding is not None and not (
-        head.dtype == embedding.dtype and np.array_equal(head.read(), embedding.read())
-    ):
+    head, embedding = tensors[HEAD], tensors[EMBEDDING]
+    if head.dtype != embedding.dtype or not np.array_equal(head.read(), embedding.read()):
         raise ConversionError(
             f"{head.file}: tensor {HEAD} is not {EMBEDDING}, though tie_word_embeddings is true"
         )
@@ -124,6 +117,23 @@ def build(
         with _errors_are_raised_only(), opened as checkpoints:
             checkpoints.save_params(0, _streamed(config, leaves))
             checkpoints.wait()
+
+
+def read_record(workdir: Path) -> tuple[dict[str, Any], dict[str, str]]:
+    """Of a work directory, config.json and tensors' types of what it was converted from, if it was.
+
+    Raises:
+      ConversionError: what remembers them is damaged.
+    """
+    file = workdir / RECORD
+    record = source.read_json(file) if file.exists() else {}
+    fields, types = (record.get(name, {}) for name in ("config", "dtypes"))
+    if not isinstance(fields, dict) or not isinstance(types, dict):
+        raise ConversionError(f"{file} must hold a config and dtypes, both by name")
+    for name, kind in types.items():
+        if kind not in safetensors_file.TYPES.values():
+            raise ConversionError(f"{file}: tensor {name} is said to be of type {kind!r}")
+    return fields, types
 
 
 def abstract(config: Config) -> Any:

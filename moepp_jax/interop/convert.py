@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,10 +26,11 @@ from moepp_jax.interop import (
     source,
     streams,
     targets,
+    tokenizer_config,
 )
 from moepp_jax.interop import fields as values
 from moepp_jax.interop.errors import ConversionError
-from moepp_jax.interop.layout import EMBEDDING, HEAD, Places, layout
+from moepp_jax.interop.layout import EMBEDDING, Places, layout, with_head
 from moepp_jax.workdir import read_config, tokenizer_file
 
 
@@ -58,12 +59,14 @@ def from_hf(
     fields = source.read_json(folder / "config.json")
     tokenizer = folder / "tokenizer.model"
     config = _config(folder, fields, target, config, dtype)
-    places = layout(config)
-    tensors = source.open_tensors(folder)
-    types = {name: tensor.dtype for name, tensor in tensors.items()}
-    building.untie(config, tensors)
+    found = source.open_tensors(folder)
+    # Tables of the rotary embedding are computed anew.
+    tensors = {name: t for name, t in found.items() if not families.is_unread(name)}
+    _require_enough(config, tensors, folder)
+    places = with_head(layout(config), tensors)
     source.require(tensors, places, folder)
-    record = {"config": fields, "dtypes": types}
+    building.require_tied(config, tensors)
+    record = {"config": fields, "dtypes": {name: tensor.dtype for name, tensor in tensors.items()}}
     building.build(target, config, building.leaves_of(places, tensors), tokenizer, record)
     report(f"{folder}: {len(tensors)} tensors are now step 0 of {target}")
     return config
@@ -80,8 +83,16 @@ def _config(folder: Path, fields, target: Path, given: Config | None, dtype) -> 
         config = building.configuration(given, changes)
         hf_config.require_agreement(fields, config)
     except ConfigError as error:
-        raise ConversionError(f"{folder / 'config.json'}: {error}") from error
+        why = values.in_their_words(error)
+        raise ConversionError(f"{folder / 'config.json'}: {why}") from error
     return config
+
+
+def _require_enough(config: Config, tensors: Mapping[str, source.Tensor], folder: Path) -> None:
+    m, e = config.model, config.moe
+    least = max(m.num_layers, m.num_layers // m.moe_every * (e.n_ffn + e.n_const))
+    asked = f"num_hidden_layers = {m.num_layers} and num_experts = {e.num_experts}"
+    source.require_enough(tensors, least, asked, folder)
 
 
 class _Written(NamedTuple):
@@ -134,15 +145,13 @@ def to_hf(
     _require_one_of("dtype", dtype, (None, *safetensors_file.TYPES.values()))
     _require_one_of("layout", layout, tuple(LAYOUTS))
     config = read_config(folder)
-    file = folder / building.RECORD
-    record = source.read_json(file) if file.exists() else {}
-    types = record.get("dtypes", {})
-    places, fields, caution = LAYOUTS[layout](config, record.get("config", {}))
-    if HEAD in types and HEAD not in places:
-        places[HEAD] = places[EMBEDDING]  # tied, and came written out
+    original, types = building.read_record(folder)
+    places, fields, caution = LAYOUTS[layout](config, original)
+    places = with_head(places, types)
     tensors = {name: (dtype or types.get(name, "float32"), p.shape) for name, p in places.items()}
-    if dtype is not None or "torch_dtype" not in fields:
-        fields["torch_dtype"] = dtype or tensors[EMBEDDING][0]
+    said = [name for name in ("torch_dtype", "dtype") if name in fields]
+    if dtype is not None or (not said and fields != original):
+        fields |= dict.fromkeys(said or ["torch_dtype"], dtype or tensors[EMBEDDING][0])
     with Checkpoints(folder, config.train.keep) as checkpoints:
         stored = streams.Stored(
             checkpoints.params_folder(checkpoints.choose(step), building.abstract(config))
@@ -154,14 +163,20 @@ def to_hf(
 
     with targets.beside(target) as made:
         made.mkdir()
-        text = json.dumps(fields, indent=2) + "\n"
-        (made / "config.json").write_text(text, encoding="utf-8")
+        _write_json(made / "config.json", fields)
         if tokenizer_file(folder).exists():
             shutil.copyfile(tokenizer_file(folder), made / "tokenizer.model")
+            named = tokenizer_config.settings(tokenizer_file(folder), config.data.seq_len)
+            if named is not None:
+                _write_json(made / "tokenizer_config.json", named)
         shards.write(made, tensors, produce, shard_bytes)
     if caution is not None:
         report(f"{target}: {caution}")
     report(f"{folder}: {len(tensors)} tensors are now in {target}")
+
+
+def _write_json(file: Path, fields: Mapping[str, Any]) -> None:
+    file.write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
 
 
 def _require_one_of(flag: str, value: Any, choices: tuple) -> None:

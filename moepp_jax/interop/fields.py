@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -13,6 +14,24 @@ Fields = Mapping[str, Any]
 Groups = dict[str, dict[str, Any]]  # of a configuration: fields by group
 
 _DTYPES = ("float32", "bfloat16", "float16")
+_ROPE = ("rope_scaling", "rope_parameters")  # the latter in `transformers` 5, with the base
+
+# Our fields, and what they are called in a config.json.
+_NAMES = {
+    "model.vocab_size": "vocab_size",
+    "model.hidden_size": "hidden_size",
+    "model.num_layers": "num_hidden_layers",
+    "model.num_heads": "num_attention_heads",
+    "model.num_kv_heads": "num_key_value_heads",
+    "model.head_dim": "head_dim",
+    "model.rope_theta": "rope_theta",
+    "model.rope_scaling": "rope_scaling",
+    "model.norm_eps": "rms_norm_eps",
+    "model.init_std": "initializer_range",
+    "moe.ffn_size": "intermediate_size",
+    "moe.logit_norm_std": "moe_gate_norm_std",
+    "data.seq_len": "max_position_embeddings",
+}
 
 
 def number(fields: Fields, name: str, kind: type, default: Any = None) -> Any:
@@ -50,28 +69,38 @@ def require_only(fields: Fields, allowed: Mapping[str, Any]) -> None:
 
 def rope(fields: Fields, theta: float) -> tuple[float, float]:
     """Base and divisor of the rotary positions, the base being theta if none is named."""
-    name = "rope_scaling" if fields.get("rope_scaling") is not None else "rope_parameters"
-    said = fields.get(name)
-    if said is None:
-        return theta, 1.0
+    said = {n: _rope(fields, n, theta) for n in _ROPE if fields.get(n) is not None}
+    if len(set(said.values())) > 1:
+        raise ConversionError(f"{' and '.join(said)} contradict each other")
+    return next(iter(said.values()), (theta, 1.0))
+
+
+def _rope(fields: Fields, name: str, theta: float) -> tuple[float, float]:
+    said = fields[name]
     if not isinstance(said, Mapping):
         raise ConversionError(f"{name} = {said!r} must be null or have a type and a factor")
     if any(isinstance(value, Mapping) for value in said.values()):
         raise ConversionError(f"{name} = {dict(said)!r} is not supported: it differs by layer")
     kind = said.get("rope_type", said.get("type"))
-    require_only(said, {"partial_rotary_factor": 1.0})
-    theta = number(said, "rope_theta", float, theta)
-    if kind in ("default", None):
-        return theta, 1.0
-    if kind != "linear":
+    if kind not in (None, "default", "linear"):
         raise ConversionError(f"{name} of type {kind!r} is not supported, only 'linear' or null")
     try:
+        require_only(said, {"partial_rotary_factor": 1.0})
+        theta = number(said, "rope_theta", float, theta)
+        if kind != "linear":
+            require_only(said, {"factor": 1.0})
+            return theta, 1.0
         factor = number(said, "factor", float)
-    except ConfigError as error:
+        if not 0 < factor < math.inf:
+            raise ConversionError(f"factor = {factor!r} must be greater than 0")
+    except ConversionError as error:
         raise ConversionError(f"{name}: {error}") from error
-    if not 0 < factor < math.inf:
-        raise ConversionError(f"{name}: factor = {factor!r} must be greater than 0")
     return theta, factor
+
+
+def in_their_words(error: ConfigError) -> str:
+    """The message, with a config.json's names for the fields that are read from it."""
+    return re.sub(r"config\.(\w+\.\w+)", lambda found: _NAMES.get(found[1], found[0]), str(error))
 
 
 def rope_scaling(divisor: float) -> dict[str, Any] | None:

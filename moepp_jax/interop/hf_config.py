@@ -63,7 +63,7 @@ def groups(fields: Fields, dtype: str | None = None) -> Groups:
     values.require_only(fields, _ONLY)
     known = {*_DEFAULTS, *_ONLY}
     for name in fields:
-        if name.startswith("moe_") and name not in known:
+        if name.startswith("moe_") and name not in known and fields[name] is not None:
             raise ConversionError(f"{name} = {fields[name]!r} is not supported: no such flag known")
     dtype = dtype or values.dtype(fields)
     if fields["model_type"] == OURS:
@@ -75,11 +75,11 @@ def groups(fields: Fields, dtype: str | None = None) -> Groups:
         for name, default in _DEFAULTS.items()
     }
     heads = got["num_attention_heads"]
-    head_dim = fields.get("head_dim")
-    if head_dim is not None and head_dim * heads != got["hidden_size"]:
+    width = got["hidden_size"] // heads if heads else 0
+    if values.number(fields, "head_dim", int, width) != width:
         raise ConversionError(
-            f"head_dim = {head_dim!r} is not supported, only hidden_size / num_attention_heads = "
-            f"{got['hidden_size'] / heads:g}"
+            f"head_dim = {fields['head_dim']} is not supported, only hidden_size / "
+            f"num_attention_heads = {width}"
         )
     theta, scaling = values.rope(fields, got["rope_theta"])
     mixtral = got["moe_use_mixtral_gating"]
@@ -128,15 +128,40 @@ def fields_of(config: Config, original: Fields) -> tuple[dict[str, Any], str | N
     """A config.json for our configuration.
 
     Args:
-      original: the fields that the model came with, if it was converted; what does not describe
-        the model stays as it is there.
+      original: the fields that the model came with, if it was converted: where they describe the
+        model, as they do if nobody changed them or it, they stay as they are.
 
     Returns:
       The fields, and why the authors' class cannot load them, if so: they then are of a model_type
       of our own, and have our fields under its name.
     """
+    why = _beyond_theirs(config)
+    if _describe(original, config):
+        return dict(original), why
+    general = {
+        "architectures": ["MoeForCausalLM"],
+        "hidden_act": "silu",
+        "max_position_embeddings": config.data.seq_len,
+        "moe_expert_interval": 1,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+    }
+    fields = general | dict(original) | _plain(config)
+    fields.pop("rope_parameters", None)
+    fields.pop(OURS, None)
+    fields["model_type"] = THEIRS if why is None else OURS
+    if why is not None:
+        fields.pop("architectures")
+        tree = config.to_dict()
+        fields[OURS] = {"model": tree["model"], "moe": tree["moe"]}
+    return fields, why
+
+
+def _plain(config: Config) -> dict[str, Any]:
+    """What their names can say of a model."""
     m, e = config.model, config.moe
-    plain = {
+    return {
         "vocab_size": m.vocab_size,
         "hidden_size": m.hidden_size,
         "intermediate_size": e.ffn_size,
@@ -155,27 +180,19 @@ def fields_of(config: Config, original: Fields) -> tuple[dict[str, Any], str | N
         "rope_scaling": values.rope_scaling(m.rope_scaling),
         "tie_word_embeddings": m.tied_embeddings,
     }
-    if plain["moe_use_mixtral_gating"] and "moe_feature_no_mul_topk" in original:
-        plain["moe_feature_no_mul_topk"] = original["moe_feature_no_mul_topk"]  # without effect
-    general = {
-        "architectures": ["MoeForCausalLM"],
-        "hidden_act": "silu",
-        "max_position_embeddings": config.data.seq_len,
-        "moe_expert_interval": 1,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-        "pad_token_id": 0,
-    }
-    why = _beyond_theirs(config)
-    fields = general | dict(original) | plain
-    fields.pop("rope_parameters", None)
-    fields.pop(OURS, None)
-    fields["model_type"] = THEIRS if why is None else OURS
-    if why is not None:
-        fields.pop("architectures")
-        tree = config.to_dict()
-        fields[OURS] = {"model": tree["model"], "moe": tree["moe"]}
-    return fields, why
+
+
+def _describe(fields: Fields, config: Config) -> bool:
+    """Whether a config.json is one of this very model."""
+    try:
+        decided = groups(fields, config.model.dtype)
+    except ConversionError:
+        return False
+    return all(
+        getattr(getattr(config, group), name, None) == value
+        for group, wanted in decided.items()
+        for name, value in wanted.items()
+    )
 
 
 def _beyond_theirs(config: Config) -> str | None:
@@ -214,8 +231,8 @@ def _ours(fields: Fields, dtype: str) -> Groups:
 def require_agreement(fields: Fields, config: Config) -> None:
     """Refuses a config.json of ours whose plain fields say something else than ours in it."""
     if fields["model_type"] == OURS:
-        for name, value in fields_of(config, fields)[0].items():
-            if name != OURS and fields.get(name, value) != value:
+        for name, value in _plain(config).items():
+            if fields.get(name, value) != value:
                 raise ConversionError(
                     f"{name} = {fields[name]!r} contradicts {OURS}, by which it is {value!r}"
                 )

@@ -7,7 +7,7 @@ stored as an expert's, and norms of queries and keys are named as others name th
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from typing import NamedTuple
 
 from moepp_jax.config import Config
@@ -64,6 +64,11 @@ def layout(config: Config) -> Places:
         return _swiglu("mlp.", leaf, (block,), D, config.model.dense_ffn_size)
 
     return around(config, moe, dense)
+
+
+def with_head(places: Places, names: Container[str]) -> Places:
+    """The places, and the embedding's once more where it is tied and came as output matrix too."""
+    return places | {HEAD: places.get(HEAD, places[EMBEDDING])} if HEAD in names else places
 
 
 def around(

@@ -10,7 +10,7 @@ import json
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -23,11 +23,15 @@ _MOST_HEADER = 100_000_000  # bytes, the format's own limit
 
 
 class Entry(NamedTuple):
-    """A tensor of a file: name of its numpy type, or the file's own for one that we have not."""
+    """A tensor of a file: name of its numpy type, or the file's own for one that we have not.
+
+    Where it lies in the file, and how much it is, are of a safetensors file only.
+    """
 
     dtype: str
     shape: tuple[int, ...]
-    start: int
+    start: int = 0
+    bytes: int = 0
 
 
 def entries(file: Path) -> dict[str, Entry]:
@@ -40,48 +44,65 @@ def entries(file: Path) -> dict[str, Entry]:
         size = file.stat().st_size
         with file.open("rb") as stream:
             length = int.from_bytes(stream.read(8), "little")
-            if size < 8 or length > min(size - 8, _MOST_HEADER):
-                raise ConversionError(
-                    f"{file} is truncated, or no safetensors file: of {size} bytes, it announces "
-                    f"a header of {length}"
-                )
-            header = json.loads(stream.read(length))
-        header.pop("__metadata__", None)
-        return _entries(file, header, 8 + length, size)
+            text = stream.read(length) if length <= min(size - 8, _MOST_HEADER) else b""
     except OSError as error:
         raise ConversionError(f"{file} cannot be read: {error.strerror}") from error
-    except ConversionError:
-        raise
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
-        raise ConversionError(f"{file} is no safetensors file: its header: {error!r}") from error
-
-
-def _entries(file: Path, header: Mapping, data: int, size: int) -> dict[str, Entry]:
-    found, stored = {}, 0
-    for name, fields in header.items():
-        first, last = fields["data_offsets"]
-        entry = Entry(
-            TYPES.get(fields["dtype"], fields["dtype"]), tuple(fields["shape"]), data + first
-        )
-        if data + last > size:
-            raise ConversionError(
-                f"{file} is truncated: tensor {name} ends at byte {data + last:,}, the file at "
-                f"{size:,}"
-            )
-        if entry.dtype in _CODES:
-            needed = math.prod(entry.shape) * jnp.dtype(entry.dtype).itemsize
-            if first < 0 or last - first != needed:
-                raise ConversionError(
-                    f"{file}: tensor {name} of shape {list(entry.shape)} and type {entry.dtype} "
-                    f"has {last - first} bytes, and {needed} are needed"
-                )
-        found[name] = entry
-        stored += last - first
-    if data + stored != size:
+    if size < 8 or len(text) < length:
         raise ConversionError(
-            f"{file}: its tensors are {stored:,} bytes, and {size - data:,} are behind the header"
+            f"{file} is truncated, or no safetensors file: of {size} bytes, it announces a header "
+            f"of {length}"
         )
+    try:
+        header = json.loads(text)
+    except UnicodeDecodeError as error:  # whose message has the whole text
+        raise ConversionError(f"{file} is no safetensors file: its header is no UTF-8") from error
+    except (ValueError, RecursionError) as error:
+        raise ConversionError(f"{file} is no safetensors file: its header: {error}") from error
+    if not isinstance(header, dict):
+        raise ConversionError(f"{file} is no safetensors file: its header is {header!s:.200}")
+    header.pop("__metadata__", None)
+    found = {name: _entry(file, name, fields, 8 + length) for name, fields in header.items()}
+    _require_all(file, found, 8 + length, size)
     return found
+
+
+def _entry(file: Path, name: str, fields: Any, data: int) -> Entry:
+    try:
+        first, last = fields["data_offsets"]
+        shape, kind = tuple(fields["shape"]), str(fields["dtype"])
+        whole = all(type(n) is int and n >= 0 for n in (first, last, *shape))
+    except (ValueError, LookupError, TypeError):
+        whole = False
+    if not whole or first > last:
+        raise ConversionError(
+            f"{file} is no safetensors file: its header says of tensor {name}: {fields!s:.200}"
+        )
+    entry = Entry(TYPES.get(kind, kind), shape, data + first, last - first)
+    if entry.dtype in _CODES:
+        needed = math.prod(shape) * jnp.dtype(entry.dtype).itemsize
+        if entry.bytes != needed:
+            raise ConversionError(
+                f"{file}: tensor {name} of shape {list(shape)} and type {entry.dtype} has "
+                f"{entry.bytes} bytes, and {needed} are needed"
+            )
+    return entry
+
+
+def _require_all(file: Path, found: Mapping[str, Entry], end: int, size: int) -> None:
+    """Refuses a file that has other bytes behind its header than those of its tensors."""
+    for name, entry in sorted(found.items(), key=lambda item: (item[1].start, item[1].bytes)):
+        if entry.start != end:
+            raise ConversionError(
+                f"{file}: tensor {name} begins at byte {entry.start:,}, and what is before it ends "
+                f"at {end:,}"
+            )
+        end += entry.bytes
+        if end > size:
+            raise ConversionError(
+                f"{file} is truncated: tensor {name} ends at byte {end:,}, the file at {size:,}"
+            )
+    if end != size:
+        raise ConversionError(f"{file}: its tensors end at byte {end:,}, the file at {size:,}")
 
 
 def read(file: Path, entry: Entry) -> np.ndarray:

@@ -18,28 +18,61 @@ _FORMATS = ("model.safetensors", "pytorch_model.bin")
 
 
 class Tensor(NamedTuple):
-    """A tensor that is not read yet; `read` gives it as it is stored."""
+    """A tensor that is not read yet."""
 
+    name: str
     file: Path
     dtype: str
     shape: tuple[int, ...]
-    read: Callable[[], np.ndarray]
+    reader: Callable[[], np.ndarray]
+
+    def read(self) -> np.ndarray:
+        """The tensor as it is stored.
+
+        Raises:
+          ConversionError: it cannot be read, or a value is no finite number.
+        """
+        try:
+            values = self.reader()
+        except ConversionError:
+            raise
+        except (OSError, ValueError, RuntimeError) as error:
+            raise ConversionError(
+                f"{self.file}: tensor {self.name} cannot be read: {error}"
+            ) from error
+        if not np.isfinite(values).all():
+            raise ConversionError(
+                f"{self.file}: tensor {self.name} has values that are not finite: the model that "
+                "was saved had diverged, or the file is damaged"
+            )
+        return values
 
 
 def read_json(file: Path) -> dict[str, Any]:
     """
     Raises:
-      ConversionError: the file is not there, or holds no JSON object.
+      ConversionError: the file is not there, or holds no JSON object, or one with a name twice.
     """
     try:
-        fields = json.loads(file.read_text(encoding="utf-8"))
+        fields = json.loads(file.read_text(encoding="utf-8"), object_pairs_hook=_unambiguous)
     except OSError as error:
         raise ConversionError(f"{file} cannot be read: {error.strerror}") from error
-    except ValueError as error:
+    except UnicodeDecodeError as error:  # whose message has the whole text
+        raise ConversionError(f"{file} cannot be read as JSON: it is no UTF-8") from error
+    except (ValueError, RecursionError) as error:
         raise ConversionError(f"{file} cannot be read as JSON: {error}") from error
     if not isinstance(fields, dict):
         raise ConversionError(f"{file} holds a {type(fields).__name__}, not a JSON object")
     return fields
+
+
+def _unambiguous(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"{twice!r} is there twice")
+    return found
 
 
 def open_tensors(folder: Path) -> dict[str, Tensor]:
@@ -62,9 +95,10 @@ def _sharded(index: Path) -> dict[str, Tensor]:
     if not isinstance(files, dict) or not files:
         raise ConversionError(f"{index} has no weight_map from tensors to files")
     for name, file in files.items():
-        if not isinstance(file, str) or file in ("", ".", "..") or set(file) & set("/\\\0"):
+        if not _is_name(file):
             raise ConversionError(
-                f"{index}: tensor {name} is said to be in {file!r}, which is no file of that folder"
+                f"{index}: tensor {name} is said to be in {file!r:.200}, which is no file of that "
+                "folder"
             )
         if not (index.parent / file).is_file():
             raise ConversionError(f"{index.parent / file}, which has tensor {name}, is missing")
@@ -81,20 +115,40 @@ def _sharded(index: Path) -> dict[str, Tensor]:
     return found
 
 
+def _is_name(file: Any) -> bool:
+    """Of a file in the same folder, wherever that is."""
+    text = isinstance(file, str) and file not in ("", ".", "..")
+    return text and len(file.encode(errors="replace")) < 256 and not set(file) & set("/\\\0")
+
+
 def _open_file(file: Path) -> dict[str, Tensor]:
     if file.suffix == ".safetensors":
         return {
-            name: Tensor(file, entry.dtype, entry.shape, _safetensors_reader(file, entry))
+            name: Tensor(name, file, entry.dtype, entry.shape, _safetensors_reader(file, entry))
             for name, entry in safetensors_file.entries(file).items()
         }
     return {
-        name: Tensor(file, entry.dtype, entry.shape, torch_file.reader(file, name))
+        name: Tensor(name, file, entry.dtype, entry.shape, torch_file.reader(file, name))
         for name, entry in torch_file.entries(file).items()
     }
 
 
 def _safetensors_reader(file: Path, entry) -> Callable[[], np.ndarray]:
     return lambda: safetensors_file.read(file, entry)
+
+
+def require_enough(tensors: Mapping[str, Tensor], least: int, asked: str, folder: Path) -> None:
+    """Refuses numbers in config.json for which there cannot be places, before any are made.
+
+    Args:
+      least: tensors that there must be by such numbers.
+      asked: the numbers, in words.
+    """
+    if least > len(tensors):
+        raise ConversionError(
+            f"{folder / 'config.json'}: {asked} ask for more than the {len(tensors)} tensors that "
+            f"are in {folder}"
+        )
 
 
 def require(tensors: Mapping[str, Tensor], places: Mapping[str, Place], folder: Path) -> None:

@@ -56,12 +56,14 @@ class _Handler(ocp.type_handlers.NumpyHandler):
         self._failed = False
 
     async def _open_and_write(self, value: Streamed, tspec: dict[str, Any], ts_context) -> None:
-        tspec = tspec | {"metadata": tspec["metadata"] | {"chunks": list(value.chunk)}}
-        store = await tensorstore.open(tensorstore.Spec(tspec), create=True, context=ts_context)
+        # No awaits: leaves are written one after the other, and none is left waiting when another
+        # fails: it would complain of its closed loop.
         if self._failed:
             return  # orbax asks for all leaves, and then raises what one of them raised
+        tspec = tspec | {"metadata": tspec["metadata"] | {"chunks": list(value.chunk)}}
         try:
-            # No other awaits: leaves are written one after the other.
+            spec = tensorstore.Spec(tspec)
+            store = tensorstore.open(spec, create=True, context=ts_context).result()
             for index in np.ndindex(value.shape[: value.stacked]):
                 store[index].write(value.piece(index)).result()
         except BaseException:

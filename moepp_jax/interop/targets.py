@@ -32,16 +32,19 @@ def beside(target: Path) -> Iterator[Path]:
     Raises:
       ConversionError: there is something of that name, or it cannot be written.
     """
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise ConversionError(f"{target} is there already: give the name of a new folder")
-    made = target.absolute().with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
+    made = None
     try:
+        place = target.resolve()  # a link stays one
+        if place.exists() and (not place.is_dir() or any(place.iterdir())):
+            raise ConversionError(f"{target} is there already: give the name of a new folder")
+        made = place.with_name(f".{place.name}.{uuid.uuid4().hex}.tmp")
         made.parent.mkdir(parents=True, exist_ok=True)
         yield made
-        os.replace(made, target)
+        os.replace(made, place)
     except ConfigError:
         raise
     except (OSError, ValueError, RuntimeError) as error:
         raise ConversionError(f"{target} cannot be written: {error}") from error
     finally:
-        shutil.rmtree(made, ignore_errors=True)
+        if made is not None:
+            shutil.rmtree(made, ignore_errors=True)

@@ -5,6 +5,7 @@ Nothing in them is executed: `weights_only` refuses every pickle that does more 
 
 from __future__ import annotations
 
+import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ def entries(file: Path) -> dict[str, Entry]:
       ConversionError: PyTorch is not installed; the file cannot be read or holds something else.
     """
     return {
-        name: Entry(str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape), 0)
+        name: Entry(str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape))
         for name, tensor in _load(file).items()
     }
 
@@ -34,7 +35,7 @@ def reader(file: Path, name: str) -> Callable[[], np.ndarray]:
     def read() -> np.ndarray:
         import torch
 
-        tensor = _load(file)[name].contiguous()
+        tensor = _load(file)[name].detach().contiguous()
         bits = tensor.view({2: torch.int16, 4: torch.int32}[tensor.element_size()]).numpy()
         return bits.view(jnp.dtype(str(tensor.dtype).removeprefix("torch."))).copy()
 
@@ -50,9 +51,11 @@ def _load(file: Path) -> Mapping[str, Any]:
             "CPU build is enough), or save the checkpoint as safetensors"
         ) from error
     try:
-        loaded = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        # What PyTorch wrote before 1.6 is no zip archive, and cannot be mapped.
+        mapped = zipfile.is_zipfile(file)
+        loaded = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:  # of many kinds, some bare
-        why = str(error).strip().splitlines()[0]
+        why, *_ = str(error).strip().splitlines() or [type(error).__name__]
         raise ConversionError(
             f"{file} cannot be read as tensors; it is damaged, or holds more than tensors and is "
             f"not opened for safety: {why}"
@@ -60,6 +63,8 @@ def _load(file: Path) -> Mapping[str, Any]:
     if not isinstance(loaded, dict):
         raise ConversionError(f"{file} holds a {type(loaded).__name__}, not tensors by name")
     for name, value in loaded.items():
-        if not isinstance(value, torch.Tensor):
+        if not isinstance(name, str) or not isinstance(value, torch.Tensor):
             raise ConversionError(f"{file}: {name} is a {type(value).__name__}, not a tensor")
+        if value.layout != torch.strided or value.is_meta:
+            raise ConversionError(f"{file}: tensor {name} is sparse or empty, not plain numbers")
     return loaded

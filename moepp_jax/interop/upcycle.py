@@ -21,7 +21,8 @@ from moepp_jax.interop import fields as values
 from moepp_jax.interop.building import Leaf
 from moepp_jax.interop.errors import ConversionError
 from moepp_jax.interop.families import Family
-from moepp_jax.interop.fields import Fields
+from moepp_jax.interop.fields import Fields, Groups
+from moepp_jax.interop.layout import with_head
 from moepp_jax.moe.bias import NEVER
 
 POOL = ("n_const", "n_copy", "n_zero")
@@ -76,16 +77,18 @@ def upcycle(
         decided["moe"] |= _pool(family, decided["moe"]["n_ffn"], recipe, settings)
         config = building.configuration(recipe, [decided, named])
     except ConfigError as error:
-        raise ConversionError(f"{folder}: {error}") from error
+        raise ConversionError(f"{folder}: {values.in_their_words(error)}") from error
 
     tensors = {
         name: tensor
         for name, tensor in source.open_tensors(folder).items()
         if not families.is_unread(name)
     }
-    building.untie(config, tensors)
-    places = families.places(family, config, families.are_fused(tensors))
+    fused = families.are_fused(tensors)
+    _require_enough(family, decided, fused, tensors, folder)
+    places = with_head(families.places(family, config, fused), tensors)
     source.require(tensors, places, folder)
+    building.require_tied(config, tensors)
     leaves = _grown(building.leaves_of(places, tensors), family, config)
     building.build(target, config, leaves, file)
     report(f"{folder} ({family.model_type}): {len(tensors)} tensors are now step 0 of {target}")
@@ -96,6 +99,19 @@ def upcycle(
             "upcycle with --tokenizer=FILE."
         )
     return config
+
+
+def _require_enough(
+    family: Family,
+    decided: Groups,
+    fused: bool,
+    tensors: Mapping[str, source.Tensor],
+    folder: Path,
+) -> None:
+    layers = decided["model"]["num_layers"]
+    each = decided["moe"]["n_ffn"] if family.experts and not fused else 1
+    asked = f"num_hidden_layers = {layers}" + (f" and {each} experts" if each > 1 else "")
+    source.require_enough(tensors, layers * each, asked, folder)
 
 
 def _recipe(fields: Fields, given: Config | None) -> Config:
