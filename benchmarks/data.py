@@ -4,18 +4,21 @@
 
 In one process, interleaved, with warm file caches:
 
-raw      the token files read whole and thrown away: what the disk or its cache gives
-records  every document read at random, in the order of a shuffle
-batches  what training gets: records, packed, mixed, in arrays on the device, read ahead
+raw        the token files read whole and thrown away: what the disk or its cache gives
+records    the records that rows touch, in the order of a shuffle, and the rows' tokens out of them
+packed     batches: records, packed, mixed, read ahead on threads
+processes  the same, read ahead in two worker processes
+device     what training gets: batches in arrays on the device, read ahead on threads
 
 for the shapes of the default job and of one host of the paper's 7B model on 64 TPU v5p, beside the
-tokens a second that these take. Then text (JSON lines) to token files, with two processes, beside
-reading that text; and what a batch far into a run costs.
+tokens a second that these take; and batches out of books. Then text (JSON lines) to token files,
+with two processes, beside reading that text; and what a batch far into a run costs.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import csv
 import json
 import tempfile
@@ -23,7 +26,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 from rich.console import Console
 from rich.table import Table
@@ -33,11 +35,14 @@ from configs import tiny
 from moepp_jax.config import Config
 from moepp_jax.data import Dataset, open_dataset, prepare
 from moepp_jax.data.prepare import prepare_sources, prepared_sources
+from moepp_jax.mesh import batch_sharding, make_mesh
+from moepp_jax.processes import Rows
 
 SCALING = Path(__file__).parents[1] / "docs" / "scaling" / "scaling.csv"
 CHIPS, CHIPS_A_HOST = 64, 4
 DEFAULT_JOB = 10_000  # tokens a second that the default job trains with on two CPU cores
 FAR = 10**6  # a step
+BOOKS = 4
 
 
 class Shape(NamedTuple):
@@ -67,45 +72,75 @@ def config_of(folder: Path, **fields: Any) -> Config:
     return Config.parse(c)
 
 
-def reading(folder: Path, shape: Shape, tokens: int, rounds: int) -> list[dict]:
+def reading(config: Config, shape: Shape, tokens: int, rounds: int) -> list[dict]:
     """Rows of the table for one shape.
 
     Args:
       tokens: about how many each case reads a time.
     """
     sizes = {"train.batch_size": shape.batch_size, "data.seq_len": shape.seq_len}
-    config = config_of(folder, **sizes)
+    config = config_with(config, sizes)
     dataset = open_dataset(config)
     documents = dataset.sources["text"].train_documents
     files = sorted(prepared_sources(config).tokens["text"].glob("*-train.array_record-*"))
+    total, size = int(documents.starts[-1]), sum(file.stat().st_size for file in files)
     num_batches = max(1, tokens // (shape.batch_size * shape.seq_len))
-    order = np.random.default_rng(0).permutation(len(documents))
-    order = order[: int(np.searchsorted(np.cumsum(documents.lengths[order]), tokens)) + 1].tolist()
-    batches = dataset.train_batches()
+    order = np.random.default_rng(0).permutation(total // shape.seq_len)
+    begin = order[: tokens // shape.seq_len] * shape.seq_len
+    sizes = np.full(begin.shape, shape.seq_len)
+    rows = Rows(batch_sharding(make_mesh(config)), shape.batch_size)
 
     def raw() -> None:
         for file in files:
             file.read_bytes()
 
-    def on_device() -> list[Any]:
-        return [jax.device_put(next(batches)) for _ in range(num_batches)]
+    with contextlib.ExitStack() as stack:
 
-    cases = {
-        "raw": (raw, int(documents.starts[-1]), sum(file.stat().st_size for file in files)),
-        "records": (lambda: documents.__getitems__(order), int(documents.lengths[order].sum()), 0),
-        "batches": (on_device, num_batches * shape.batch_size * shape.seq_len, 0),
-    }
-    # What a token is on disk, so that all are told in bytes of the file too.
-    bytes_a_token = cases["raw"][2] / cases["raw"][1]
-    taken = timing.interleaved(
-        {name: timing.Case(function, ()) for name, (function, *_) in cases.items()},
-        rounds,
-        shape.name,
-    )
+        def taking(config: Config, place: Callable = lambda batch: batch) -> Callable[[], list]:
+            batches = open_dataset(config).train_batches()
+            stack.enter_context(contextlib.closing(batches))
+            return lambda: [place(next(batches)) for _ in range(num_batches)]
+
+        of_batches = num_batches * shape.batch_size * shape.seq_len
+        in_processes = config_with(config, {"data.worker_processes": 2})
+        cases = {
+            "raw": (raw, total),
+            "records": (lambda: documents.read(begin, sizes), int(sizes.sum())),
+            "packed": (taking(config), of_batches),
+            "processes": (taking(in_processes), of_batches),
+            "device": (taking(config, rows.place), of_batches),
+        }
+        functions = {name: timing.Case(function, ()) for name, (function, _) in cases.items()}
+        taken = timing.interleaved(functions, rounds, shape.name)
     return [
-        _row(shape.name, name, taken[name], tokens, tokens * bytes_a_token, shape.needed)
-        for name, (_, tokens, _) in cases.items()
+        # Told in bytes of the file too, of which a token is so many.
+        _row(shape.name, name, taken[name], of_case, of_case * size / total, shape.needed)
+        for name, (_, of_case) in cases.items()
     ]
+
+
+def config_with(config: Config, fields: dict[str, Any]) -> Config:
+    for name, value in fields.items():
+        group, field = name.split(".")
+        config = config.replace(group, **{field: value})
+    return config
+
+
+def of_books(folder: Path, shape: Shape, tokens: int, rounds: int) -> list[dict]:
+    """As `reading`, of a few documents of about a million tokens each."""
+    dataset = open_dataset(config_of(folder))
+    text = "".join(dataset.tokenizer.decode(ids) for ids in dataset.train_documents())
+    with tempfile.TemporaryDirectory() as temporary:
+        model = Path(temporary) / "tokenizer.model"
+        dataset.tokenizer.save(model)
+        for i in range(BOOKS):
+            part = text[len(text) * i // BOOKS : len(text) * (i + 1) // BOOKS]
+            (Path(temporary) / f"{i}.txt").write_text(part)
+        fields = {"data.sources.text.path": f"{temporary}/*.txt", "data.tokenizer": str(model)}
+        config = config_of(Path(temporary) / "data", **fields)
+        prepare(config, lambda line: None)
+        shape = shape._replace(name=f"{BOOKS} books, {shape.batch_size} x {shape.seq_len}")
+        return reading(config, shape, tokens, rounds)
 
 
 def _row(what: str, case: str, seconds: timing.Seconds, tokens: int, size: float, needed) -> dict:
@@ -209,7 +244,9 @@ def main() -> None:
     parser.add_argument("--megabytes", type=float, default=60, help="of text to prepare")
     args = parser.parse_args()
     prepare(config_of(args.dir))
-    rows = [r for s in shapes() for r in reading(args.dir, s, args.tokens, args.rounds)]
+    config, of_shapes = config_of(args.dir), shapes()
+    rows = [r for s in of_shapes for r in reading(config, s, args.tokens, args.rounds)]
+    rows += of_books(args.dir, of_shapes[-1], args.tokens, args.rounds)
     rows += far_into_a_run(args.dir, args.rounds)
     rows += preparing(args.dir, args.megabytes, max(1, args.rounds // 3))
     show(rows, Console(width=130))

@@ -69,6 +69,7 @@ def get_config() -> ConfigDict:
     d.tokenizer = ""  # a SentencePiece .model file; empty: train one of model.vocab_size pieces
     d.seq_len = 2048  # L, tokens
     d.eval_fraction = 0.02  # share of the documents held out, chosen by their hash
+    d.worker_processes = 0  # that read batches ahead; 0: threads of the process that trains do
 
     c.optim = o = ConfigDict()
     o.lr = 5e-4  # maximum; the cosine ends at lr * final_lr_ratio

@@ -101,6 +101,12 @@ class DataConfig:
     tokenizer: str
     seq_len: int
     eval_fraction: float
+    worker_processes: int
+
+    @property
+    def mixed(self) -> dict[str, SourceConfig]:
+        """The sources with a weight: what is prepared, trained and evaluated on."""
+        return {name: source for name, source in self.sources.items() if source.weight > 0}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -202,8 +208,8 @@ def _build(cls: type, fields: Any, prefix: str) -> Any:
     types = get_type_hints(cls)
     for name in fields:
         if name not in types:
-            near = difflib.get_close_matches(str(name), types, n=1)
-            hint = f"did you mean {prefix}{near[0]}?" if near else f"there are {', '.join(types)}"
+            near = _near(str(name), types, prefix)
+            hint = f"did you mean {near}?" if near else f"there are {', '.join(types)}"
             raise ConfigError(f"unknown field config.{prefix}{name} = {fields[name]!r}: {hint}")
     values = {}
     for name, kind in types.items():
@@ -217,6 +223,15 @@ def _build(cls: type, fields: Any, prefix: str) -> Any:
         else:
             values[name] = _typed(f"config.{prefix}{name}", value, kind)
     return cls(**values)
+
+
+def _near(name: str, types: Mapping[str, Any], prefix: str) -> str | None:
+    """The field that may have been meant: one of a like name here, or of the same elsewhere."""
+    like = difflib.get_close_matches(name, types, n=1)
+    if like:
+        return f"{prefix}{like[0]}"
+    groups = {g: t for g, t in get_type_hints(Config).items() if dataclasses.is_dataclass(t)}
+    return next((f"{g}.{name}" for g, t in groups.items() if name in get_type_hints(t)), None)
 
 
 def _build_all(cls: type, groups: Any, prefix: str) -> Named:
@@ -251,7 +266,6 @@ _CHOICES = {
 
 # The smallest value that each of these fields may have.
 _AT_LEAST = {
-    "seed": 0,
     "model.num_layers": 1,
     "model.hidden_size": 1,
     "model.num_heads": 1,
@@ -273,6 +287,7 @@ _AT_LEAST = {
     "moe.bias_rate": 0,
     "moe.z_weight": 0,
     "data.seq_len": 2,
+    "data.worker_processes": 0,
     "optim.initial_lr": 0,
     "optim.warmup_steps": 0,
     "optim.weight_decay": 0,
@@ -287,7 +302,6 @@ _AT_LEAST = {
     "generate.max_new_tokens": 1,
     "generate.temperature": 0,
     "generate.top_k": 0,
-    "generate.seed": 0,
 }
 
 # name: (lower bound, upper bound), the lower one excluded.
@@ -329,6 +343,8 @@ def _check(c: Config) -> None:
         require(low < value(name) <= high, name, f"must be {bounds}")
 
     m, e, t = c.model, c.moe, c.train
+    for name in ("seed", "generate.seed"):
+        require(0 <= value(name) < 2**32, name, "must be at least 0 and less than 2**32")
     for name in ("optim.beta1", "optim.beta2", "generate.min_p"):
         require(0 <= value(name) < 1, name, "must be at least 0 and less than 1")
     require(0 <= c.optim.final_lr_ratio <= 1, "optim.final_lr_ratio", "must be from 0 to 1")

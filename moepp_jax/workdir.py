@@ -8,10 +8,12 @@ must compute the same thing.
 
 import json
 import os
+from collections.abc import Callable
 from typing import Any
 
+from moepp_jax import earlier
 from moepp_jax.config import Config, ConfigError, differences
-from moepp_jax.storage import AnyPath, open_path, write_atomic
+from moepp_jax.storage import AnyPath, is_local, open_path, write_atomic
 
 _CONFIG = "config.json"
 
@@ -21,6 +23,7 @@ _FREE = (
     "mesh.",
     "generate.",
     "data.dir",
+    "data.worker_processes",
     "train.log_every",
     "train.eval_every",
     "train.eval_batches",
@@ -33,7 +36,8 @@ def check_workdir(path: str | os.PathLike, config: Config) -> None:
     """Refuses a folder in which this run cannot be; touches nothing.
 
     Raises:
-      ConfigError: the folder belongs to a run of another configuration, or to something else.
+      ConfigError: the folder belongs to a run of another configuration or to something else, or
+        cannot be written.
     """
     folder = open_path(path)
     if folder.exists() and not folder.is_dir():
@@ -45,6 +49,10 @@ def check_workdir(path: str | os.PathLike, config: Config) -> None:
             f"workdir {folder} holds files but no {_CONFIG}, so it is no run of ours: give "
             "--workdir a new or an empty folder"
         )
+    if is_local(folder):
+        there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+        if not os.access(there, os.W_OK):
+            raise ConfigError(f"workdir {folder} cannot be written: {there} is read-only for you")
 
 
 def open_workdir(path: str | os.PathLike, config: Config) -> AnyPath:
@@ -68,14 +76,22 @@ def holds_run(path: str | os.PathLike) -> bool:
     return (open_path(path) / _CONFIG).exists()
 
 
-def read_config(path: str | os.PathLike) -> Config:
+def read_config(
+    path: str | os.PathLike, report: Callable[[str], Any] = lambda line: None
+) -> Config:
     """The configuration that the run in this folder was made with.
 
+    Args:
+      report: told, in one line, of fields that came after the run was made and change nothing.
+
     Raises:
-      ConfigError: there is no run, or its config.json cannot be read or is of another version.
+      ConfigError: there is no run, or its config.json cannot be read, lacks fields whose values
+        cannot be known, or has unknown ones.
     """
     file = open_path(path) / _CONFIG
     if not file.exists():
+        if file.parent.exists() and not file.parent.is_dir():
+            raise ConfigError(f"workdir {path} is a file: give --workdir the folder of a run")
         missing = f"has no {_CONFIG}" if file.parent.is_dir() else "is no folder"
         raise ConfigError(
             f"workdir {path} {missing}: `python -m moepp_jax.main train --workdir={path}` makes it"
@@ -84,10 +100,17 @@ def read_config(path: str | os.PathLike) -> Config:
         fields = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ConfigError(f"{file} cannot be read as JSON: {error}") from error
+    if not isinstance(fields, dict):
+        raise ConfigError(f"{file} is no configuration: it must be a JSON object of fields")
+    fields, added = earlier.completed(fields)
     try:
-        return Config.parse(fields)
+        config = Config.parse(fields)
     except ConfigError as error:
         raise ConfigError(f"{file}: {error}") from error
+    told = [field for field in added if not field.startswith(_FREE)]
+    if told:
+        report(f"{file} is of an earlier version; it is read with {', '.join(told)}")
+    return config
 
 
 def tokenizer_file(path: str | os.PathLike) -> AnyPath:

@@ -1,12 +1,28 @@
 """The data benchmark in small: that it counts what it says, not how fast anything is."""
 
+import contextlib
+import functools
 import json
 
 import pytest
 
 from benchmarks import data
-from moepp_jax.data import prepare
+from moepp_jax.data import prepare, reading
 from tests import tiny
+
+
+def patched_processes(monkeypatch) -> list[int]:
+    """Threads in their place, as starting them takes seconds; how many were wanted."""
+    wanted = []
+
+    @contextlib.contextmanager
+    def in_processes(count, folders, row_length, pad_id):
+        wanted.append(count)
+        sources = {n: reading.open_rows(f, row_length, pad_id) for n, f in folders.items()}
+        yield functools.partial(reading.read, sources)
+
+    monkeypatch.setattr(reading, "in_processes", in_processes)
+    return wanted
 
 
 def test_rows(tmp_path, monkeypatch):
@@ -15,9 +31,11 @@ def test_rows(tmp_path, monkeypatch):
 
     monkeypatch.setattr(data, "config_of", config_of)
     prepare(config_of(tmp_path), report=lambda line: None)
-    shape = data.Shape("small", 2, 32, needed=10.0)
-    rows = data.reading(tmp_path, shape, tokens=2000, rounds=1)
-    assert [row["case"] for row in rows] == ["raw", "records", "batches"]
+    shape = data.Shape("small", 8, 32, needed=10.0)
+    reader = patched_processes(monkeypatch)
+    rows = data.reading(config_of(tmp_path), shape, tokens=2000, rounds=1)
+    assert [row["case"] for row in rows] == ["raw", "records", "packed", "processes", "device"]
+    assert reader == [2]
     far = data.far_into_a_run(tmp_path, rounds=1)
     assert [row["case"] for row in far] == ["step 0", "step 1,000,000"]
     made = data.preparing(tmp_path, megabytes=0.02, rounds=1)

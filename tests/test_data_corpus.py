@@ -26,6 +26,7 @@ def data_config(tmp_path: Path, path: Path | str, eval_fraction: float = 0.2) ->
         tokenizer="",
         seq_len=32,
         eval_fraction=eval_fraction,
+        worker_processes=0,
     )
 
 

@@ -1,6 +1,6 @@
 """From a configuration to batches: the same ones every time, without TensorFlow or a network."""
 
-import itertools
+import os
 import shutil
 import subprocess
 import sys
@@ -11,7 +11,16 @@ import pytest
 
 from configs import base, tiny
 from moepp_jax.config import Config, ConfigError
-from moepp_jax.data import DataError, Dataset, Tokenizer, describe, open_dataset, packages, prepare
+from moepp_jax.data import (
+    DataError,
+    Dataset,
+    Tokenizer,
+    describe,
+    open_dataset,
+    packages,
+    prepare,
+    tokens,
+)
 from moepp_jax.data import dataset as dataset_lib
 from moepp_jax.data.files import FilesCorpus
 from moepp_jax.data.prepare import prepared_sources
@@ -28,6 +37,14 @@ def config(folder: Path, **changes) -> Config:
     fields.train.batch_size = 4
     fields.update_from_flattened_dict(changes)
     return Config.parse(fields)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_records():
+    """Of less than many a document, and more than a few."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tokens, "_RECORD", 50)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -135,7 +152,7 @@ def test_processes_that_read_their_rows_read_the_batch_together(dataset):
 
 
 def test_an_error_on_the_thread_reaches_the_reader(dataset, monkeypatch):
-    def fail(steps, rows):
+    def fail(steps, **given):
         raise OSError("the disk is gone")
 
     monkeypatch.setattr(dataset, "_train_batches", fail)
@@ -170,14 +187,14 @@ def test_fewer_rows_than_a_batch_is_an_error_in_training_only(folder):
 
 def test_the_table_says_what_there_is_and_what_a_run_makes_of_it(dataset, source):
     head, line = map(str.split, describe(dataset, steps=30).splitlines())
-    tokens = sum(map(len, source.train_documents))
+    trained_on = sum(map(len, source.train_documents))
     assert [head[i] for i in (0, 1, 3, -1)] == ["source", "share", "tokens", "epochs"]
     documents = str(len(source.train_documents))
     held_out = sum(map(len, source.eval_documents))
     epochs = f"{120 / len(source.train):.2f}"
     filled = "100.00%"  # of the places in training rows
     assert line == [
-        *["text", "100.00%", documents, f"{tokens:,}", filled, f"{held_out:,}", "3,840", epochs]
+        *["text", "100.00%", documents, f"{trained_on:,}", filled, f"{held_out:,}", "3,840", epochs]
     ]
 
 
@@ -300,8 +317,8 @@ def damage(mixed, tmp_path, change) -> tuple[Config, Path]:
     """A copy of the prepared data in which a file of source b is changed."""
     folder = tmp_path / "data"
     shutil.copytree(mixed.data.dir, folder)
-    tokens = folder / prepared_sources(mixed).tokens["b"].name
-    (file,) = tokens.rglob("*train.array_record*")
+    made = folder / prepared_sources(mixed).tokens["b"].name
+    (file,) = made.rglob("*train.array_record*")
     change(file)
     return mixed.replace("data", dir=str(folder)), file
 
@@ -309,20 +326,83 @@ def damage(mixed, tmp_path, change) -> tuple[Config, Path]:
 def test_a_flipped_bit_is_named_and_never_trained_on(mixed, tmp_path):
     def flip(file):
         content = bytearray(file.read_bytes())
-        content[len(content) // 2] ^= 4
+        used = np.flatnonzero(np.frombuffer(content, np.uint8))
+        content[used[len(used) // 4]] ^= 4  # in one of the records: their index is at the end
         file.write_bytes(content)
 
     damaged, file = damage(mixed, tmp_path, flip)
-    batches = open_dataset(damaged).train_batches()
+    intact, dataset = open_dataset(mixed), open_dataset(damaged)
+    good = next(step for step in range(50) if not fails(dataset, step))
+    bad = next(step for step in range(good, 50) if fails(dataset, step))
+    batches = dataset.train_batches(good)  # all of these steps are read together
+    for step in range(good, bad):
+        assert_equal(next(batches), intact.train_batch(step))
     with pytest.raises(DataError, match=rf"{file}, record \d+, cannot be read: .*prepare it anew"):
-        for step, batch in enumerate(itertools.islice(batches, 30)):
-            assert_equal(batch, open_dataset(mixed).train_batch(step))
+        next(batches)
 
 
-def test_a_document_of_another_length_is_named(mixed):
+def fails(dataset, step) -> bool:
+    try:
+        dataset.train_batch(step)
+    except DataError:
+        return True
+    return False
+
+
+WORKERS = """
+import os, signal, sys
+from concurrent.futures import ThreadPoolExecutor
+from moepp_jax.config import ConfigError
+from moepp_jax.data import reading
+from tests.test_data_loader import Path, assert_equal, config, open_dataset
+
+def look(wanted):
+    names = {"jax", "tensorflow", "grain"} & set(sys.modules)
+    return {"loaded": names, "pid": os.getpid()}
+
+if __name__ == "__main__":
+    c = config(Path(sys.argv[1]), **{"data.worker_processes": 2})
+    dataset = open_dataset(c)
+    there = dataset.train_batches(3, slice(1, 3))
+    for step in range(3, 40):
+        assert_equal(next(there), dataset.train_batch(step, slice(1, 3)))
+    there.close()
+
+    reading._read = look
+    folders = dataset._folders
+    with reading.in_processes(1, folders, 32, 0) as read:
+        said = read([])
+        assert not said["loaded"], said
+        os.kill(said["pid"], signal.SIGTERM)  # which may be for the whole job
+        assert read([])["pid"] == said["pid"]
+        os.kill(said["pid"], signal.SIGKILL)
+        try:
+            read([])
+        except ConfigError as error:
+            print("error:", error)
+"""
+
+
+@pytest.mark.slow
+def test_worker_processes_read_the_same_batches_and_a_killed_one_is_an_error(folder, tmp_path):
+    (tmp_path / "program.py").write_text(WORKERS)
+    run = subprocess.run(
+        [sys.executable, tmp_path / "program.py", folder],
+        cwd=Path(__file__).parent.parent,
+        env=os.environ | {"PYTHONPATH": "."},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.startswith("error: one of config.data.worker_processes = 1 was killed")
+
+
+def test_a_record_of_another_length_is_named(mixed):
     documents = open_dataset(mixed).sources["b"].train_documents
-    documents.starts = documents.starts + np.arange(len(documents.starts)) // 2
-    with pytest.raises(DataError, match=r"record 1, holds \d+ tokens, not those written there"):
+    starts = documents._record_starts
+    documents._record_starts = starts + (starts == starts[2])
+    with pytest.raises(DataError, match=r"record 1, holds 50 tokens, not those written there"):
         list(documents)
 
 

@@ -4,6 +4,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
+from moepp_jax.data.packing import ranges
 from tests import tiny
 
 PAD = 99
@@ -115,14 +116,20 @@ def test_editing_a_document_changes_nothing_but_its_own_places(documents, row_le
     np.testing.assert_array_equal(before["targets"][counted], after["targets"][counted])
 
 
-def test_one_call_fetches_the_documents_of_the_rows_and_no_other(monkeypatch):
-    calls = []
+def test_one_call_fetches_the_spans_of_the_rows_and_no_other(monkeypatch):
+    calls, read = [], tiny.InMemory.read
 
-    def fetch(self, indices):
-        calls.append(indices)
-        return [self[i] for i in indices]
+    def noted(self, begin, size):
+        calls.append((begin.tolist(), size.tolist()))
+        return read(self, begin, size)
 
-    monkeypatch.setattr(tiny.InMemory, "__getitems__", fetch)
-    packed = pack([np.arange(8) for _ in range(100)], 16, drop_last=True)
-    packed.read(np.array([20, 3, 20]))  # 17 tokens each
-    assert calls == [[6, 7, 8, 40, 41, 42]]
+    monkeypatch.setattr(tiny.InMemory, "read", noted)
+    packed = pack([np.arange(8) for _ in range(100)], 16, drop_last=False)
+    packed.read(np.array([20, 3, 49, 50, 20]))  # the last of 50 is not full
+    assert calls == [([320, 48, 784, 320], [17, 17, 16, 17])]
+
+
+@given(st.lists(st.tuples(st.integers(0, 50), st.integers(0, 5)), max_size=9))
+def test_ranges_are_those_of_each_pair(pairs):
+    begin, size = np.array(pairs, int).reshape(-1, 2).T
+    assert ranges(begin, size).tolist() == [i for b, n in pairs for i in range(b, b + n)]

@@ -108,13 +108,11 @@ def test_tfds_reads_both_data_sets_by_itself(whole):
     ]
     assert sorted(read) == sorted(map(text_of, range(400)))
     builder = tfds.builder_from_directory(prepared.tokens["source0"])
-    ids = builder.as_data_source("train")[0]["tokens"]
-    assert ids.dtype == np.uint16 and (ids[0], ids[-1]) == (1, 2)
-    assert prepared.tokenizer.decode(ids) in read
-    assert (
-        builder.info.splits["train"].num_examples + builder.info.splits["validation"].num_examples
-        == 400
-    )
+    ids = [e["tokens"] for split in records.SPLITS for e in builder.as_data_source(split)]
+    stream = np.concatenate(ids)
+    assert stream.dtype == np.uint16 and (stream[0], stream[-1]) == (1, 2)
+    found = np.split(stream, 1 + np.flatnonzero(stream[:-1] == 2))
+    assert sorted(map(prepared.tokenizer.decode, found)) == sorted(read)
 
 
 @pytest.mark.slow
@@ -332,6 +330,19 @@ def test_sources_share_a_tokenizer_that_neither_names_order_nor_weights_change(t
     alone = prepare(config(tmp_path / "data", a, **of), lines)
     assert alone.tokenizer.model != made.tokenizer.model
     assert {line.split(":")[0] for line in lines} == {"tokenizer", "tokens"}
+
+
+def test_a_source_of_weight_zero_is_left_out_and_that_is_said(tmp_path):
+    a = write_texts(tmp_path / "a", 50)
+    alone = prepare(config(tmp_path / "data", a))
+    lines = []
+    c = config(tmp_path / "data", a, tmp_path / "absent", **{"data.sources.source1.weight": 0.0})
+    made = prepare(c, lines)
+    [line] = lines
+    assert line.startswith("sources: source1 left out") and "weight is 0" in line
+    assert made.tokens == alone.tokens == prepared_sources(c).tokens
+    assert made.tokenizer.model == alone.tokenizer.model
+    assert estimate.estimate(c, lines.append).keys() == {"source0"}
 
 
 def test_empty_documents_are_left_out_and_counted(tmp_path):

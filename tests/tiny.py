@@ -67,8 +67,10 @@ def packed(documents: list[np.ndarray], row_length: int, **options) -> PackedRow
 class InMemory(list):
     """Documents in a list, read as those on disk are."""
 
-    def __getitems__(self, indices: list[int]) -> list[np.ndarray]:
-        return [self[i] for i in indices]
+    def read(self, begin: np.ndarray, size: np.ndarray) -> np.ndarray:
+        stream = np.concatenate(self)
+        spans = [stream[b : b + n] for b, n in zip(begin, size, strict=True)]
+        return np.concatenate([stream[:0], *spans])
 
 
 def run_folder(folder: Path, c: Config, step: int = 3) -> Path:

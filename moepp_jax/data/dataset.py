@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-import collections
+import contextlib
 import functools
 import itertools
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from moepp_jax.config import Config, ConfigError
+from moepp_jax.data import reading
 from moepp_jax.data.mixture import Mixture
 from moepp_jax.data.packing import Batch, PackedRows
 from moepp_jax.data.prepare import Prepared
+from moepp_jax.data.shuffle import shuffled
+from moepp_jax.data.storage import DataError
 from moepp_jax.data.tokens import TokenDocuments
 
 # The rows of a batch that are wanted: a slice, or their indices.
@@ -23,11 +25,10 @@ Rows = slice | np.ndarray
 
 _ALL = slice(None)
 
-# Pieces of work that `Dataset.train_batches` reads ahead, and the threads that read them: most of
-# their time goes by in storage and in code that lets other threads run. A piece is a batch, or
-# several small ones of this many tokens together: a call to the reader costs as much as a few
-# thousand tokens.
-_AHEAD = 4
+
+# Threads that read ahead, a piece of work each: most of their time goes by in storage and in code
+# that lets other threads run. A piece is a batch, or several small ones of this many tokens
+# together: a call to the reader costs as much as a few thousand tokens.
 _THREADS = 4
 _PIECE = 2**16
 
@@ -54,21 +55,6 @@ class Source:
         self.train = pack(self.train_documents, self.train_documents.starts, drop_last=True)
         self.eval = pack(self.eval_documents, self.eval_documents.starts, drop_last=False)
         self._batch_size = config.train.batch_size
-        self._seed = config.seed % 2**32
-
-    @functools.cached_property
-    def _shuffled(self) -> Any:
-        """Row numbers, through all epochs: their order is that of the seed, of no other source."""
-        import grain  # here, as it brings JAX: processes that prepare data start without
-
-        return grain.MapDataset.range(len(self.train)).seed(self._seed).shuffle().repeat(None)
-
-    def train_rows(self, numbers: np.ndarray) -> Batch:
-        """Rows of training, numbered through all epochs.
-
-        Every row comes once before any comes again, in a new order each time.
-        """
-        return self.train.read(np.array([self._shuffled[i] for i in numbers.tolist()], np.int64))
 
     def eval_batches(self, num_batches: int = 0, rows: Rows = _ALL) -> Iterator[Batch]:
         """The first batches of the held-out split, always the same; 0 is the whole split.
@@ -105,7 +91,8 @@ class Dataset:
         self._mixture = Mixture({n: s.weight for n, s in config.data.sources.items()})
         self.shares = self._mixture.shares
         pad_id = self.tokenizer.pad_id
-        self.sources = {n: Source(config, prepared.tokens[n], pad_id) for n in self.shares}
+        self._folders = {name: prepared.tokens[name] for name in self.shares}
+        self.sources = {n: Source(config, f, pad_id) for n, f in self._folders.items()}
 
     def train_batch(self, step: int, rows: Rows = _ALL) -> Batch:
         """The batch of a step, a function of the seed and the step alone.
@@ -115,49 +102,57 @@ class Dataset:
           DataError: a record is damaged.
         """
         self.require_rows()
-        [batch] = self._train_batches(range(step, step + 1), rows)
+        [batch] = self._train_batches(range(step, step + 1), rows, self._read)
         return batch
 
-    def _train_batches(self, steps: range, rows: Rows) -> list[Batch]:
+    def _read(self, wanted: list[reading.Wanted]) -> Batch:
+        return reading.read({name: s.train for name, s in self.sources.items()}, wanted)
+
+    def _train_batches(self, steps: range, rows: Rows, read: reading.Read) -> list[Batch]:
         """The batches of several steps, read together."""
         batch_size = self._config.train.batch_size
         in_batch = np.arange(batch_size)[rows]
         numbers = np.add.outer(np.array(steps) * batch_size, in_batch).ravel()
         of_source, row = self._mixture.select(numbers)
-        parts, places = [], []
+        wanted = []
         for i, name in enumerate(self._mixture.names):
-            places.append(np.flatnonzero(of_source == i))
-            parts.append(self.sources[name].train_rows(row[places[-1]]))
-        order = np.argsort(np.concatenate(places))
-        together = {k: np.concatenate([part[k] for part in parts])[order] for k in parts[0]}
+            places = np.flatnonzero(of_source == i)
+            of_epoch = shuffled(row[places], len(self.sources[name].train), self._config.seed)
+            wanted.append(reading.Wanted(name, of_epoch, places))
+        together = read(wanted)
         starts = range(0, len(numbers), len(in_batch))
         return [{k: v[s : s + len(in_batch)] for k, v in together.items()} for s in starts]
 
     def train_batches(self, start_step: int = 0, rows: Rows = _ALL) -> Iterator[Batch]:
-        """`train_batch` of each step from `start_step` on, without end, read ahead on threads.
+        """`train_batch` of each step from `start_step` on, without end, read ahead.
 
         Raises:
-          ConfigError, DataError: as `train_batch`; the latter where the batch would come, or a few
-            small batches before.
+          ConfigError, DataError: as `train_batch`, the latter where the batch would come.
+          ConfigError: one of `config.data.worker_processes` was killed.
         """
         self.require_rows()  # raise here, not at the first batch
         return self._read_ahead(start_step, rows)
 
     def _read_ahead(self, start_step: int, rows: Rows) -> Iterator[Batch]:
-        pool = ThreadPoolExecutor(max_workers=_THREADS, thread_name_prefix="train-batches")
-        tokens = len(np.arange(self._config.train.batch_size)[rows]) * self._config.data.seq_len
-        count = max(1, _PIECE // tokens)
-        firsts = itertools.count(start_step, count)
-        pieces = collections.deque()
-        try:
-            while True:
-                while len(pieces) <= _AHEAD:
-                    first = next(firsts)
-                    steps = range(first, first + count)
-                    pieces.append(pool.submit(self._train_batches, steps, rows))
-                yield from pieces.popleft().result()
-        finally:
-            pool.shutdown(cancel_futures=True)
+        data = self._config.data
+        in_batch = len(np.arange(self._config.train.batch_size)[rows])
+        count = max(1, _PIECE // (in_batch * data.seq_len))
+        pieces = (range(step, step + count) for step in itertools.count(start_step, count))
+        with contextlib.ExitStack() as stack:
+            read = self._read
+            if data.worker_processes:
+                of_rows = (self._folders, data.seq_len, self.tokenizer.pad_id)
+                read = stack.enter_context(reading.in_processes(data.worker_processes, *of_rows))
+
+            batches = functools.partial(self._train_batches, rows=rows, read=read)
+            threads = max(_THREADS, data.worker_processes)
+            read_ahead = contextlib.closing(reading.ahead(batches, pieces, threads))
+            for steps, piece in stack.enter_context(read_ahead):
+                try:
+                    yield from piece.result()
+                except DataError:  # of one step; the batches before it are good
+                    for step in steps:
+                        yield self.train_batch(step, rows)
 
     def require_rows(self) -> None:
         """

@@ -53,7 +53,7 @@ def estimate(config: Config, report: Report = print) -> dict[str, Estimate]:
     Raises:
       ConfigError: a source cannot be read; the message says why.
     """
-    corpora = {name: open_corpus(config.data, name) for name in config.data.sources}
+    corpora = {name: open_corpus(config.data, name) for name in config.data.mixed}
     tokenizer = _tokenizer(config, corpora)
     found = {}
     for name, corpus in corpora.items():

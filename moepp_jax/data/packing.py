@@ -10,15 +10,15 @@ Batch = dict[str, np.ndarray]
 
 
 @runtime_checkable
-class Documents(Protocol):
-    def __getitems__(self, indices: list[int]) -> list[np.ndarray]:
-        """Documents, each a vector of token ids."""
+class Stream(Protocol):
+    def read(self, begin: np.ndarray, size: np.ndarray) -> np.ndarray:
+        """Spans of tokens, one after the other, of where each begins and how long it is."""
 
 
 class PackedRows:
     """The documents of a split, laid end to end and cut into rows of `row_length` tokens.
 
-    Row r covers the tokens r L ... r L + L of that stream: rows overlap by one, so that the last
+    Row r covers the tokens r L ... r L + L of the stream: rows overlap by one, so that the last
     token of a row is still followed by its target. A row holds, each [L]:
 
       tokens     int32
@@ -31,20 +31,21 @@ class PackedRows:
     exactly one row. A row that the stream does not fill is left out if `drop_last`, else padded.
 
     Args:
+      stream: the documents, one after the other.
       starts: [documents + 1], where each begins in the stream, and its end. Only the few entries
         that a row needs are looked at, so it may be a file that is mapped into memory.
     """
 
     def __init__(
         self,
-        documents: Documents,
+        stream: Stream,
         starts: np.ndarray,
         row_length: int,
         *,
         pad_id: int,
         drop_last: bool,
     ):
-        self._documents = documents
+        self._stream = stream
         self._starts = starts
         self._pad_id = pad_id
         self.row_length = row_length
@@ -74,35 +75,43 @@ class PackedRows:
     def read(self, rows: np.ndarray) -> Batch:
         """Rows by number, stacked: [rows, L] each. Numbers past the last row give padding.
 
-        One call to the documents fetches all that the rows need.
+        The stream is asked once for all of them.
         """
-        L = self.row_length
-        begin = np.minimum(rows.astype(np.int64) * L, self.num_tokens)
-        size = np.where(rows < len(self), np.minimum(self.num_tokens - begin, L + 1), 0)
-        first = np.searchsorted(self._starts, begin, side="right") - 1
-        last = np.searchsorted(self._starts, begin + size, side="left")
-        wanted = sorted({d for a, b in zip(first, last, strict=True) for d in range(a, b)})
-        fetched = dict(zip(wanted, self._documents.__getitems__(wanted), strict=True))
-        stream = np.full((len(rows), L + 1), self._pad_id, np.int32)
-        opens = np.zeros((len(rows), L + 1), bool)  # where a segment begins
-        for r in range(len(rows)):
-            bounds = (self._starts[first[r] : last[r] + 1] - begin[r]).tolist()
-            for d, start, end in zip(range(first[r], last[r]), bounds, bounds[1:], strict=False):
-                low, high = max(start, 0), min(end, size[r])
-                stream[r, low:high] = fetched[d][low - start : high - start]
-                opens[r, low] = True
-        return self._described(stream, opens, np.arange(L + 1) < size[:, None])
+        places = np.arange(self.row_length + 1)
+        inside = np.flatnonzero(rows < len(self))
+        begin = rows[inside].astype(np.int64) * self.row_length
+        size = np.minimum(self.num_tokens - begin, len(places))
+        real = np.zeros((len(rows), len(places)), bool)
+        real[inside] = places < size[:, None]
+        tokens = np.full(real.shape, self._pad_id, np.int32)
+        tokens[real] = self._stream.read(begin, size)
+        return self._described(tokens, self._opens(inside, begin, size, real.shape), real)
 
-    def _described(self, stream: np.ndarray, opens: np.ndarray, real: np.ndarray) -> Batch:
+    def _opens(self, rows: np.ndarray, begin, size, shape: tuple[int, int]) -> np.ndarray:
+        """Where segments begin: at the start of each of these rows, and of documents in it."""
+        opens = np.zeros(shape, bool)
+        opens[rows, 0] = True
+        first = np.searchsorted(self._starts, begin, side="right")
+        count = np.searchsorted(self._starts, begin + size, side="left") - first
+        places = self._starts[ranges(first, count)] - np.repeat(begin, count)
+        opens[np.repeat(rows, count), places] = True
+        return opens
+
+    def _described(self, tokens: np.ndarray, opens: np.ndarray, real: np.ndarray) -> Batch:
         """L + 1 places of every row -> what is said of its L tokens."""
         places = np.arange(self.row_length, dtype=np.int32)
         here = opens[:, :-1]
         segments = np.cumsum(here, axis=1, dtype=np.int32)
         since = np.maximum.accumulate(np.where(here, places, 0), axis=1)
         return {
-            "tokens": stream[:, :-1],
-            "targets": stream[:, 1:],
+            "tokens": tokens[:, :-1],
+            "targets": tokens[:, 1:],
             "segments": np.where(real[:, :-1], segments, 0),
             "positions": np.where(real[:, :-1], places - since, 0),
             "loss_mask": (real[:, 1:] & ~opens[:, 1:]).astype(np.float32),
         }
+
+
+def ranges(begin: np.ndarray, size: np.ndarray) -> np.ndarray:
+    """The numbers begin ... begin + size - 1 of every pair, one after the other."""
+    return np.repeat(begin - (np.cumsum(size) - size), size) + np.arange(size.sum())

@@ -54,7 +54,10 @@ def prepare_sources(config: Config, report: Report = print, workers: int | None 
     _check_folder(data.dir)
     if data.tokenizer:
         load_tokenizer(config, Path(data.tokenizer))  # a wrong one is an error before any work
-    texts = {name: _Text(config, name, report, workers) for name in data.sources}
+    unused = [name for name in data.sources if name not in data.mixed]
+    if unused:
+        report(f"sources: {', '.join(unused)} left out, as config.data.sources.*.weight is 0")
+    texts = {name: _Text(config, name, report, workers) for name in data.mixed}
     file = tokenizer_file(config, [text.name for text in texts.values()])
     if not data.tokenizer and not file.exists():
         _train_tokenizer(config, file, [text.made() for text in texts.values()], report)
@@ -75,7 +78,7 @@ def prepared_sources(config: Config) -> Prepared:
       ConfigError: something is missing; the message names it and says how to make it.
     """
     data = config.data
-    names = {name: noted_text(data, name) for name in data.sources}
+    names = {name: noted_text(data, name) for name in data.mixed}
     for name, text in names.items():
         _require(text is not None, f"{_note(data, name)}, of config.data.sources.{name}")
     file = tokenizer_file(config, list(names.values()))

@@ -1,4 +1,8 @@
-"""The token ids of every document as a second TFDS data set, made from the text data set."""
+"""The token ids of every document as a second TFDS data set, made from the text data set.
+
+The documents are laid end to end, and this stream of tokens is stored in records of equal size: a
+row costs reading the one or two records that it touches, be it of a book or of a hundred notes.
+"""
 
 from __future__ import annotations
 
@@ -15,43 +19,52 @@ import tensorflow_datasets as tfds
 
 from moepp_jax.config import DataConfig
 from moepp_jax.data import records, storage, work
+from moepp_jax.data.packing import ranges
 from moepp_jax.data.records import SPLITS
 from moepp_jax.data.shards import Shard, ShardWriter, decode_bytes, shard_name
 from moepp_jax.data.sources import Report
 from moepp_jax.data.tokenizer import Tokenizer
 
 # Raise it when the same documents would give other tokens or another layout.
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 
 _NAME = "moepp_tokens"
 
-# Bytes of text that are encoded together, for the sake of the cores.
+# Tokens of a record. With fewer, a row of 2,048 touches more records; with more, a row of 256 reads
+# more that it does not need.
+_RECORD = 4096
+
+# Bytes of text that are encoded together, for the sake of the cores; tokens that are read together
+# where all are.
 _BATCH = 1_000_000
 
 
 def _features(vocab_size: int) -> tfds.features.FeaturesDict:
     dtype = np.uint16 if vocab_size <= 2**16 else np.uint32
     return tfds.features.FeaturesDict(
-        {
-            "tokens": tfds.features.Tensor(shape=(None,), dtype=dtype, encoding="bytes"),
-            "num_bytes": tfds.features.Scalar(np.int64),
-        }
+        {"tokens": tfds.features.Tensor(shape=(None,), dtype=dtype, encoding="bytes")}
     )
 
 
-class TokenDocuments(records.Split):
+class TokenDocuments(Sequence):
     """The documents of one split by index, each a vector of token ids from BOS to EOS.
 
+    Laid end to end they are a stream, which `read` reads anywhere.
+
     Attributes:
-      starts: [documents + 1], where each begins in the split's stream of tokens, and its end. It
-        stays on disk: a billion documents would be 8 GB of it.
+      starts: [documents + 1], where each begins in the stream, and its end. It stays on disk: a
+        billion documents would be 8 GB of it.
     """
 
     def __init__(self, folder: Path, split: str):
-        super().__init__(folder, split)
-        self._dtype = self.features["tokens"].np_dtype
+        self._records = records.Split(folder, split)
+        self._dtype = self._records.features["tokens"].np_dtype
         # As plain arrays: a memmap's own way of indexing is slow.
         self.starts, self._byte_starts = np.asarray(np.load(folder / _index(split), mmap_mode="r"))
+        self._record_starts = np.asarray(np.load(folder / _cuts(split), mmap_mode="r"))
+
+    def __len__(self) -> int:
+        return len(self.starts) - 1
 
     @property
     def lengths(self) -> np.ndarray:
@@ -68,27 +81,68 @@ class TokenDocuments(records.Split):
         return int(self._byte_starts[-1])
 
     def __getitem__(self, index: int) -> np.ndarray:
-        [document] = self.__getitems__([index])
+        index = range(len(self))[index]
+        [document] = self._documents(index, index + 1)
         return document
 
-    def __getitems__(self, indices: Sequence[int]) -> list[np.ndarray]:
-        """Several documents with one call to the reader, which is ten times as fast.
+    def __iter__(self) -> Iterator[np.ndarray]:
+        first = 0
+        while first < len(self):
+            last = int(np.searchsorted(self.starts, self.starts[first] + _BATCH, "right")) - 1
+            last = max(last, first + 1)
+            yield from self._documents(first, last)
+            first = last
+
+    def _documents(self, first: int, last: int) -> list[np.ndarray]:
+        starts = self.starts[first : last + 1]
+        tokens = self.read(starts[:1], starts[-1:] - starts[:1])
+        return np.split(tokens, starts[1:-1] - starts[0])
+
+    def read(self, begin: np.ndarray, size: np.ndarray) -> np.ndarray:
+        """Spans of the stream, one after the other; one call to the reader fetches them all.
+
+        Args:
+          begin, size: [spans], in tokens, at least 1 each.
 
         Raises:
-          DataError: a record cannot be read, or is not the document that was written there.
+          DataError: a record cannot be read, or is not what was written there.
         """
-        stored = self.records(indices)
-        documents = [np.frombuffer(decode_bytes(r, "tokens"), self._dtype) for r in stored]
-        numbers = np.array(indices, np.int64)
-        lengths = self.starts[numbers + 1] - self.starts[numbers]
-        for index, document, length in zip(indices, documents, lengths, strict=True):
-            if len(document) != length:
-                raise self.damaged(index, f"holds {len(document)} tokens, not those written there")
-        return documents
+        first = np.searchsorted(self._record_starts, begin, side="right") - 1
+        last = np.searchsorted(self._record_starts, begin + size, side="left")
+        wanted = np.unique(ranges(first, last - first))
+        starts = self._record_starts[wanted]
+        lengths = self._record_starts[wanted + 1] - starts
+        fetched = self._fetch(wanted, lengths)
+        # Records that follow each other in the stream do so in `fetched`.
+        of_span = np.searchsorted(wanted, first)
+        at = (np.cumsum(lengths) - lengths - starts)[of_span] + begin
+        return self._joined(
+            fetched[a:b] for a, b in zip(at.tolist(), (at + size).tolist(), strict=True)
+        )
+
+    def _fetch(self, numbers: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+        """Whole records, one after the other."""
+        stored = self._records.records(numbers.tolist())
+        tokens = [np.frombuffer(decode_bytes(record, "tokens"), self._dtype) for record in stored]
+        found = np.fromiter(map(len, tokens), np.int64)
+        for wrong in np.flatnonzero(found != lengths):
+            raise self._records.damaged(
+                int(numbers[wrong]), f"holds {found[wrong]} tokens, not those written there"
+            )
+        return self._joined(tokens)
+
+    def _joined(self, vectors: Iterable[np.ndarray]) -> np.ndarray:
+        return np.concatenate([np.empty(0, self._dtype), *vectors])
 
 
 def _index(split: str) -> str:
+    """File of where documents begin, in tokens and in bytes."""
     return f"{split}-index.npy"
+
+
+def _cuts(split: str) -> str:
+    """File of where records begin, in tokens."""
+    return f"{split}-records.npy"
 
 
 def tokens_folder(config: DataConfig, text: str, tokenizer: Tokenizer) -> Path:
@@ -130,14 +184,23 @@ def _make(folder: Path, text: Path, tokenizer: Tokenizer, workers: int, report: 
         counts = [np.load(job.counts(split)) for job in jobs]
         starts = np.cumulative_sum(np.concatenate(counts, axis=1), axis=1, include_initial=True)
         np.save(folder / _index(split), starts)
+        np.save(folder / _cuts(split), _record_starts([int(c[0].sum()) for c in counts]))
     records.finish(
         folder,
         _NAME,
         _features(tokenizer.vocab_size),
         {split: [Shard(**result[split]) for result in results] for split in SPLITS},
-        files=map(_index, SPLITS),
-        description=f"Token ids of the tokenizer {tokenizer.fingerprint} for {text.name}.",
+        files=[name(split) for name in (_index, _cuts) for split in SPLITS],
+        description=f"Token ids of the tokenizer {tokenizer.fingerprint} for {text.name}: records "
+        "of equal size, whatever the documents; each of these begins with BOS and ends with EOS.",
     )
+
+
+def _record_starts(tokens: Sequence[int]) -> np.ndarray:
+    """Where records begin in the stream of shards with so many tokens each, and its end."""
+    ends = np.cumsum(tokens)
+    starts = [np.arange(end - n, end, _RECORD) for end, n in zip(ends, tokens, strict=True)]
+    return np.concatenate([*starts, ends[-1:]])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,26 +231,43 @@ class _TokensJob:
         return {split: self._encode(split, advance)._asdict() for split in self.shards}
 
     def _encode(self, split: str, advance: work.Advance) -> Shard:
-        tokenizer = _tokenizer(self.model)
-        bos, eos = [tokenizer.bos_id], [tokenizer.eos_id]
-        dtype = _features(tokenizer.vocab_size)["tokens"].np_dtype
-        stored = records.read_shard(self.text, self.shards[split])
+        dtype = _features(_tokenizer(self.model).vocab_size)["tokens"].np_dtype
         counts: list[tuple[int, int]] = []
         with contextlib.ExitStack() as stack:
             name = shard_name(_NAME, split, self.index, self.count)
             writer = ShardWriter(self.folder / name)
             stack.callback(writer.discard)
-            for texts in _batches(decode_bytes(record, "text") for record in stored):
-                encoded = tokenizer.encode_batch([text.decode() for text in texts], self.threads)
-                for text, ids in zip(texts, encoded, strict=True):
-                    tokens = np.array(bos + ids + eos, dtype)
-                    example = {"tokens": tokens.tobytes(), "num_bytes": len(text)}
-                    writer.write(example, tokens.nbytes)
-                    counts.append((len(tokens), len(text)))
-                advance(sum(map(len, texts)))
+            for ids in _cut(self._encoded(split, advance, counts)):
+                tokens = np.array(ids, dtype)
+                writer.write({"tokens": tokens.tobytes()}, tokens.nbytes)
             shard = writer.close()
         np.save(self.counts(split), np.array(counts, np.int64).reshape(-1, 2).T)
         return shard
+
+    def _encoded(self, split: str, advance: work.Advance, counts: list) -> Iterator[list[int]]:
+        """The ids of each document; tells `counts` how many, and of how many bytes."""
+        tokenizer = _tokenizer(self.model)
+        bos, eos = [tokenizer.bos_id], [tokenizer.eos_id]
+        stored = records.read_shard(self.text, self.shards[split])
+        for texts in _batches(decode_bytes(record, "text") for record in stored):
+            encoded = tokenizer.encode_batch([text.decode() for text in texts], self.threads)
+            for text, ids in zip(texts, encoded, strict=True):
+                counts.append((len(ids) + 2, len(text)))
+                yield bos + ids + eos
+            advance(sum(map(len, texts)))
+
+
+def _cut(documents: Iterable[list[int]]) -> Iterator[list[int]]:
+    """Documents laid end to end and cut into records; the last one may be shorter."""
+    stream: list[int] = []
+    for ids in documents:
+        stream += ids
+        whole = len(stream) - len(stream) % _RECORD
+        for start in range(0, whole, _RECORD):
+            yield stream[start : start + _RECORD]
+        del stream[:whole]
+    if stream:
+        yield stream
 
 
 def _batches(texts: Iterable[bytes]) -> Iterator[list[bytes]]:

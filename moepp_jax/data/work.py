@@ -120,8 +120,7 @@ class _StoppedError(Exception):
 
 def _start_worker(read: Any, stop: Any) -> None:
     global _advance
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process that gives out the jobs takes it
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    end_with_parent()
 
     def _advance(num_bytes: int) -> None:
         if stop.value:
@@ -130,8 +129,13 @@ def _start_worker(read: Any, stop: Any) -> None:
             read.value += num_bytes
 
 
-def _end_with_parent() -> None:
-    """A parent that was killed cannot end its workers."""
+def end_with_parent() -> None:
+    """Ties a worker to its parent, which takes SIGINT for both, and may be killed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent takes it
+    threading.Thread(target=_watch_parent, daemon=True).start()
+
+
+def _watch_parent() -> None:
     connection.wait([multiprocessing.parent_process().sentinel])
     os._exit(1)
 
