@@ -40,8 +40,9 @@ help:
 train: .venv/run
 	$(PY) -m experiments.twins --config=configs/tiny.py --workdir=runs/tiny
 
+# Neighbours share fixtures and compiled programs: each process gets a run of them, then steals.
 test: .venv/dev
-	$(PY) -m pytest
+	$(PY) -m pytest --numprocesses=auto --maxprocesses=4 --dist=worksteal
 
 test-slow: .venv/dev
 	$(PY) -m pytest -m slow

@@ -27,7 +27,7 @@ class Model:
 
     Attributes:
       config: of the run that trained it.
-      params: a plain nested dictionary of arrays.
+      params: a plain nested dictionary of arrays; None in a model that only generates.
       tokenizer: None where the work directory has none; texts then cannot be given, tokens can.
       speed: of the last generation.
     """
@@ -38,13 +38,15 @@ class Model:
         params: dict[str, Any],
         tokenizer: Tokenizer | None = None,
         mesh: Mesh | None = None,
+        only_generate: bool = False,
     ):
         """
         Args:
           mesh: over which the parameters are cut as in training; None is one device.
+          only_generate: params are given up to `generate` and `stream`; there is no `logits`.
         """
         self.config = config
-        self.params = params
+        self.params = None if only_generate else params
         self.tokenizer = tokenizer
         self._model = model_lib.build(config, mesh, dispatch="dropless")
         self._devices = 1 if mesh is None else mesh.size
@@ -54,7 +56,7 @@ class Model:
             specs = (mesh_lib.specs(params), rows, rows)
             forward = jax.shard_map(forward, mesh=mesh, in_specs=specs, out_specs=rows)
         self._logits = jax.jit(forward)
-        self._generator = Generator(self._model, params, mesh)
+        self._generator = Generator(self._model, params, mesh, use_up=only_generate)
         self.speed = Speed()
 
     def logits(self, tokens, mask=None) -> Float[Array, "B S V"]:
@@ -65,6 +67,8 @@ class Model:
           mask: (B, S), true or 1 for real tokens; padding, on either side, is seen by no real
             token, and positions are counted from the first real one. By default all are real.
         """
+        if self.params is None:
+            raise ValueError("this model was loaded with only_generate: it has no logits")
         tokens = np.asarray(tokens)
         if tokens.ndim != 2:
             raise ValueError(f"tokens of shape {tokens.shape} must be (sequences, tokens)")
@@ -212,7 +216,12 @@ def _ids(i: int, prompt: Any) -> list[int]:
     return ids.tolist()
 
 
-def load(workdir: str | Path, step: int | None = None, all_devices: bool = False) -> Model:
+def load(
+    workdir: str | Path,
+    step: int | None = None,
+    all_devices: bool = False,
+    only_generate: bool = False,
+) -> Model:
     """The model of a work directory.
 
     Args:
@@ -220,6 +229,8 @@ def load(workdir: str | Path, step: int | None = None, all_devices: bool = False
         evaluated.
       all_devices: every parameter is cut over all devices, and put together where it is used: for
         models that one device cannot hold. By default it is on the first device.
+      only_generate: the model has no `logits` and no `params`, and needs half the memory: it is
+        held once, as generation reads it, and in the dtype of arithmetic.
 
     Raises:
       ConfigError, CheckpointError: the directory holds no run, no checkpoint, not that step, or a
@@ -233,13 +244,18 @@ def load(workdir: str | Path, step: int | None = None, all_devices: bool = False
     lies = (
         jax.tree.map(lambda _: here, shapes) if mesh is None else mesh_lib.shardings(shapes, mesh)
     )
-    abstract = jax.tree.map(
-        lambda s, where: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where), shapes, lies
-    )
+
+    def asked(key_path, shape, where):
+        dtype = jnp.dtype(config.model.dtype)
+        used = mesh_lib.used_in(mesh_lib.path_of(key_path), dtype) if only_generate else shape.dtype
+        return jax.ShapeDtypeStruct(shape.shape, used, sharding=where)
+
+    abstract = jax.tree_util.tree_map_with_path(asked, shapes, lies)
     with Checkpoints(workdir, keep=config.train.keep) as checkpoints:
         params = checkpoints.restore_params(checkpoints.choose(step), abstract)
     file = tokenizer_file(workdir)
-    return Model(config, params, Tokenizer.load(file) if file.exists() else None, mesh)
+    tokenizer = Tokenizer.load(file) if file.exists() else None
+    return Model(config, params, tokenizer, mesh, only_generate)
 
 
 def _over_all_devices(config: Config) -> Mesh:

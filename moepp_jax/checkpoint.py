@@ -11,6 +11,7 @@ import dataclasses
 import json
 import math
 import os
+import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -73,6 +74,7 @@ class Checkpoints:
         items = _split(state)
         meta = {"metrics": metrics, "shapes": _shapes(items)}
         self._saving = step
+        self._remove_leftover()
         self._policy.note(step, metrics)
         self._manager.save(
             step,
@@ -181,7 +183,8 @@ class Checkpoints:
         try:
             return dict(self._manager.restore(step, args=ocp.args.Composite(**targets)).items())
         except Exception as error:  # orbax raises bare ones
-            raise self._error(step, f"cannot be read: {error}") from error
+            said = str(error).partition(" See full TensorStore details")[0]
+            raise self._error(step, f"cannot be read: {said}") from error
 
     def _verify(self, step: int | None, items: dict[str, Any]) -> None:
         self.wait()
@@ -230,6 +233,12 @@ class Checkpoints:
         with jax.transfer_guard("allow"):
             damaged = multihost_utils.broadcast_one_to_all(found is not None)
         return (found or "process 0 says so") if damaged else None
+
+    def _remove_leftover(self) -> None:
+        """What a process that was killed while it saved this step left of it."""
+        folder = self._folder / f"{self._saving}{ocp.path.atomicity.TMP_DIR_SUFFIX}"
+        if is_local(folder) and jax.process_index() == 0:
+            shutil.rmtree(folder, ignore_errors=True)
 
     def _write_checksums(self) -> None:
         """Called by orbax on process 0 when all is written, before the folder gets its name."""

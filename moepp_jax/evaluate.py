@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
@@ -20,7 +20,11 @@ from moepp_jax import state as state_lib
 from moepp_jax.checkpoint import Checkpoints
 from moepp_jax.config import Config
 from moepp_jax.data import Dataset, open_dataset
+from moepp_jax.metrics import finite
 from moepp_jax.processes import Rows, agree, require_alike
+
+# math.exp raises an error for more: a run that goes wrong gets there.
+_MOST_NATS = 700.0
 
 
 def make_evaluate(
@@ -76,7 +80,7 @@ def make_evaluate(
         by_layer = jax.device_get(moe.summarise(stats, pool))
         return {
             "eval_loss": loss,
-            "eval_perplexity": math.exp(loss),
+            "eval_perplexity": _perplexity(loss),
             "eval_tokens": int(total["targets"]),
             "eval_ffn_experts_per_token": float(by_layer["ffn_experts_per_token"].mean()),
             "eval_drop_rate": float(by_layer["drop_rate"].mean()),
@@ -89,7 +93,12 @@ def make_evaluate(
 
 
 def evaluate_mixture(
-    evaluate: Callable, params: Any, dataset: Dataset, num_batches: int, rows: np.ndarray
+    evaluate: Callable,
+    params: Any,
+    dataset: Dataset,
+    num_batches: int,
+    rows: np.ndarray,
+    done: Callable[[], Any] = lambda: None,
 ) -> dict[str, Any]:
     """What `make_evaluate` says of held-out text that is mixed as training text is.
 
@@ -100,6 +109,7 @@ def evaluate_mixture(
     Args:
       num_batches: of all sources together; 0 is all of their text.
       rows: of each batch that this process reads.
+      done: called after each batch.
 
     Returns:
       The average, with eval_bits_per_byte, which is comparable between tokenizers; eval_tokens is a
@@ -108,7 +118,7 @@ def evaluate_mixture(
     each = {}
     for name, source in dataset.sources.items():
         part = num_batches and max(1, round(num_batches * dataset.shares[name]))
-        each[name] = evaluate(params, source.eval_batches(part, rows))
+        each[name] = evaluate(params, _counted(source.eval_batches(part, rows), done))
         each[name]["eval_bits_per_byte"] = _bits(each[name]["eval_loss"]) / source.bytes_per_target
     mixed = {
         metric: sum(share * each[name][metric] for name, share in dataset.shares.items())
@@ -117,7 +127,7 @@ def evaluate_mixture(
     num_bytes = sum(
         s * dataset.sources[name].bytes_per_target for name, s in dataset.shares.items()
     )
-    mixed["eval_perplexity"] = math.exp(mixed["eval_loss"])
+    mixed["eval_perplexity"] = _perplexity(mixed["eval_loss"])
     mixed["eval_bits_per_byte"] = _bits(mixed["eval_loss"]) / num_bytes
     mixed["eval_tokens"] = sum(metrics["eval_tokens"] for metrics in each.values())
     if len(each) > 1:
@@ -126,20 +136,34 @@ def evaluate_mixture(
     return mixed
 
 
+def _perplexity(nats: float) -> float:
+    return math.inf if nats > _MOST_NATS else math.exp(nats)
+
+
+def _counted(batches: Iterable, done: Callable[[], Any]) -> Iterator:
+    for batch in batches:
+        yield batch
+        done()
+
+
 def _bits(nats: float) -> float:
     return nats / math.log(2)
 
 
 def evaluate_run(
-    config: Config, workdir: str | os.PathLike, step: int | None = None
+    config: Config,
+    workdir: str | os.PathLike,
+    step: int | None = None,
+    progress: Callable[[int, int], None] = lambda batches, total: None,
 ) -> dict[str, Any]:
     """A checkpoint of a run on all of the held-out text.
 
     Args:
       step: by default the best, or the newest if none was evaluated.
+      progress: called with the batches done since the last call, and their total.
 
     Returns:
-      What `evaluate_mixture` says, with the step; arrays as lists.
+      What `evaluate_mixture` says, with the step, as JSON takes it.
 
     Raises:
       ConfigError, CheckpointError: no prepared data; no checkpoint, not that one, or damaged.
@@ -153,6 +177,10 @@ def evaluate_run(
     with Checkpoints(workdir, config.train.keep) as checkpoints:
         step = checkpoints.choose(step)
         params = checkpoints.restore_params(step, abstract.params)
-    metrics = evaluate_mixture(make_evaluate(config, mesh), params, dataset, 0, rows)
-    arrays_as_lists = {name: np.asarray(value).tolist() for name, value in metrics.items()}
-    return {"step": step} | arrays_as_lists
+    size = config.train.batch_size
+    total = sum(-(-len(source.eval) // size) for source in dataset.sources.values())
+    metrics = evaluate_mixture(
+        make_evaluate(config, mesh), params, dataset, 0, rows, lambda: progress(1, total)
+    )
+    as_json = {name: finite(np.asarray(value).tolist()) for name, value in metrics.items()}
+    return {"step": step} | as_json

@@ -63,6 +63,8 @@ class StopRequest:
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.signal = signal.Signals(number)
         self._restore()
+        said = f"{self.signal.name}: stops after this step and saves; a second one stops at once"
+        os.write(2, f"\n{said}\n".encode())  # print may be what was interrupted
         if self._several:
             os.kill(os.getpid(), signal.SIGTERM)
 

@@ -26,32 +26,49 @@ steps.
 A training run that is killed goes on when the same command is given again. SIGTERM or SIGINT lets
 it save first; it then ends with exit status 143 or 130. Errors end with status 1 and one message.
 compile needs no such devices, and ends with status 2 where the training step does not fit them.
+
+    python -m moepp_jax.main generate --help     # a command with its flags; --helpfull: all flags
 """
 
+import difflib
+import inspect
 from collections.abc import Sequence
+
+from absl import flags
 
 from moepp_jax import cli
 from moepp_jax.commands import compile, convert, data, evaluate, generate, lm_eval, train
 from moepp_jax.config import ConfigError
 
 COMMANDS = {
-    "train": train.run,
-    "evaluate": evaluate.run,
-    "generate": generate.run,
-    "lm_eval": lm_eval.run,
-    "compile": compile.run,
-    "data": data.run,
-    "convert": convert.run,
+    "train": train,
+    "evaluate": evaluate,
+    "generate": generate,
+    "lm_eval": lm_eval,
+    "compile": compile,
+    "data": data,
+    "convert": convert,
 }
 
 
 def main(argv: Sequence[str]) -> None:
     _, *words = argv
     if not words or words[0] not in COMMANDS:
+        near = difflib.get_close_matches(words[0], COMMANDS, n=1) if words else []
         said = f"not {' '.join(words)!r}" if words else "as in moepp_jax.main train"
-        raise ConfigError(f"give one command of {', '.join(COMMANDS)}, {said}; --help lists flags")
-    COMMANDS[words[0]](words[1:])
+        hint = f"did you mean {near[0]}?" if near else "--help describes them"
+        raise ConfigError(f"give one command of {', '.join(COMMANDS)}, {said}; {hint}")
+    COMMANDS[words[0]].run(words[1:])
+
+
+def describe(words: Sequence[str]) -> str:
+    """The text of --help: of a command with its flags, or of all in short."""
+    if not words or words[0] not in COMMANDS:
+        return __doc__
+    module = COMMANDS[words[0]]
+    _, _, shown = flags.FLAGS.module_help(module).lstrip().partition("\n")  # the module's name
+    return f"{inspect.cleandoc(module.__doc__)}\n\n{shown}"
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, describe)

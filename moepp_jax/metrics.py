@@ -9,17 +9,42 @@ are in TensorBoard).
 """
 
 import json
+import logging
 import math
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from tensorboardX import SummaryWriter
 
+from moepp_jax.config import ConfigError
 from moepp_jax.storage import Staging, open_path, write_atomic
 
 _FILE = "metrics.jsonl"
+
+# It warns of each number that is not finite: `require_finite` says it once, and which.
+logging.getLogger("tensorboardX.x2num").setLevel(logging.ERROR)
+
+
+# What says whether a run is still computing: when its parameters are lost, so are these.
+_VITAL = ("loss", "grad_norm", "eval_loss")
+
+
+class DivergedError(ArithmeticError):
+    """A run whose numbers are not finite any more; the message names the step and the numbers."""
+
+
+def require_finite(step: int, values: Mapping[str, Any]) -> None:
+    """
+    Raises:
+      DivergedError: the loss, the gradient's norm or the held-out loss of a row is not finite.
+    """
+    vital = {name: float(values[name]) for name in _VITAL if name in values}
+    lost = [f"{name} = {value}" for name, value in vital.items() if not math.isfinite(value)]
+    if lost:
+        raise DivergedError(f"step {step}: {', '.join(lost)}")
 
 
 class MetricsWriter:
@@ -51,7 +76,7 @@ class MetricsWriter:
     def write(self, step: int, **values: Any) -> None:
         """One row. Values are numbers or arrays of them: of Python, numpy, or on JAX's host."""
         values = {name: np.asarray(value).tolist() for name, value in values.items()}
-        row = {"step": step} | {name: _finite(value) for name, value in values.items()}
+        row = {"step": step} | {name: finite(value) for name, value in values.items()}
         self._file.write(json.dumps(row, allow_nan=False) + "\n")
         self._file.flush()
         for name, value in values.items():
@@ -83,7 +108,7 @@ def read_metrics(workdir: str | os.PathLike) -> list[dict[str, Any]]:
 
     Raises:
       FileNotFoundError: nothing was measured in this folder yet.
-      ValueError: another line is not a row; the message names it.
+      ConfigError: another line is not a row; the message names it.
     """
     file = open_path(workdir) / _FILE
     if not file.exists():
@@ -95,7 +120,10 @@ def read_metrics(workdir: str | os.PathLike) -> list[dict[str, Any]]:
         if row is not None:
             rows.append(row)
         elif number < len(lines):
-            raise ValueError(f"{file}, line {number} is no JSON object with a step: {line[:80]!r}")
+            raise ConfigError(
+                f"{file}, line {number} is no JSON object with a step: {line[:80]!r}; mend that "
+                "line or take it away"
+            )
     return rows
 
 
@@ -118,7 +146,8 @@ def _row(line: str) -> dict[str, Any] | None:
     return row if isinstance(row, dict) and isinstance(row.get("step"), int) else None
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
+    """The number, or lists of numbers, with None in the place of what has no form in JSON."""
     if isinstance(value, list):
-        return [_finite(element) for element in value]
+        return [finite(element) for element in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,8 +1,9 @@
 """How a run is getting on: a bar on a terminal, one plain line an update elsewhere."""
 
+import contextlib
 import time
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from rich import progress
@@ -77,6 +78,29 @@ class Progress:
     def __exit__(self, *error: object) -> None:
         if self._bar:
             self._bar.stop()
+
+
+@contextlib.contextmanager
+def passing_bar(unit: str, total: int | None = None) -> Iterator[Callable[..., None]]:
+    """A bar on standard error if that is a terminal, else nothing; it goes when its context ends.
+
+    Yields:
+      A function of how many units were done since the last call, and of their total if that was
+      not known before.
+    """
+    console = Console(stderr=True)
+    bar = progress.Progress(
+        progress.TextColumn(unit),
+        progress.BarColumn(bar_width=30),
+        progress.MofNCompleteColumn(),
+        progress.TimeElapsedColumn(),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    )
+    with bar:
+        task = bar.add_task(unit, total=total)
+        yield lambda done, total=total: bar.update(task, advance=done, total=total)
 
 
 class _Bar(progress.Progress):

@@ -5,9 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
-import time
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import jax
 
@@ -19,7 +17,8 @@ from moepp_jax.checkpoint import Checkpoints
 from moepp_jax.config import Config
 from moepp_jax.data import Dataset, describe, open_dataset, prepare
 from moepp_jax.interrupt import Stopped, StopRequest
-from moepp_jax.metrics import MetricsWriter
+from moepp_jax.log import Log
+from moepp_jax.metrics import DivergedError, MetricsWriter, require_finite
 from moepp_jax.profiling import Profile
 from moepp_jax.progress import Progress
 from moepp_jax.workdir import check_workdir, keep_tokenizer, open_workdir
@@ -44,6 +43,8 @@ def train(
       ConfigError: the configuration does not fit the devices, the data or the work directory.
       CheckpointError: every checkpoint there is damaged, or they are of another architecture.
       DataError: a record of the data is damaged; the checkpoints before it are kept.
+      DivergedError: a loss or a gradient is not finite; the same holds. It is noticed where metrics
+        are fetched, every config.train.log_every steps, and before a checkpoint is saved.
       Stopped: SIGINT or SIGTERM asked for it; the run is saved.
     """
     processes.require_alike(f"{workdir} {config.to_json()}")
@@ -72,8 +73,14 @@ def train(
             if first:
                 writer = stack.enter_context(MetricsWriter(workdir, resume_step=step))
                 progress = stack.enter_context(Progress(config.train.steps, step))
-            log = _Log(config, mesh, dataset, writer, progress, step)
-            state, step = _loop(config, mesh, dataset, state, step, checkpoints, log, tracer, stop)
+            log = Log(config, mesh, dataset, writer, progress, step)
+            try:
+                state, step = _loop(
+                    config, mesh, dataset, state, step, checkpoints, log, tracer, stop
+                )
+            except DivergedError as error:
+                checkpoints.wait()  # in all processes: each has seen the same numbers
+                raise DivergedError(_diverged(error, checkpoints.latest_step())) from None
     if step < config.train.steps:
         raise Stopped(stop.signal, step)
     return state
@@ -117,9 +124,11 @@ def _loop(config, mesh, dataset: Dataset, state, step, checkpoints, log, tracer,
                     evaluate, state.params, dataset, t.eval_batches, rows.indices
                 )
                 log.held_out(step, held_out)
+                require_finite(step, held_out)
         if step % t.save_every == 0 or last:
             log.flush()
             with log.paused(state):
+                require_finite(step, jax.device_get(metrics))
                 log.keep()
                 loss = {k: v for k, v in held_out.items() if k == "eval_loss"}
                 checkpoints.save(step, state, loss)
@@ -138,94 +147,6 @@ def _one_ahead(batches: Iterator) -> Iterator:
     yield batch
 
 
-class _Log:
-    """Rows of metrics: training's noted when their step is started, written when it is done.
-
-    Args:
-      writer: None, like progress, in a process that is not the first: it only keeps pace.
-    """
-
-    def __init__(
-        self,
-        config: Config,
-        mesh,
-        dataset: Dataset,
-        writer: MetricsWriter | None,
-        progress: Progress | None,
-        step: int,
-    ):
-        self._config = config
-        self._mesh = mesh
-        self._dataset = dataset
-        self._writer = writer
-        self._progress = progress
-        self._pending: tuple[int, Any] | None = None
-        self._seconds = writer.seconds_so_far if writer else 0.0
-        self._step = step
-        self._since = time.perf_counter()
-        self._waited = 0.0
-
-    def waited_for(self, batches: Iterator) -> Iterator:
-        """The batches; the time that each takes to come is noted as waiting for data."""
-        while True:
-            start = time.perf_counter()
-            batch = next(batches, None)
-            self._waited += time.perf_counter() - start
-            if batch is None:
-                return
-            yield batch
-
-    def note(self, step: int, metrics: Any) -> None:
-        self._pending = (step, metrics)
-
-    def flush(self) -> None:
-        """Writes the row that is pending, waiting for its step to end."""
-        if self._pending is None:
-            return
-        step, metrics = self._pending
-        self._pending = None
-        values = {name: float(v) for name, v in jax.device_get(metrics).items()}
-        if self._writer is None:
-            return
-        now = time.perf_counter()
-        interval, self._since = now - self._since, now
-        data_wait, self._waited = self._waited / interval, 0.0
-        self._seconds += interval
-        tokens = self._config.train.batch_size * self._config.data.seq_len
-        rate = (step - self._step) * tokens / interval
-        self._step = step
-        per_token = flops.per_token(self._config, values["ffn_experts_per_token"])
-        device = self._mesh.devices.flat[0].device_kind
-        mfu = flops.utilisation(per_token.train * rate, device, self._mesh.size)
-        values |= {"tokens": step * tokens, "tokens_per_s": rate, "seconds": self._seconds}
-        values["data_wait"] = data_wait
-        for name, taken in self._dataset.taken(step).items():
-            values |= {f"tokens/{name}": taken.tokens, f"epochs/{name}": taken.epochs}
-        if mfu is not None:
-            values["mfu"] = mfu
-        self._writer.write(step, **values)
-        self._progress.update(step, **values)
-
-    def held_out(self, step: int, values: dict[str, Any]) -> None:
-        """Writes the row of an evaluation."""
-        if self._writer is not None:
-            self._writer.write(step, **values)
-            self._progress.message(_held_out_line(step, values))
-
-    def keep(self) -> None:
-        """Sees to it that no checkpoint outlives the rows before it."""
-        if self._writer is not None:
-            self._writer.flush()
-
-    @contextlib.contextmanager
-    def paused(self, state):
-        """What happens in this context is not time spent training; getting to this state is."""
-        jax.block_until_ready(state)
-        start = time.perf_counter()
-        yield
-        self._since += time.perf_counter() - start
-
-
 def _headline(config: Config, mesh, step: int) -> str:
     total, active = flops.parameters(config)
     e = config.moe
@@ -238,13 +159,10 @@ def _headline(config: Config, mesh, step: int) -> str:
     )
 
 
-def _held_out_line(step: int, held_out: dict[str, Any]) -> str:
-    each = {k: v for k, v in held_out.items() if k.startswith("eval_loss/")}
-    by_source = ", ".join(f"{name.partition('/')[2]} {loss:.4f}" for name, loss in each.items())
+def _diverged(error: DivergedError, newest: int | None) -> str:
+    kept = "there is no checkpoint yet" if newest is None else f"checkpoint {newest} is the newest"
     return (
-        f"step {step}: held-out loss {held_out['eval_loss']:.4f}"
-        f"{f' ({by_source})' if by_source else ''}, "
-        f"perplexity {held_out['eval_perplexity']:,.1f}, "
-        f"{held_out['eval_bits_per_byte']:.3f} bits a byte, "
-        f"{held_out['eval_ffn_experts_per_token']:.2f} FFN experts a token"
+        f"{error}: the run has diverged and was stopped; {kept}. The same command would compute "
+        "the same again: give another --workdir, and a lower config.optim.lr, a longer "
+        "config.optim.warmup_steps or a lower config.optim.clip_norm"
     )

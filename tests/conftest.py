@@ -1,6 +1,10 @@
 """Eight virtual CPU devices for every test, set before JAX starts; without them nothing runs."""
 
+import dataclasses
+import gc
 import os
+
+from tests import hurry
 
 # Collectives block threads of JAX's CPU pools: with fewer threads than this they can deadlock.
 os.environ.setdefault("PJRT_NPROC", "32")
@@ -8,9 +12,7 @@ os.environ["XLA_FLAGS"] = " ".join(
     [
         os.environ.get("XLA_FLAGS", ""),
         "--xla_force_host_platform_device_count=8",
-        # Compiling is most of what tests do: this takes a third of the time for the same sums.
-        "--xla_backend_optimization_level=0",
-        "--xla_cpu_use_fusion_emitters=false",
+        hurry.XLA_FLAGS,
     ]
 )
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -20,9 +22,40 @@ from jaxtyping import install_import_hook
 # Shapes in signatures are checked whenever a test calls a function of these packages.
 install_import_hook("moepp_jax", "beartype.beartype")
 
+# Tracing makes many objects and few cycles: looking for those was an eighth of all tests' time.
+gc.set_threshold(20_000, 20, 20)
+
 import jax  # noqa: E402
+import pytest  # noqa: E402
+
+from moepp_jax.moe import Blocked, kernels  # noqa: E402
+
+
+def pytest_collection_finish(session):
+    gc.freeze()  # what the imports made stays
+
+
+def pytest_sessionfinish(session):
+    gc.freeze()  # or pytest would look five times through what all tests have left
 
 
 def pytest_sessionstart(session):
     if jax.device_count() < 8:
         raise RuntimeError(f"the tests need 8 devices and JAX has {jax.devices()}")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def small_blocks():
+    """Few sizes of a block are few branches to compile: half of the time of dropless models.
+
+    The tests' few rows then make full blocks too, beside the odd ones.
+    """
+    chosen = kernels.grouped_function
+
+    def small(platform):
+        grouped = chosen(platform)
+        return dataclasses.replace(grouped, block=16) if isinstance(grouped, Blocked) else grouped
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kernels, "grouped_function", small)
+        yield

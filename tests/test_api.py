@@ -86,6 +86,18 @@ def test_a_loaded_model_is_the_one_that_was_saved(model, folder):
     jax.tree.map(np.testing.assert_array_equal, model.params, expected)
 
 
+def test_a_model_that_only_generates_is_held_once(model, folder):
+    text = model.generate("The river")
+    slim = moepp_jax.load(folder, only_generate=True)
+    stacked = jax.tree.leaves(slim._generator._programs._params["layers"])
+    assert slim.generate("The river") == slim.generate("The river") == text
+    assert all(leaf.is_deleted() for leaf in stacked)
+    assert slim.params is None
+    with pytest.raises(ValueError, match="loaded with only_generate: it has no logits"):
+        slim.logits([[1, 2]])
+    model.logits([[1, 2]])  # the other one is whole
+
+
 def test_one_text_several_texts_and_ids(model):
     texts = ["The river", "A much longer beginning of a sentence"]
     continued = model.generate(texts)

@@ -26,17 +26,24 @@ KEYS = {
 
 
 @pytest.mark.parametrize("mode", layer.MODES)
-def test_rows(mode):
+def test_rows(mode, monkeypatch):
+    monkeypatch.setattr(layer, "TAUS", (0.25, 1.0))
     rows = layer.measure(SHAPE, mode, "forward_backward", rounds=1)
     assert json.loads(json.dumps(rows)) == rows
     assert all(row.keys() >= KEYS and row["seconds"] > 0 for row in rows)
-    assert [row["tau"] for row in rows] == [None, *layer.TAUS]
-    assert [row["experts"] for row in rows] == ["4+0"] + ["4+3"] * 5
-    # 1 / (tau 4 / (tau 4 + 3))
-    assert [round(row["theory"], 3) for row in rows] == [1, 8.5, 4, 2.5, 2, 1.75]
+    assert [row["tau"] for row in rows] == [None, 0.25, 1.0]
+    assert [row["experts"] for row in rows] == ["4+0", "4+3", "4+3"]
+    assert [row["theory"] for row in rows] == [1, 4, 1.75]
     for row in rows:
         assert row["speedup"] == rows[0]["seconds"] / row["seconds"]
         assert row["fraction_of_theory"] == row["speedup"] / row["theory"]
+
+
+def test_theory_by_hand():
+    """1 / (tau 4 / (tau 4 + 3))."""
+    theory = [round(subject.theory, 3) for subject in layer.subjects(SHAPE)]
+    assert [None, *layer.TAUS] == [None, 0.1, 0.25, 0.5, 0.75, 1.0]
+    assert theory == [1, 8.5, 4, 2.5, 2, 1.75]
 
 
 def test_router_is_set_to_the_balance_point():
@@ -98,9 +105,12 @@ def test_decoding_is_timed():
 
 def test_interleaved_runs_every_case_each_round():
     calls = []
-    cases = {name: timing.Case(lambda name=name: calls.append(name), ()) for name in "ab"}
-    seconds = timing.interleaved(cases, rounds=3)
-    assert calls == list("ab") * 4  # one round to compile
+    cases = {name: timing.Case(lambda name=name: calls.append(name), ()) for name in "abc"}
+    seconds = timing.interleaved(cases, rounds=7)
+    rounds = [tuple(calls[i : i + 3]) for i in range(0, len(calls), 3)]
+    assert len(rounds) == 8  # one to compile
+    assert all(sorted(each) == list("abc") for each in rounds)
+    assert len(set(rounds)) > 2  # in an order of its own
     assert all(s.low <= s.median <= s.high for s in seconds.values())
 
 

@@ -191,7 +191,7 @@ def test_a_step_without_checksums_is_accepted_and_its_damage_still_one_clear_err
             checkpoints.restore(10, _abstract(_state()))
 
 
-def test_a_save_that_was_killed_is_no_step_and_can_be_repeated(tmp_path):
+def test_a_save_that_was_killed_is_no_step_and_can_be_repeated(tmp_path, caplog):
     _save(tmp_path, 10)
     (tmp_path / "checkpoints" / "10").rename(tmp_path / "checkpoints" / "20.orbax-checkpoint-tmp")
     with Checkpoints(tmp_path, 2) as checkpoints:
@@ -199,6 +199,7 @@ def test_a_save_that_was_killed_is_no_step_and_can_be_repeated(tmp_path):
         checkpoints.save(20, _state())
         _assert_equal(checkpoints.restore(20, _abstract(_state())), _state())
     assert [entry.name for entry in (tmp_path / "checkpoints").iterdir()] == ["20"]
+    assert "already exists" not in caplog.text  # orbax's complaint of what the kill left
 
 
 def test_the_newest_and_the_best_are_kept_also_after_a_restart(tmp_path):

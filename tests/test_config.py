@@ -62,6 +62,8 @@ def test_whole_numbers_are_numbers():
 def test_unknown_field_is_named_with_its_likeliest_meaning():
     said = refused(fields(**{"moe.tua": 0.5}))
     assert said == "unknown field config.moe.tua = 0.5: did you mean moe.tau?"
+    said = refused(fields(**{"moe.warmup_steps": 5}))
+    assert said == "unknown field config.moe.warmup_steps = 5: did you mean optim.warmup_steps?"
     said = refused(fields(**{"mesh.zebra": 1}))
     assert said == "unknown field config.mesh.zebra = 1: there are data, fsdp, expert"
     assert "unknown field config.mode = {}: did you mean mode" in refused(fields(mode={}))
@@ -82,6 +84,8 @@ WRONG = [
     ("seed", 1.5, "must be of type int"),
     ("seed", True, "must be of type int"),
     ("seed", None, "must be of type int"),
+    ("seed", 2**32, "must be at least 0 and less than 2**32"),
+    ("generate.seed", -1, "must be at least 0 and less than 2**32"),
     ("model.dtype", 32, "must be of type str"),
     ("model.tied_embeddings", 1, "must be of type bool"),
     ("moe.tau", "0.5", "must be of type float"),
@@ -150,7 +154,7 @@ def test_every_number_has_a_bound_and_every_text_that_is_a_choice_its_choices():
     free = {"data.sources", "data.dir", "data.tfds_dir", "data.tokenizer"}
     free |= {"model.tied_embeddings", "moe.logit_norm"}
     by_hand = {"mesh.data", "mesh.fsdp", "mesh.expert", "optim.beta1", "optim.beta2"}
-    by_hand |= {"optim.final_lr_ratio", "generate.min_p"}
+    by_hand |= {"optim.final_lr_ratio", "generate.min_p", "seed", "generate.seed"}
     checked = {*config_lib._CHOICES, *config_lib._AT_LEAST, *config_lib._WITHIN}
     tree = small.config().to_dict()
     names = {"seed"} | {f"{g}.{n}" for g, group in tree.items() if g != "seed" for n in group}

@@ -6,11 +6,12 @@ from pathlib import Path
 import jax
 import pytest
 
-from configs import moepp_7b
+from configs import moepp_7b, run
 from configs.data import paper_mixture
 from moepp_jax import flops, mesh, model, state
 from moepp_jax.config import Config, ConfigError
 from moepp_jax.data.prepare import prepare_sources
+from moepp_jax.workdir import open_workdir
 
 # Billions of parameters, total and active at most (paper, table 2).
 PAPER = {
@@ -22,7 +23,7 @@ PAPER = {
 FILES = sorted(
     p.stem
     for p in (Path(__file__).parents[1] / "configs").glob("*.py")
-    if p.stem not in ("__init__", "base")
+    if p.stem not in ("__init__", "base", "run")
 )
 
 
@@ -39,6 +40,11 @@ def count(config: Config) -> int:
 def test_all_recipes_are_found():
     vanilla = {name.replace("moepp", "moe") for name in PAPER}
     assert set(FILES) == set(PAPER) | vanilla | {"tiny", "english"}
+
+
+def test_the_recipe_of_a_run_is_that_of_its_folder(tmp_path):
+    config = recipe("tiny")
+    assert Config.parse(run.get_config(open_workdir(tmp_path, config))) == config
 
 
 @pytest.mark.parametrize("name", FILES)

@@ -131,7 +131,7 @@ def test_sources_are_averaged_by_their_shares_of_training_not_of_the_held_out_te
         return SimpleNamespace(eval_batches=eval_batches, bytes_per_target=bytes_per_target)
 
     def evaluate(params, batches):
-        loss, tokens, load = {"a": (2.0, 1000, 1.0), "b": (4.0, 10, 3.0)}[batches[0]]
+        loss, tokens, load = {"a": (2.0, 1000, 1.0), "b": (4.0, 10, 3.0)}[next(iter(batches))]
         return {"eval_loss": loss, "eval_perplexity": 0, "eval_tokens": tokens, "load": [load]}
 
     dataset = object.__new__(Dataset)
@@ -151,6 +151,12 @@ def test_sources_are_averaged_by_their_shares_of_training_not_of_the_held_out_te
     assert got["eval_bits_per_byte/b"] == pytest.approx(4 / math.log(2) / 2)
 
 
+def test_a_loss_that_is_too_large_for_a_perplexity_or_lost_is_told_as_it_is():
+    assert evaluate_lib._perplexity(1e4) == math.inf and math.isnan(
+        evaluate_lib._perplexity(math.nan)
+    )
+
+
 def test_a_run_is_evaluated_on_all_of_its_held_out_text(tmp_path):
     c = tiny.config(**{"data.dir": str(tmp_path / "data"), "mesh.expert": 2})
     with pytest.raises(ConfigError, match="is not prepared"):
@@ -158,7 +164,9 @@ def test_a_run_is_evaluated_on_all_of_its_held_out_text(tmp_path):
     tiny.run_folder(tmp_path / "run", c)
     with pytest.raises(CheckpointError, match=r"checkpoint 4 .* steps that may be used .*: 3"):
         evaluate_lib.evaluate_run(c, tmp_path / "run", step=4)
-    got = evaluate_lib.evaluate_run(c, tmp_path / "run")
+    heard = []
+    got = evaluate_lib.evaluate_run(c, tmp_path / "run", progress=lambda *done: heard.append(done))
+    assert heard == [(1, len(heard))] * len(heard) and heard
     assert json.loads(json.dumps(got)) == got
     dataset = open_dataset(c)
     documents = dataset.sources["text"].eval_documents

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,18 +14,19 @@ import jax
 import numpy as np
 import pytest
 
+from moepp_jax import cli, main
 from moepp_jax import mesh as mesh_lib
 from moepp_jax import state as state_lib
 from moepp_jax.checkpoint import Checkpoints
 from moepp_jax.data import Tokenizer, open_dataset
 from moepp_jax.metrics import read_metrics
 from moepp_jax.workdir import read_config
-from tests import tiny
+from tests import hurry, tiny
 
 ROOT = Path(__file__).parents[1]
 # As on a user's machine, with one device, but compiled in a hurry.
 ENVIRONMENT = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "PJRT_NPROC")} | {
-    "XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+    "XLA_FLAGS": hurry.XLA_FLAGS
 }
 
 
@@ -64,7 +66,12 @@ def wait_for(path: Path, process: subprocess.Popen) -> None:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("main")
+    folder = tmp_path_factory.mktemp("main")
+    with pytest.MonkeyPatch.context() as patch:
+        # The started processes compile the same things.
+        patch.setitem(ENVIRONMENT, "JAX_COMPILATION_CACHE_DIR", str(folder / "cache"))
+        patch.setitem(ENVIRONMENT, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
+        yield folder
 
 
 @pytest.fixture(scope="module")
@@ -150,13 +157,18 @@ def test_generate_continues_prompts_with_the_settings_of_config_and_flags(runs, 
 # Errors, each in a process forked from one that has imported everything
 
 FORKS = """
-import json, os, sys, traceback
+import json, os, signal, sys, traceback
 from moepp_jax import cli, main
+
+# What a shell starts in the background ignores it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 def run(arguments, stderr):
     sys.argv, sys.stderr = ["main", *arguments], open(stderr, "w", buffering=1)
+    os.dup2(sys.stderr.fileno(), 2)
+    interrupt = lambda argv: signal.raise_signal(signal.SIGINT)
     try:
-        cli.run(main.main)
+        cli.run(interrupt if arguments == ["^C"] else main.main)
     except SystemExit as end:
         if isinstance(end.code, str):
             print(end.code, file=sys.stderr)
@@ -187,17 +199,27 @@ def cases(folder: Path) -> list[tuple[list[str], str]]:
     return [
         ([], "give one command of train, evaluate, generate, lm_eval"),
         (["fly"], "give one command of train, .*, not 'fly'"),
+        (["trian", recipe], "give one command .*, not 'trian'; did you mean train?"),
         (["train", "now", recipe], "'now' is too much: this command takes flags only"),
         (["train"], "no --config was given: write --config=configs/tiny.py"),
         (["data", "prepare"], "no --config was given"),
         (["data"], "write data followed by one of prepare"),
+        (["compile", recipe], "no --topology was given: write --topology="),
         (["train", recipe], "no --workdir was given: write --workdir=runs/NAME"),
         (["evaluate"], "no --workdir was given"),
         (["train", "--config=configs/no.py", new], "--config=configs/no.py: there is no such file"),
+        (
+            ["train", "--config=configs/tny.py", new],
+            "configs/tny.py: .*; did you mean configs/tiny",
+        ),
         (["train", "--config", "no.py", "--config.seed=1"], "--config=no.py: there is no such"),
         (["train", "--config=README.md", new], "--config cannot be read: .*README.md"),
         (["train", recipe + ":dense", new], "no variant 'dense' .* write :moepp or :moe"),
         (["train", recipe, "--config.moe.tua=1", new], "unknown field config.moe.tua = 1: did you"),
+        (["train", recipe, "--config.moe.lr=1", new], "unknown field .*lr = 1: .* mean optim.lr"),
+        (["train", recipe, "--config.tau=1", new], "unknown field config.tau = 1: .* mean moe.tau"),
+        (["train", recipe, f"--config.seed={2**32}", new], "config.seed = 4294967296 must be .*2"),
+        (["evaluate", run, "--config.moe.tau=1"], "--config.moe.tau changes a field of a recipe"),
         (["train", recipe, "--config.mo.tau=1", new], "a flag names no field .*'mo'"),
         (["train", recipe, "--config.moe.tau=x", new], "flag --config.moe.tau=x: could not conv"),
         (["train", recipe, "--config.moe.top_k=1.5", new], "flag --config.moe.top_k=1.5: invalid"),
@@ -232,6 +254,10 @@ def cases(folder: Path) -> list[tuple[list[str], str]]:
             "--distributed=off contradicts --process_id=0",
         ),
         (["train", *tiny_flags, "--distributed=on", new], "--distributed=on: JAX cannot join .*"),
+        (["train", *tiny_flags, "--workdir=/proc/x"], "workdir /proc/x cannot be written: "),
+        (["evaluate", f"--workdir={folder}/file"], "workdir .*file is a file: give --workdir the"),
+        (["evaluate", f"--workdir={folder}/cut"], "checkpoint 3 .* cannot be read: [^<]*"),
+        (["generate", f"--workdir={folder}/mute", "--prompt=a"], ".*tokenizer.model is missing: "),
         (["evaluate", new], "workdir .*new is no folder: .*train.* makes it"),
         (["evaluate", run, f"--json={folder}/no/x.json"], "--json=.*/no/x.json: there is no such"),
         (
@@ -246,12 +272,53 @@ def cases(folder: Path) -> list[tuple[list[str], str]]:
         ([*generate, "--max_new_tokens=0"], "config.generate.max_new_tokens = 0 must be at least"),
         ([*generate, "--num_samples=0"], "num_samples = 0 must be at least 1"),
         ([*generate, "--stop="], "stop = '' must be a text of at least one character"),
+        (["generate", run, f"--prompts_file={folder}/file"], "--prompts_file=.* holds no prompt"),
         (["generate", run, "--prompts_file=no.txt"], "--prompts_file=no.txt cannot be read: .*No"),
         ([*generate, "--top_k=few"], "flag --top_k=few: invalid literal"),
     ]
 
 
+def test_a_device_that_is_too_small_is_told_with_what_needs_less(monkeypatch):
+    def main(argv):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.")
+
+    monkeypatch.setattr(sys, "argv", ["main"])
+    monkeypatch.setattr(signal, "signal", lambda *handler: None)
+    with pytest.raises(SystemExit, match=r"too small: RES.* 9 bytes.\nLess .*--all_devices"):
+        cli.run(main)
+
+
+def spoil(folder: Path) -> None:
+    """A file, and copies of the run with something wrong in each."""
+    (folder / "file").write_text("\n")
+    for name in ("cut", "mute"):
+        shutil.copytree(folder / "run", folder / name)
+    (folder / "cut" / "checkpoints" / "3" / "checksums.json").unlink()
+    for file in (folder / "cut" / "checkpoints" / "3" / "params").rglob("*"):
+        if file.stat().st_size > 10_000 and file.is_file():
+            os.truncate(file, 100)
+    (folder / "mute" / "tokenizer.model").unlink()
+
+
+def test_help_is_of_the_command_and_no_error(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["main", "generate", "--help"])
+    monkeypatch.setattr(signal, "signal", lambda *handler: None)  # pytest's own handler stays
+    with pytest.raises(SystemExit) as end:
+        cli.run(main.main, main.describe)
+    assert not end.value.code
+    said = capsys.readouterr()
+    assert not said.err
+    for flag in ("--workdir", "--prompt", "--temperature"):
+        assert f"  {flag}: " in said.out
+    assert (
+        "moepp_jax.commands" not in said.out
+        and "--topology" not in said.out
+        and "--pdb" not in said.out
+    )
+
+
 def test_every_error_is_one_line_and_leaves_nothing(run_folder, folder):
+    spoil(folder)
     listed = cases(folder)
     said = folder / "said"
     said.mkdir()
@@ -259,7 +326,7 @@ def test_every_error_is_one_line_and_leaves_nothing(run_folder, folder):
         [sys.executable, "-W", "ignore", "-c", FORKS, said],
         cwd=ROOT,
         env=ENVIRONMENT,
-        input=json.dumps([arguments for arguments, _ in listed]),
+        input=json.dumps([*(arguments for arguments, _ in listed), ["^C"]]),
         capture_output=True,
         text=True,
         timeout=300,
@@ -268,5 +335,6 @@ def test_every_error_is_one_line_and_leaves_nothing(run_folder, folder):
     for number, (arguments, pattern) in enumerate(listed):
         error = (said / str(number)).read_text()
         assert re.fullmatch(rf"error: .*?{pattern}.*\n", error), (arguments, error)
-    assert forks.stdout.split() == ["1"] * len(listed)
+    assert forks.stdout.split() == ["1"] * len(listed) + ["130"]
+    assert (said / str(len(listed))).read_text() == "\ninterrupted\n"
     assert not (folder / "new").exists() and not (folder / "elsewhere").exists()

@@ -10,6 +10,7 @@ import pytest
 from rich.console import Console
 
 from moepp_jax import progress
+from moepp_jax.config import ConfigError
 from moepp_jax.metrics import MetricsWriter, read_metrics
 from moepp_jax.progress import Progress
 
@@ -76,7 +77,7 @@ def test_a_kill_in_the_middle_of_a_line_costs_that_line_only(tmp_path, cut):
 def test_a_broken_line_elsewhere_is_named_and_kept(tmp_path):
     file = tmp_path / "metrics.jsonl"
     file.write_text('{"step": 1}\nnot json\n{"step": 3}\n')
-    with pytest.raises(ValueError, match=r"metrics.jsonl, line 2 .*'not json'"):
+    with pytest.raises(ConfigError, match=r"metrics.jsonl, line 2 .*'not json'"):
         MetricsWriter(tmp_path, resume_step=1)
     assert "not json" in file.read_text()
 

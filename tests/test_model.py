@@ -161,7 +161,10 @@ def test_logits_of_the_whole_vocabulary_are_never_held():
     assert temporary(chunk=128) > logits  # so the number measures what it should
 
 
-def gradient(c, params):
+@functools.cache
+def gradient(**changes):
+    """A compiled function: parameters -> (loss of the batch, gradients)."""
+    c = tiny.config(**changes)
     model = model_lib.build(c)
     batch = jax.tree.map(jnp.asarray, tiny.batch(c))
 
@@ -171,14 +174,14 @@ def gradient(c, params):
         nll = vocabulary.token_losses(params, out.hidden, batch["targets"], c.model.loss_chunk)
         return jnp.sum(nll * batch["loss_mask"]) / jnp.sum(batch["loss_mask"])
 
-    return jax.jit(jax.value_and_grad(loss))(params)
+    return jax.jit(jax.value_and_grad(loss))
 
 
 def test_what_backward_recomputes_does_not_change_it():
-    c, params, _ = fresh()
-    expected = gradient(c, params)
+    params = parameters()
+    expected = gradient()(params)
     for remat in ("dots", "full"):
-        actual = gradient(tiny.config(**{"model.remat": remat}), params)
+        actual = gradient(**{"model.remat": remat})(params)
         jax.tree.map(lambda a, b: close(a, b), actual, expected)
 
 
@@ -186,14 +189,15 @@ def test_what_backward_recomputes_does_not_change_it():
 
 
 def test_tied_embeddings_learn_at_both_ends():
-    c, params, run = fresh(**{"model.tied_embeddings": True})
+    tying = {"model.tied_embeddings": True}
+    c, params, run = fresh(**tying)
     assert "output" not in params
     tokens, *rest = rows(c)
     hidden = run(params, tokens, *rest).hidden
     close(vocabulary.logits(params, hidden), hidden @ params["embedding"].T)
-    _, tied = gradient(c, params)
+    _, tied = gradient(**tying)(params)
     untied = params | {"output": params["embedding"]}
-    _, apart = gradient(tiny.config(), untied)
+    _, apart = gradient()(untied)
     close(tied["embedding"], apart["embedding"] + apart["output"])
 
 
@@ -253,7 +257,8 @@ def test_a_dense_layer_is_one_swiglu():
 
 
 def test_bfloat16_computes_but_float32_routes_and_remembers():
-    c, params, run = fresh(**{"model.dtype": "bfloat16"})
+    rounding = {"model.dtype": "bfloat16"}
+    c, params, run = fresh(**rounding)
     assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype("float32")}
     tokens, *rest = rows(c)
     out = run(params, tokens, *rest)
@@ -266,9 +271,9 @@ def test_bfloat16_computes_but_float32_routes_and_remembers():
     assert np.mean(out.router_logits == rounded) < 0.1
     close(out.router_logits[0], exact.router_logits[0], 0.05)
 
-    loss, grads = gradient(c, params)
+    loss, grads = gradient(**rounding)(params)
     assert {leaf.dtype for leaf in jax.tree.leaves(grads)} == {jnp.dtype("float32")}
-    assert float(loss) == pytest.approx(float(gradient(tiny.config(), params)[0]), rel=0.02)
+    assert float(loss) == pytest.approx(float(gradient()(params)[0]), rel=0.02)
 
 
 def test_the_gradient_of_a_frequent_token_is_summed_in_float32():

@@ -3,6 +3,7 @@
 import functools
 import itertools
 import json
+import math
 import os
 import signal
 import time
@@ -19,9 +20,8 @@ from moepp_jax import state as state_lib
 from moepp_jax.checkpoint import Checkpoints
 from moepp_jax.config import ConfigError
 from moepp_jax.data import DataError, Dataset, Tokenizer
-from moepp_jax.data import dataset as dataset_lib
 from moepp_jax.interrupt import Stopped, StopRequest
-from moepp_jax.metrics import MetricsWriter, read_metrics
+from moepp_jax.metrics import DivergedError, MetricsWriter, read_metrics
 from moepp_jax.train import train
 from moepp_jax.workdir import open_workdir, read_config
 from tests import tiny
@@ -177,6 +177,15 @@ def test_a_run_asked_to_stop_saves_and_goes_on_on_fewer_devices(
     assert seconds == sorted(seconds)
 
 
+init_state = state_lib.init_state
+
+
+@functools.cache
+def fresh_state(mesh):
+    """As `config` has it: what a pretended step returns as it got it is compiled for all once."""
+    return init_state(config(""), mesh)
+
+
 def pretended(
     monkeypatch, seconds_of_step=0.0, seconds_of_evaluation=0.0, seconds_of_batch=0.0, at_step=None
 ):
@@ -217,9 +226,10 @@ def pretended(
             yield batch
 
     monkeypatch.setattr(Dataset, "train_batches", train_batches)
+    monkeypatch.setattr(state_lib, "init_state", lambda c, mesh: fresh_state(mesh))
     monkeypatch.setattr(state_lib, "make_train_step", make_train_step)
     monkeypatch.setattr(evaluate_lib, "make_evaluate", make_evaluate)
-    monkeypatch.setattr("moepp_jax.train.time", SimpleNamespace(perf_counter=perf_counter))
+    monkeypatch.setattr("moepp_jax.log.time", SimpleNamespace(perf_counter=perf_counter))
 
 
 def test_rows_are_written_every_so_often_and_at_the_end(data, tmp_path, monkeypatch):
@@ -269,23 +279,70 @@ def test_the_next_batch_is_on_its_way_to_the_devices_when_a_step_begins(
 
 def test_damaged_data_ends_the_run_and_its_checkpoints_are_kept(data, tmp_path, monkeypatch):
     pretended(monkeypatch)
-    read = Dataset._train_batches
+    intact = Dataset._train_batches
 
-    def damaged(dataset, steps, rows):
+    def damaged(dataset, steps, rows, read):
         if 6 in steps:
             raise DataError("shard 5, record 7")
-        return read(dataset, steps, rows)
+        return intact(dataset, steps, rows, read)
 
     with monkeypatch.context() as patch:
-        patch.setattr(dataset_lib, "_PIECE", 1)  # else all of the run is read at once
         patch.setattr(Dataset, "_train_batches", damaged)
         with pytest.raises(DataError, match="shard 5, record 7"):
             train(config(data), tmp_path, report=lambda line: None)
-    assert training_rows(tmp_path)[-1]["step"] < 6
+    assert training_rows(tmp_path)[-1]["step"] == 4  # a batch is fetched one step ahead
     with Checkpoints(tmp_path, keep=2) as checkpoints:
         assert checkpoints.steps() == [4]
     train(config(data), tmp_path, report=lambda line: None)
     assert [row["step"] for row in training_rows(tmp_path)] == [*range(1, 9)]
+
+
+@pytest.mark.parametrize("name", ["loss", "grad_norm", "eval_loss"])
+def test_a_run_that_diverges_stops_before_it_is_saved(data, tmp_path, monkeypatch, name):
+    """Between two rows, so that it is noticed where the checkpoint is to be saved."""
+    steps = []
+    pretended(monkeypatch, at_step=lambda: steps.append(1))
+    after(monkeypatch, steps, 6, name)
+    c = config(data, **{"train.log_every": 5, "train.save_every": 2, "train.eval_every": 6})
+    with pytest.raises(DivergedError, match=rf"step 6: {name} = nan: .*checkpoint 4 is the newest"):
+        train(c, tmp_path, report=lambda line: None)
+    assert len(steps) == 6
+    with Checkpoints(tmp_path, keep=3) as checkpoints:
+        assert checkpoints.steps() == [2, 4]
+
+
+def test_a_loss_that_is_not_finite_is_in_the_metrics_where_the_run_ends(
+    data, tmp_path, monkeypatch
+):
+    steps = []
+    pretended(monkeypatch, at_step=lambda: steps.append(1))
+    after(monkeypatch, steps, 3, "loss")
+    with pytest.raises(DivergedError, match=r"step 3: loss = nan: .* there is no checkpoint yet"):
+        train(config(data), tmp_path, report=lambda line: None)
+    assert len(steps) == 4  # a step is looked at while the next one runs
+    assert [row["loss"] for row in training_rows(tmp_path)] == [1.0, 1.0, None]
+
+
+def after(monkeypatch, steps, count, name):
+    """A number of the pretended steps, or of their evaluations, is lost from this step on."""
+
+    def lost(make):
+        def made(*args):
+            work = make(*args)
+
+            def worked(*args):
+                result = work(*args)
+                numbers = result[1] if isinstance(result, tuple) else result
+                if len(steps) >= count and name in numbers:
+                    numbers[name] = math.nan
+                return result
+
+            return worked
+
+        return made
+
+    monkeypatch.setattr(state_lib, "make_train_step", lost(state_lib.make_train_step))
+    monkeypatch.setattr(evaluate_lib, "make_evaluate", lost(evaluate_lib.make_evaluate))
 
 
 def test_the_first_signal_asks_and_the_second_one_insists():

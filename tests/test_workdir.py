@@ -2,11 +2,12 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import pytest
 
 from configs import tiny
-from moepp_jax.config import Config, ConfigError
+from moepp_jax.config import Config, ConfigError, SourceConfig, differences
 from moepp_jax.data import Tokenizer
 from moepp_jax.workdir import (
     keep_tokenizer,
@@ -105,6 +106,8 @@ def test_a_corrupt_configuration_names_the_file(tmp_path, config, open_or_read, 
     [
         (lambda fields: fields["moe"].pop("tau"), "config.moe.tau is missing"),
         (lambda fields: fields.update(colour=1), "unknown field config.colour"),
+        (lambda fields: fields["data"].update(corpus="x"), "unknown field config.data.corpus"),
+        (lambda fields: fields.update(moe=1), "config.moe = 1 must be a group"),
     ],
 )
 def test_a_configuration_of_another_version_names_file_and_field(tmp_path, config, change, message):
@@ -115,11 +118,36 @@ def test_a_configuration_of_another_version_names_file_and_field(tmp_path, confi
         open_workdir(tmp_path, config)
 
 
+def test_a_run_of_the_first_version_is_read_and_told_of_in_one_line(tmp_path, config):
+    """Its file is of that version: a field that comes without a line in `earlier` breaks this."""
+    first = Path(__file__).parent / "data" / "first_version_config.json"
+    (tmp_path / "config.json").write_bytes(first.read_bytes())
+    lines = []
+    read = read_config(tmp_path, lines.append)
+    assert read.data.sources["text"] == SourceConfig("default", 1.0, "text")
+    now = config.to_dict()
+    assert differences(read.to_dict(), now).keys() == {
+        *("model.init_std", "optim.lr", "train.steps", "train.batch_size", "train.log_every")
+    }  # what the recipe changed since: all that came later means nothing
+    assert len(lines) == 1 and "moe.bias_rate = 0.0" in lines[0] and "corpus" not in lines[0]
+    assert (tmp_path / "config.json").read_bytes() == first.read_bytes()
+    open_workdir(tmp_path, read)  # and it goes on
+
+
+def test_a_run_of_this_version_is_told_nothing(tmp_path, config):
+    lines = []
+    read_config(open_workdir(tmp_path, config), lines.append)
+    assert not lines
+
+
 def test_reading_where_no_run_is_says_what_makes_one(tmp_path):
     with pytest.raises(ConfigError, match=f"{tmp_path} has no config.json: .*train"):
         read_config(tmp_path)
     with pytest.raises(ConfigError, match=f"{tmp_path}/no is no folder: .*train"):
         read_config(tmp_path / "no")
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(ConfigError, match="file is a file: give --workdir the folder of a run"):
+        read_config(tmp_path / "file")
 
 
 def test_a_failed_write_leaves_the_old_file_alone(tmp_path, monkeypatch):

@@ -9,7 +9,9 @@ from moepp_jax.commands import options
 from moepp_jax.compile import topology
 from moepp_jax.config import ConfigError
 
-_TOPOLOGY = flags.DEFINE_string("topology", None, f"compile: devices, {topology.EXAMPLES}")
+for _name in ("config", "json"):
+    flags.declare_key_flag(_name)
+_TOPOLOGY = flags.DEFINE_string("topology", None, f"devices, {topology.EXAMPLES}")
 
 
 def run(arguments: list[str]) -> None:

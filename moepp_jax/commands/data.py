@@ -15,12 +15,13 @@ from moepp_jax.data.estimate import estimate
 from moepp_jax.data.prepare import prepare_sources, verify
 from moepp_jax.harness import local
 
-_DRY_RUN = flags.DEFINE_bool("dry_run", False, "data prepare: only say what there is to do")
+flags.declare_key_flag("config")
+_DRY_RUN = flags.DEFINE_bool("dry_run", False, "prepare: only say what there is to do")
 _WORKERS = flags.DEFINE_integer(
-    "workers", None, "data prepare: processes; by default one a core", lower_bound=1
+    "workers", None, "prepare: processes; by default one a core", lower_bound=1
 )
-_DIR = flags.DEFINE_string("dir", "data/benchmarks", "data benchmarks: folder to make")
-_LOGIQA = flags.DEFINE_string("logiqa", None, "data benchmarks: a file of LogiQA's test split")
+_DIR = flags.DEFINE_string("dir", "data/benchmarks", "benchmarks: folder to make")
+_LOGIQA = flags.DEFINE_string("logiqa", None, "benchmarks: a file of LogiQA's test split")
 
 
 def run(arguments: list[str]) -> None:

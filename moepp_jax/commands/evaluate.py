@@ -1,12 +1,18 @@
 """evaluate --workdir=RUN: a checkpoint on all of the held-out text."""
 
 import json
+from typing import Any
 
 import jax
+from absl import flags
 
-from moepp_jax import evaluate, processes, storage
+from moepp_jax import evaluate, processes, progress, storage
 from moepp_jax.commands import devices, options
 from moepp_jax.config import ConfigError
+
+for _name in ("workdir", "step", "config", "json"):
+    flags.declare_key_flag(_name)
+flags.adopt_module_key_flags(devices)
 
 
 def run(arguments: list[str]) -> None:
@@ -18,10 +24,22 @@ def run(arguments: list[str]) -> None:
     # A signal to one process of an evaluation ends it, and so the others: nothing is to be saved.
     jax.config.update("jax_enable_preemption_service", False)
     devices.start(config)
-    result = evaluate.evaluate_run(config, folder, options.STEP.value)
+    with progress.passing_bar("batches") as moved:
+        result = evaluate.evaluate_run(config, folder, options.STEP.value, moved)
     if not processes.is_first():
         return
-    text = json.dumps(result, indent=2)
+    text = _json(result)
     print(text)
     if file:
         storage.write_atomic(file, text + "\n")
+
+
+def _json(result: dict[str, Any]) -> str:
+    """A line for each number; for arrays, which have one or two axes, a line for each row."""
+
+    def value(v: Any) -> str:
+        if isinstance(v, list) and isinstance(v[0], list):
+            return "[\n    " + ",\n    ".join(map(json.dumps, v)) + "\n  ]"
+        return json.dumps(v)
+
+    return "{\n" + ",\n".join(f"  {json.dumps(k)}: {value(v)}" for k, v in result.items()) + "\n}"

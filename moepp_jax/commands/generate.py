@@ -4,41 +4,37 @@ The text goes to standard output: of one prompt as it comes, of several when all
 it was made goes to standard error.
 """
 
-import contextlib
 import json
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 from absl import flags
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from moepp_jax import api
+from moepp_jax import api, progress, workdir
 from moepp_jax.commands import options
 from moepp_jax.config import ConfigError
 
+for _name in ("workdir", "step", "config"):
+    flags.declare_key_flag(_name)
 _PROMPT = flags.DEFINE_multi_string("prompt", [], "text to continue; may be given several times")
 _PROMPTS_FILE = flags.DEFINE_string(
     "prompts_file",
     None,
-    "generate: a prompt a line; in a file of *.jsonl, objects with a prompt; - is standard input",
+    "a prompt a line; in a file of *.jsonl, objects with a prompt; - is standard input",
 )
-_STOP = flags.DEFINE_multi_string(
-    "stop", [], "generate: text that ends the new one, not part of it"
-)
-_NUM_SAMPLES = flags.DEFINE_integer("num_samples", 1, "generate: texts of each prompt")
+_STOP = flags.DEFINE_multi_string("stop", [], "text that ends the new one, not part of it")
+_NUM_SAMPLES = flags.DEFINE_integer("num_samples", 1, "texts of each prompt")
 _ALL_DEVICES = flags.DEFINE_bool(
-    "all_devices", False, "generate: cut the model over all devices: it need not fit one of them"
+    "all_devices", False, "cut the model over all devices: it need not fit one of them"
 )
 _SETTINGS = {
-    "max_new_tokens": flags.DEFINE_integer("max_new_tokens", None, "generate: tokens at most"),
-    "temperature": flags.DEFINE_float("temperature", None, "generate: 0 is greedy"),
-    "top_k": flags.DEFINE_integer("top_k", None, "generate: 0 is off"),
-    "top_p": flags.DEFINE_float("top_p", None, "generate: 1 is off"),
-    "min_p": flags.DEFINE_float("min_p", None, "generate: 0 is off"),
-    "repetition_penalty": flags.DEFINE_float("repetition_penalty", None, "generate: 1 is off"),
-    "seed": flags.DEFINE_integer("seed", None, "generate: of the sampling"),
+    "max_new_tokens": flags.DEFINE_integer("max_new_tokens", None, "tokens at most"),
+    "temperature": flags.DEFINE_float("temperature", None, "0 is greedy"),
+    "top_k": flags.DEFINE_integer("top_k", None, "0 is off"),
+    "top_p": flags.DEFINE_float("top_p", None, "1 is off"),
+    "min_p": flags.DEFINE_float("min_p", None, "0 is off"),
+    "repetition_penalty": flags.DEFINE_float("repetition_penalty", None, "1 is off"),
+    "seed": flags.DEFINE_integer("seed", None, "of the sampling"),
 }
 
 
@@ -49,12 +45,29 @@ def run(arguments: list[str]) -> None:
     prompts = [*_PROMPT.value, *_prompts_of_file()]
     if not prompts:
         raise ConfigError("no --prompt was given: write --prompt='some text'")
-    model = api.load(options.given_workdir(), options.STEP.value, _ALL_DEVICES.value)
+    file = workdir.tokenizer_file(options.given_workdir())
+    if not file.exists():
+        raise ConfigError(f"{file} is missing: put the SentencePiece model of this model there")
+    model = api.load(
+        options.given_workdir(), options.STEP.value, _ALL_DEVICES.value, only_generate=True
+    )
+    _say_what_is_new_to(model, prompts, settings["max_new_tokens"])
     if len(prompts) == _NUM_SAMPLES.value == 1:
         _stream(model, prompts[0], settings)
     else:
         _make_all(model, prompts, settings)
     print(model.speed, file=sys.stderr)
+
+
+def _say_what_is_new_to(model: api.Model, prompts: list[str], new: int) -> None:
+    longest = new + max(map(len, model.tokenizer.encode_batch(prompts)))
+    seen = model.config.data.seq_len
+    if longest > seen:
+        print(
+            f"note: up to {longest:,} tokens with the prompt, where the model was trained on texts "
+            f"of {seen:,}: what it writes past those may be worth little",
+            file=sys.stderr,
+        )
 
 
 def _stream(model: api.Model, prompt: str, settings: dict) -> None:
@@ -67,25 +80,14 @@ def _stream(model: api.Model, prompt: str, settings: dict) -> None:
 
 def _make_all(model: api.Model, prompts: list[str], settings: dict) -> None:
     samples = _NUM_SAMPLES.value
-    with _shown(len(prompts) * samples * settings["max_new_tokens"]) as progress:
+    most = len(prompts) * samples * settings["max_new_tokens"]
+    with progress.passing_bar("tokens", most) as moved:
         texts = model.generate(
-            prompts, stop=_STOP.value, num_samples=samples, progress=progress, **settings
+            prompts, stop=_STOP.value, num_samples=samples, progress=moved, **settings
         )
     for prompt, of_prompt in zip(prompts, texts, strict=True):
         for text in of_prompt:
             print(f"{prompt}{text}\n")
-
-
-@contextlib.contextmanager
-def _shown(most: int) -> Iterator:
-    """A bar of new tokens, and a function that moves it; texts may end before the bar does."""
-    columns = (TextColumn("tokens"), BarColumn(30), MofNCompleteColumn(), TimeElapsedColumn())
-    console = Console(stderr=True)
-    with Progress(
-        *columns, console=console, transient=True, disable=not console.is_terminal
-    ) as bar:
-        task = bar.add_task("", total=most)
-        yield lambda tokens: bar.advance(task, tokens)
 
 
 def _prompts_of_file() -> list[str]:
@@ -101,6 +103,8 @@ def _prompts_of_file() -> list[str]:
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"--prompts_file={name} cannot be read: {error}") from None
     lines = [(n, line) for n, line in enumerate(text.splitlines(), 1) if line.strip()]
+    if not lines:
+        raise ConfigError(f"--prompts_file={name} holds no prompt")
     if not name.endswith(".jsonl"):
         return [line for _, line in lines]
     return [_prompt_of(line, f"--prompts_file={name}, line {n}") for n, line in lines]

@@ -9,15 +9,18 @@ from moepp_jax.commands import devices, options
 from moepp_jax.config import ConfigError
 from moepp_jax.harness import needed, suite
 
-_SUITE = flags.DEFINE_enum("suite", "paper", ["paper"], "lm_eval: the tasks and their shots")
-_TASKS = flags.DEFINE_list("tasks", [], "lm_eval: some tasks of the suite; by default all")
+for _name in ("workdir", "step", "config", "json"):
+    flags.declare_key_flag(_name)
+flags.adopt_module_key_flags(devices)
+_SUITE = flags.DEFINE_enum("suite", "paper", ["paper"], "the tasks and their shots")
+_TASKS = flags.DEFINE_list("tasks", [], "some tasks of the suite; by default all")
 _LIMIT = flags.DEFINE_integer(
-    "limit", None, "lm_eval: items of each task (each subject of MMLU)", lower_bound=1
+    "limit", None, "items of each task (each subject of MMLU)", lower_bound=1
 )
 _BENCHMARKS = flags.DEFINE_string(
-    "benchmarks", "data/benchmarks", f"lm_eval: folder of `data benchmarks`, or {suite.HUB}"
+    "benchmarks", "data/benchmarks", f"folder of `data benchmarks`, or {suite.HUB}"
 )
-_BATCH_SIZE = flags.DEFINE_string("batch_size", "auto", "lm_eval: rows of full length in a batch")
+_BATCH_SIZE = flags.DEFINE_string("batch_size", "auto", "rows of full length in a batch")
 
 
 def run(arguments: list[str]) -> None:

@@ -1,5 +1,7 @@
 """Flags that several commands share, and what they say."""
 
+import sys
+
 from absl import flags
 
 from moepp_jax import cli, workdir
@@ -7,8 +9,10 @@ from moepp_jax.config import Config, ConfigError
 
 CONFIG = cli.define_config()
 WORKDIR = flags.DEFINE_string("workdir", None, "folder of the run")
-STEP = flags.DEFINE_integer("step", None, "checkpoint to use; by default the best")
-JSON = flags.DEFINE_string("json", None, "evaluate, compile: write the result to this file")
+STEP = flags.DEFINE_integer(
+    "step", None, "checkpoint to use; by default the best on held-out text, else the newest"
+)
+JSON = flags.DEFINE_string("json", None, "write the result to this file")
 
 
 def given_config() -> Config:
@@ -25,7 +29,7 @@ def given_workdir() -> str:
 
 def config_of_run() -> Config:
     """That of the work directory, or the given one if it is of the same run."""
-    there = workdir.read_config(given_workdir())
+    there = workdir.read_config(given_workdir(), lambda line: print(line, file=sys.stderr))
     if CONFIG.value is None:
         return there
     given = given_config()

@@ -6,8 +6,11 @@ from moepp_jax import profiling, train, workdir
 from moepp_jax.commands import devices, options
 from moepp_jax.config import Config
 
+for _name in ("config", "workdir"):
+    flags.declare_key_flag(_name)
+flags.adopt_module_key_flags(devices)
 _PROFILE = flags.DEFINE_string(
-    "profile", None, "train: START:STOP, steps to trace, counted from 0 where this command goes on"
+    "profile", None, "START:STOP, steps to trace, counted from 0 where this command goes on"
 )
 
 
@@ -22,6 +25,5 @@ def run(arguments: list[str]) -> None:
 def _config() -> Config:
     """The given one; or that of the work directory, which a conversion may have made."""
     folder = options.WORKDIR.value
-    if options.CONFIG.value is None and folder and workdir.holds_run(folder):
-        return workdir.read_config(folder)
-    return options.given_config()
+    there = folder and workdir.holds_run(folder)
+    return options.config_of_run() if there else options.given_config()

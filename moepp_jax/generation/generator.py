@@ -35,6 +35,7 @@ class Generator:
         params: dict[str, Any],
         mesh: Mesh | None = None,
         least_places: int = 256,
+        use_up: bool = False,
     ):
         """
         Args:
@@ -43,11 +44,12 @@ class Generator:
             are copied, in the dtype of arithmetic; not if they are `layers.taken_apart` already.
           mesh: sequences are split over its devices, which are of one process.
           least_places: of a cache.
+          use_up: the arrays of params are deleted when they are copied.
         """
         devices = jax.devices() if mesh is None else mesh.devices.flat
         layers = Layers(model.config, model.moe, devices[0].platform, model.whole, model.axis)
         self._config = model.config
-        self._programs = Programs(layers, params, mesh)
+        self._programs = Programs(layers, params, mesh, use_up)
         self._least_places = least_places
 
     @property

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Bool, Float, Int
 
 from moepp_jax import mesh as mesh_lib
@@ -38,28 +39,54 @@ class Cache(NamedTuple):
     values: Float[Array, "B*KV M W"]
 
 
-def taken_apart(params: Params, config: ModelConfig, experts: bool) -> Params:
+def taken_apart(
+    params: Params,
+    config: ModelConfig,
+    experts: bool,
+    mesh: Mesh | None = None,
+    use_up: bool = False,
+) -> Params:
     """The parameters with a list of layers, each a tree of its own, in the dtype of arithmetic.
 
     Args:
       experts: the FFN experts of a layer become a list as well.
+      mesh: over which the parameters are cut, and stay so.
+      use_up: each array is deleted when its copy is there, so that one alone is ever held twice.
     """
     dtype = jnp.dtype(config.dtype)
+    num_layers = config.num_layers // config.moe_every
 
-    def cast(key_path, p):
-        return p.astype(mesh_lib.used_in(mesh_lib.path_of(key_path), dtype))
+    def made(key_path, leaf):
+        path = mesh_lib.path_of(key_path)
+        used_in = mesh_lib.used_in(path, dtype)
+        stacked, with_experts = path.startswith("layers/"), experts and "/ffn/" in path
+        if not stacked and leaf.dtype == used_in:
+            return leaf
+
+        def make(p):
+            p = p.astype(used_in)
+            if not stacked:
+                return p
+            return [list(p[i]) if with_experts else p[i] for i in range(num_layers)]
+
+        spec = mesh_lib.spec_of(path, leaf.ndim - stacked)
+        sharding = None if mesh is None else NamedSharding(mesh, spec)
+        copy = jax.block_until_ready(jax.jit(make, out_shardings=sharding)(leaf))
+        if use_up:
+            leaf.delete()
+        return copy
+
+    copies = jax.tree_util.tree_map_with_path(made, params)
 
     def layer(i):
-        made = jax.tree.map(lambda p: p[i], stacked)
+        mine = jax.tree.map(lambda _, copy: copy[i], params["layers"], copies["layers"])
         if experts:
-            ffn = made["moe"]["ffn"]
-            apart = [jax.tree.map(lambda p, e=e: p[e], ffn) for e in range(len(ffn["w_in"]))]
-            made = made | {"moe": made["moe"] | {"ffn": apart}}
-        return made
+            ffn = mine["moe"]["ffn"]
+            apart = [dict(zip(ffn, one, strict=True)) for one in zip(*ffn.values(), strict=True)]
+            mine["moe"]["ffn"] = apart
+        return mine
 
-    params = jax.tree_util.tree_map_with_path(cast, params)
-    stacked = params["layers"]
-    return params | {"layers": [layer(i) for i in range(config.num_layers // config.moe_every)]}
+    return copies | {"layers": [layer(i) for i in range(num_layers)]}
 
 
 class Work(NamedTuple):

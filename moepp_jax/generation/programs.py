@@ -74,10 +74,11 @@ class Programs:
       speed: of the runs since it was last set; times are added where the work is done.
     """
 
-    def __init__(self, layers: Layers, params: Params, mesh: Mesh | None):
+    def __init__(self, layers: Layers, params: Params, mesh: Mesh | None, use_up: bool):
         self._layers = layers
         self._mesh = mesh
         self._params = params
+        self._use_up = use_up
         self.compiled: dict[tuple, Callable] = {}
         self.speed = Speed()
 
@@ -148,14 +149,9 @@ class Programs:
         if not isinstance(self._params["layers"], list):
             start = time.perf_counter()
             layers = self._layers
-            make = functools.partial(
-                taken_apart, config=layers.config, experts=layers.experts_apart
+            self._params = taken_apart(
+                self._params, layers.config, layers.experts_apart, self._mesh, self._use_up
             )
-            shardings = None
-            if self._mesh is not None:
-                shardings = mesh_lib.shardings(jax.eval_shape(make, self._params), self._mesh)
-            self._params = jax.jit(make, out_shardings=shardings)(self._params)
-            jax.block_until_ready(self._params)
             self.speed.compile_seconds += time.perf_counter() - start
         return self._params
 

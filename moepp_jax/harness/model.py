@@ -230,7 +230,9 @@ class MoEPPJax(LM):
         return Generator(model, self._params, self._mesh)
 
     def _bar(self, total: int, doing: str, quiet: bool) -> tqdm:
-        return tqdm(total=total, desc=f"moepp_jax: {doing}", disable=quiet or not is_first())
+        # None: where there is no terminal.
+        hidden = True if quiet or not is_first() else None
+        return tqdm(total=total, desc=f"moepp_jax: {doing}", disable=hidden)
 
 
 def _batch_size(asked: int | str | None, devices: int) -> int:

@@ -1,0 +1,124 @@
+"""What a training run tells of itself, without holding it up."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+
+from moepp_jax import flops
+from moepp_jax.config import Config
+from moepp_jax.data import Dataset
+from moepp_jax.metrics import MetricsWriter, require_finite
+from moepp_jax.progress import Progress
+
+
+class Log:
+    """Rows of metrics: training's noted when their step is started, written when it is done.
+
+    Args:
+      writer: None, like progress, in a process that is not the first: it only keeps pace.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        mesh,
+        dataset: Dataset,
+        writer: MetricsWriter | None,
+        progress: Progress | None,
+        step: int,
+    ):
+        self._config = config
+        self._mesh = mesh
+        self._dataset = dataset
+        self._writer = writer
+        self._progress = progress
+        self._pending: tuple[int, Any] | None = None
+        self._seconds = writer.seconds_so_far if writer else 0.0
+        self._step = step
+        self._since = time.perf_counter()
+        self._waited = 0.0
+
+    def waited_for(self, batches: Iterator) -> Iterator:
+        """The batches; the time that each takes to come is noted as waiting for data."""
+        while True:
+            start = time.perf_counter()
+            batch = next(batches, None)
+            self._waited += time.perf_counter() - start
+            if batch is None:
+                return
+            yield batch
+
+    def note(self, step: int, metrics: Any) -> None:
+        self._pending = (step, metrics)
+
+    def flush(self) -> None:
+        """Writes the row that is pending, waiting for its step to end.
+
+        Raises:
+          DivergedError: see `require_finite`.
+        """
+        if self._pending is None:
+            return
+        step, metrics = self._pending
+        self._pending = None
+        values = {name: float(v) for name, v in jax.device_get(metrics).items()}
+        self._write(step, values)
+        require_finite(step, values)
+
+    def _write(self, step: int, values: dict[str, float]) -> None:
+        if self._writer is None:
+            return
+        now = time.perf_counter()
+        interval, self._since = now - self._since, now
+        data_wait, self._waited = self._waited / interval, 0.0
+        self._seconds += interval
+        tokens = self._config.train.batch_size * self._config.data.seq_len
+        rate = (step - self._step) * tokens / interval
+        self._step = step
+        per_token = flops.per_token(self._config, values["ffn_experts_per_token"])
+        device = self._mesh.devices.flat[0].device_kind
+        mfu = flops.utilisation(per_token.train * rate, device, self._mesh.size)
+        values |= {"tokens": step * tokens, "tokens_per_s": rate, "seconds": self._seconds}
+        values["data_wait"] = data_wait
+        for name, taken in self._dataset.taken(step).items():
+            values |= {f"tokens/{name}": taken.tokens, f"epochs/{name}": taken.epochs}
+        if mfu is not None:
+            values["mfu"] = mfu
+        self._writer.write(step, **values)
+        self._progress.update(step, **values)
+
+    def held_out(self, step: int, values: dict[str, Any]) -> None:
+        """Writes the row of an evaluation."""
+        if self._writer is not None:
+            self._writer.write(step, **values)
+            self._progress.message(_held_out_line(step, values))
+
+    def keep(self) -> None:
+        """Sees to it that no checkpoint outlives the rows before it."""
+        if self._writer is not None:
+            self._writer.flush()
+
+    @contextlib.contextmanager
+    def paused(self, state):
+        """What happens in this context is not time spent training; getting to this state is."""
+        jax.block_until_ready(state)
+        start = time.perf_counter()
+        yield
+        self._since += time.perf_counter() - start
+
+
+def _held_out_line(step: int, held_out: dict[str, Any]) -> str:
+    each = {k: v for k, v in held_out.items() if k.startswith("eval_loss/")}
+    by_source = ", ".join(f"{name.partition('/')[2]} {loss:.4f}" for name, loss in each.items())
+    return (
+        f"step {step}: held-out loss {held_out['eval_loss']:.4f}"
+        f"{f' ({by_source})' if by_source else ''}, "
+        f"perplexity {held_out['eval_perplexity']:,.1f}, "
+        f"{held_out['eval_bits_per_byte']:.3f} bits a byte, "
+        f"{held_out['eval_ffn_experts_per_token']:.2f} FFN experts a token"
+    )
