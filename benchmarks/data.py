@@ -240,7 +240,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the rows to this file")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--dir", type=Path, default=Path("data"), help="of the prepared data")
-    parser.add_argument("--tokens", type=int, default=4_000_000, help="read in each round")
+    parser.add_argument("--tokens", type=int, default=16_000_000, help="read in each round")
     parser.add_argument("--megabytes", type=float, default=60, help="of text to prepare")
     args = parser.parse_args()
     prepare(config_of(args.dir))

@@ -20,6 +20,7 @@ from moepp_jax import state as state_lib
 from moepp_jax.checkpoint import Checkpoints
 from moepp_jax.config import ConfigError
 from moepp_jax.data import DataError, Dataset, Tokenizer
+from moepp_jax.data.reading import Training
 from moepp_jax.interrupt import Stopped, StopRequest
 from moepp_jax.metrics import DivergedError, MetricsWriter, read_metrics
 from moepp_jax.train import train
@@ -279,15 +280,15 @@ def test_the_next_batch_is_on_its_way_to_the_devices_when_a_step_begins(
 
 def test_damaged_data_ends_the_run_and_its_checkpoints_are_kept(data, tmp_path, monkeypatch):
     pretended(monkeypatch)
-    intact = Dataset._train_batches
+    intact = Training.batches
 
-    def damaged(dataset, steps, rows, read):
+    def damaged(training, steps, rows):
         if 6 in steps:
             raise DataError("shard 5, record 7")
-        return intact(dataset, steps, rows, read)
+        return intact(training, steps, rows)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Dataset, "_train_batches", damaged)
+        patch.setattr(Training, "batches", damaged)
         with pytest.raises(DataError, match="shard 5, record 7"):
             train(config(data), tmp_path, report=lambda line: None)
     assert training_rows(tmp_path)[-1]["step"] == 4  # a batch is fetched one step ahead

@@ -60,12 +60,15 @@ def batch(c: Config, rows: int | None = None, seed: int = 0) -> dict[str, np.nda
 
 def packed(documents: list[np.ndarray], row_length: int, **options) -> PackedRows:
     """Rows of documents in memory."""
-    starts = np.concatenate([[0], np.cumsum([len(document) for document in documents])])
-    return PackedRows(InMemory(documents), starts, row_length, **({"pad_id": 0} | options))
+    return PackedRows(InMemory(documents), row_length, **({"pad_id": 0} | options))
 
 
 class InMemory(list):
     """Documents in a list, read as those on disk are."""
+
+    @property
+    def starts(self) -> np.ndarray:
+        return np.cumsum([0, *map(len, self)])
 
     def read(self, begin: np.ndarray, size: np.ndarray) -> np.ndarray:
         stream = np.concatenate(self)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import itertools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -12,25 +10,13 @@ from typing import NamedTuple
 import numpy as np
 
 from moepp_jax.config import Config, ConfigError
-from moepp_jax.data import reading
 from moepp_jax.data.mixture import Mixture
 from moepp_jax.data.packing import Batch, PackedRows
 from moepp_jax.data.prepare import Prepared
-from moepp_jax.data.shuffle import shuffled
-from moepp_jax.data.storage import DataError
+from moepp_jax.data.reading import Rows, Training
 from moepp_jax.data.tokens import TokenDocuments
 
-# The rows of a batch that are wanted: a slice, or their indices.
-Rows = slice | np.ndarray
-
 _ALL = slice(None)
-
-
-# Threads that read ahead, a piece of work each: most of their time goes by in storage and in code
-# that lets other threads run. A piece is a batch, or several small ones of this many tokens
-# together: a call to the reader costs as much as a few thousand tokens.
-_THREADS = 4
-_PIECE = 2**16
 
 
 class Taken(NamedTuple):
@@ -52,8 +38,8 @@ class Source:
         pack = functools.partial(PackedRows, row_length=config.data.seq_len, pad_id=pad_id)
         self.train_documents = TokenDocuments(tokens, "train")
         self.eval_documents = TokenDocuments(tokens, "validation")
-        self.train = pack(self.train_documents, self.train_documents.starts, drop_last=True)
-        self.eval = pack(self.eval_documents, self.eval_documents.starts, drop_last=False)
+        self.train = pack(self.train_documents, drop_last=True)
+        self.eval = pack(self.eval_documents, drop_last=False)
         self._batch_size = config.train.batch_size
 
     def eval_batches(self, num_batches: int = 0, rows: Rows = _ALL) -> Iterator[Batch]:
@@ -91,8 +77,9 @@ class Dataset:
         self._mixture = Mixture({n: s.weight for n, s in config.data.sources.items()})
         self.shares = self._mixture.shares
         pad_id = self.tokenizer.pad_id
-        self._folders = {name: prepared.tokens[name] for name in self.shares}
-        self.sources = {n: Source(config, f, pad_id) for n, f in self._folders.items()}
+        self.sources = {n: Source(config, prepared.tokens[n], pad_id) for n in self.shares}
+        train = {name: source.train for name, source in self.sources.items()}
+        self._training = Training(train, self._mixture, config.train.batch_size, config.seed)
 
     def train_batch(self, step: int, rows: Rows = _ALL) -> Batch:
         """The batch of a step, a function of the seed and the step alone.
@@ -102,26 +89,7 @@ class Dataset:
           DataError: a record is damaged.
         """
         self.require_rows()
-        [batch] = self._train_batches(range(step, step + 1), rows, self._read)
-        return batch
-
-    def _read(self, wanted: list[reading.Wanted]) -> Batch:
-        return reading.read({name: s.train for name, s in self.sources.items()}, wanted)
-
-    def _train_batches(self, steps: range, rows: Rows, read: reading.Read) -> list[Batch]:
-        """The batches of several steps, read together."""
-        batch_size = self._config.train.batch_size
-        in_batch = np.arange(batch_size)[rows]
-        numbers = np.add.outer(np.array(steps) * batch_size, in_batch).ravel()
-        of_source, row = self._mixture.select(numbers)
-        wanted = []
-        for i, name in enumerate(self._mixture.names):
-            places = np.flatnonzero(of_source == i)
-            of_epoch = shuffled(row[places], len(self.sources[name].train), self._config.seed)
-            wanted.append(reading.Wanted(name, of_epoch, places))
-        together = read(wanted)
-        starts = range(0, len(numbers), len(in_batch))
-        return [{k: v[s : s + len(in_batch)] for k, v in together.items()} for s in starts]
+        return self._training.batch(step, rows)
 
     def train_batches(self, start_step: int = 0, rows: Rows = _ALL) -> Iterator[Batch]:
         """`train_batch` of each step from `start_step` on, without end, read ahead.
@@ -131,28 +99,7 @@ class Dataset:
           ConfigError: one of `config.data.worker_processes` was killed.
         """
         self.require_rows()  # raise here, not at the first batch
-        return self._read_ahead(start_step, rows)
-
-    def _read_ahead(self, start_step: int, rows: Rows) -> Iterator[Batch]:
-        data = self._config.data
-        in_batch = len(np.arange(self._config.train.batch_size)[rows])
-        count = max(1, _PIECE // (in_batch * data.seq_len))
-        pieces = (range(step, step + count) for step in itertools.count(start_step, count))
-        with contextlib.ExitStack() as stack:
-            read = self._read
-            if data.worker_processes:
-                of_rows = (self._folders, data.seq_len, self.tokenizer.pad_id)
-                read = stack.enter_context(reading.in_processes(data.worker_processes, *of_rows))
-
-            batches = functools.partial(self._train_batches, rows=rows, read=read)
-            threads = max(_THREADS, data.worker_processes)
-            read_ahead = contextlib.closing(reading.ahead(batches, pieces, threads))
-            for steps, piece in stack.enter_context(read_ahead):
-                try:
-                    yield from piece.result()
-                except DataError:  # of one step; the batches before it are good
-                    for step in steps:
-                        yield self.train_batch(step, rows)
+        return self._training.ahead(start_step, rows, self._config.data.worker_processes)
 
     def require_rows(self) -> None:
         """

@@ -11,6 +11,15 @@ Batch = dict[str, np.ndarray]
 
 @runtime_checkable
 class Stream(Protocol):
+    """Documents laid end to end.
+
+    Attributes:
+      starts: [documents + 1], where each begins, and the end of the last. Only the few entries that
+        a row needs are looked at, so it may be a file that is mapped into memory.
+    """
+
+    starts: np.ndarray
+
     def read(self, begin: np.ndarray, size: np.ndarray) -> np.ndarray:
         """Spans of tokens, one after the other, of where each begins and how long it is."""
 
@@ -29,24 +38,10 @@ class PackedRows:
 
     so no prediction crosses documents, and every neighbouring pair in a document is predicted in
     exactly one row. A row that the stream does not fill is left out if `drop_last`, else padded.
-
-    Args:
-      stream: the documents, one after the other.
-      starts: [documents + 1], where each begins in the stream, and its end. Only the few entries
-        that a row needs are looked at, so it may be a file that is mapped into memory.
     """
 
-    def __init__(
-        self,
-        stream: Stream,
-        starts: np.ndarray,
-        row_length: int,
-        *,
-        pad_id: int,
-        drop_last: bool,
-    ):
+    def __init__(self, stream: Stream, row_length: int, *, pad_id: int, drop_last: bool):
         self._stream = stream
-        self._starts = starts
         self._pad_id = pad_id
         self.row_length = row_length
         pairs = max(self.num_tokens - 1, 0)
@@ -55,7 +50,7 @@ class PackedRows:
     @property
     def num_tokens(self) -> int:
         """Tokens of the whole stream, BOS and EOS included."""
-        return int(self._starts[-1])
+        return int(self._stream.starts[-1])
 
     @property
     def efficiency(self) -> float:
@@ -66,7 +61,7 @@ class PackedRows:
     def num_targets(self, rows: int) -> int:
         """Targets with loss mask 1 in the first `rows` rows."""
         last = min(rows * self.row_length, self.num_tokens - 1)
-        firsts_of_documents = np.searchsorted(self._starts[1:-1], last, side="right")
+        firsts_of_documents = np.searchsorted(self._stream.starts[1:-1], last, side="right")
         return last - int(firsts_of_documents)
 
     def __len__(self) -> int:
@@ -91,9 +86,9 @@ class PackedRows:
         """Where segments begin: at the start of each of these rows, and of documents in it."""
         opens = np.zeros(shape, bool)
         opens[rows, 0] = True
-        first = np.searchsorted(self._starts, begin, side="right")
-        count = np.searchsorted(self._starts, begin + size, side="left") - first
-        places = self._starts[ranges(first, count)] - np.repeat(begin, count)
+        first = np.searchsorted(self._stream.starts, begin, side="right")
+        count = np.searchsorted(self._stream.starts, begin + size, side="left") - first
+        places = self._stream.starts[ranges(first, count)] - np.repeat(begin, count)
         opens[np.repeat(rows, count), places] = True
         return opens
 

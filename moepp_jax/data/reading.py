@@ -1,111 +1,152 @@
-"""Rows of training read here, or in worker processes that give back the same."""
+"""Batches of training, read ahead by grain: on threads, or in worker processes."""
 
 from __future__ import annotations
 
-import collections
 import contextlib
-import multiprocessing
 import signal
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from pathlib import Path
-from typing import NamedTuple, TypeVar
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
+from absl import flags
 
 from moepp_jax.config import ConfigError
 from moepp_jax.data import work
+from moepp_jax.data.mixture import Mixture
 from moepp_jax.data.packing import Batch, PackedRows
-from moepp_jax.data.tokens import TokenDocuments
+from moepp_jax.data.shuffle import shuffled
+from moepp_jax.data.storage import DataError
+
+# The rows of a batch that are wanted: a slice, or their indices.
+Rows = slice | np.ndarray
+
+# Threads that read ahead, a piece of work each: most of their time goes by in storage and in code
+# that lets other threads run. A piece is a batch, or several small ones of this many tokens
+# together: a call to the reader costs as much as a few thousand tokens.
+_THREADS = 4
+_PIECE = 2**16
+
+# More pieces than any run has: grain asks for a length.
+_ENDLESS = 2**40
 
 # Seconds that a worker lives on after SIGTERM. It may have been sent to all processes of a job, and
 # the one that trains needs data until it has saved its state.
 _GRACE = 30
 
 
-class Wanted(NamedTuple):
-    """Rows of one source.
+class Training(NamedTuple):
+    """What every step trains on, a function of the step alone.
 
     Attributes:
-      rows: their numbers.
-      places: where they belong among the rows of all sources.
+      sources: the training split of each source.
     """
 
-    source: str
-    rows: np.ndarray
-    places: np.ndarray
+    sources: Mapping[str, PackedRows]
+    mixture: Mixture
+    batch_size: int
+    seed: int
+
+    def batch(self, step: int, rows: Rows) -> Batch:
+        """The wanted rows of one step's batch, [rows, L] each.
+
+        Raises:
+          DataError: a record is damaged.
+        """
+        [batch] = _apart(self.batches(range(step, step + 1), rows))
+        return batch
+
+    def batches(self, steps: range, rows: Rows) -> Batch:
+        """As `batch` of several steps, read together: [steps, rows, L] each."""
+        in_batch = np.arange(self.batch_size)[rows]
+        numbers = np.add.outer(np.array(steps) * self.batch_size, in_batch)
+        of_source, row = self.mixture.select(numbers.ravel())
+        parts, places = [], []
+        for i, name in enumerate(self.mixture.names):
+            source = self.sources[name]
+            places.append(np.flatnonzero(of_source == i))
+            parts.append(source.read(shuffled(row[places[-1]], len(source), self.seed)))
+        order = np.argsort(np.concatenate(places))
+        return {
+            name: np.concatenate([part[name] for part in parts])[order].reshape(*numbers.shape, -1)
+            for name in parts[0]
+        }
+
+    def ahead(self, start_step: int, rows: Rows, workers: int) -> Iterator[Batch]:
+        """The batch of each step from `start_step` on, without end.
+
+        Args:
+          workers: processes that read; 0 reads on threads of this one.
+
+        Raises:
+          DataError: a record is damaged; where its batch would come.
+          ConfigError: a worker was killed.
+        """
+        [source, *_] = self.sources.values()
+        tokens = len(np.arange(self.batch_size)[rows]) * source.row_length
+        pieces = Pieces(self, rows, start_step, max(1, _PIECE // tokens))
+        number = 0
+        while True:
+            try:
+                for batches in _read_ahead(pieces, number, workers):
+                    yield from _apart(batches)
+                    number += 1
+            except DataError:  # of one step; the batches before it are good
+                for step in pieces.steps(number):
+                    yield self.batch(step, rows)
+                number += 1
 
 
-Read = Callable[[list[Wanted]], Batch]
+@dataclass(frozen=True)
+class Pieces:
+    """Pieces of the training from a step on, as grain reads data: by number."""
 
-T, R = TypeVar("T"), TypeVar("R")
+    training: Training
+    rows: Rows
+    start_step: int
+    size: int  # steps of a piece
 
+    def steps(self, number: int) -> range:
+        first = self.start_step + number * self.size
+        return range(first, first + self.size)
 
-def open_rows(folder: Path, row_length: int, pad_id: int) -> PackedRows:
-    """The training split of a token data set."""
-    documents = TokenDocuments(folder, "train")
-    return PackedRows(documents, documents.starts, row_length, pad_id=pad_id, drop_last=True)
+    def __len__(self) -> int:
+        return _ENDLESS
 
-
-def read(sources: Mapping[str, PackedRows], wanted: list[Wanted]) -> Batch:
-    """Rows of several sources in their places."""
-    parts = [sources[w.source].read(w.rows) for w in wanted]
-    order = np.argsort(np.concatenate([w.places for w in wanted]))
-    return {name: np.concatenate([part[name] for part in parts])[order] for name in parts[0]}
-
-
-def ahead(do: Callable[[T], R], items: Iterator[T], threads: int) -> Iterator[tuple[T, Future[R]]]:
-    """Each of endless items with what `do` makes of it, while threads work on the next ones."""
-    pool = ThreadPoolExecutor(threads, thread_name_prefix="train-batches")
-    started = collections.deque()
-    try:
-        for item in items:
-            started.append((item, pool.submit(do, item)))
-            if len(started) > threads:
-                yield started.popleft()
-    finally:
-        pool.shutdown(cancel_futures=True)
+    def __getitem__(self, number: int) -> Batch:
+        return self.training.batches(self.steps(number), self.rows)
 
 
-@contextlib.contextmanager
-def in_processes(
-    count: int, folders: Mapping[str, Path], row_length: int, pad_id: int
-) -> Iterator[Read]:
-    """As `read`, in so many processes, each of which opens the sources once.
+def _apart(batches: Batch) -> Iterator[Batch]:
+    for i in range(len(batches["tokens"])):
+        yield {name: value[i] for name, value in batches.items()}
 
-    Args:
-      folders: of the sources' token data sets.
 
-    Raises:
-      ConfigError: when it is called, one of them was killed.
-      DataError: as `read`.
-    """
-    # Not forked: this process has threads. What they need loads neither JAX nor TensorFlow.
-    context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(count, context, _open, (folders, row_length, pad_id))
+def _read_ahead(pieces: Pieces, first: int, workers: int) -> Iterator[Batch]:
+    """The pieces from the first on, in their order."""
+    import grain  # here, as it brings JAX: processes that prepare data start without
 
-    def read_there(wanted: list[Wanted]) -> Batch:
+    threads = 1 if workers else _THREADS
+    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads)
+    dataset = grain.MapDataset.source(pieces)[first:].to_iter_dataset(options)
+    if workers:
+        if not flags.FLAGS.is_parsed():  # under a program without; grain asks for its own
+            flags.FLAGS.mark_as_parsed()
+        processes = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2)
+        dataset = dataset.mp_prefetch(processes, worker_init_fn=_start_worker)
+    with contextlib.closing(iter(dataset)) as read:
         try:
-            return pool.submit(_read, wanted).result()
-        except BrokenProcessPool:
+            yield from read
+        except RuntimeError as error:
+            if "terminated unexpectedly" not in str(error):
+                raise
             raise ConfigError(
-                f"one of config.data.worker_processes = {count} was killed, as a machine does that "
-                "runs out of memory: lower it (0 reads on threads), and give the same command again"
+                f"one of config.data.worker_processes = {workers} was killed, as a machine does "
+                "that runs out of memory: lower it (0 reads on threads), and give the same command "
+                "again"
             ) from None
 
-    try:
-        yield read_there
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)  # who trains need not wait
 
-
-def _open(folders: Mapping[str, Path], row_length: int, pad_id: int) -> None:
-    global _sources
+def _start_worker(index: int, count: int) -> None:
     work.end_with_parent()
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(_GRACE))
-    _sources = {n: open_rows(folder, row_length, pad_id) for n, folder in folders.items()}
-
-
-def _read(wanted: list[Wanted]) -> Batch:
-    return read(_sources, wanted)

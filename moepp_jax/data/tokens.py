@@ -49,7 +49,8 @@ def _features(vocab_size: int) -> tfds.features.FeaturesDict:
 class TokenDocuments(Sequence):
     """The documents of one split by index, each a vector of token ids from BOS to EOS.
 
-    Laid end to end they are a stream, which `read` reads anywhere.
+    Laid end to end they are a stream, which `read` reads anywhere. Another process to which they
+    are sent opens them for itself.
 
     Attributes:
       starts: [documents + 1], where each begins in the stream, and its end. It stays on disk: a
@@ -57,11 +58,15 @@ class TokenDocuments(Sequence):
     """
 
     def __init__(self, folder: Path, split: str):
+        self._opened = folder, split
         self._records = records.Split(folder, split)
         self._dtype = self._records.features["tokens"].np_dtype
         # As plain arrays: a memmap's own way of indexing is slow.
         self.starts, self._byte_starts = np.asarray(np.load(folder / _index(split), mmap_mode="r"))
         self._record_starts = np.asarray(np.load(folder / _cuts(split), mmap_mode="r"))
+
+    def __reduce__(self):
+        return type(self), self._opened
 
     def __len__(self) -> int:
         return len(self.starts) - 1
