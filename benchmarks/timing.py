@@ -40,8 +40,7 @@ def interleaved(
 
     Compilation and a first run of each case come before. On CPU memory is kept as `train` keeps it.
     """
-    if jax.default_backend() == "cpu":
-        host_memory.keep_freed()
+    host_memory.keep_freed_on_cpu()
     for case in cases.values():
         jax.block_until_ready(case.function(*case.arguments))
     order = random.Random(0)

@@ -32,7 +32,7 @@ from rich.table import Table
 import moepp_jax
 from benchmarks import timing
 from configs import base
-from moepp_jax import cli, flops, moe
+from moepp_jax import cli, flops, host_memory, moe
 from moepp_jax import model as model_lib
 from moepp_jax.analysis.curves import plot_curves
 from moepp_jax.analysis.ngram import ngram_loss
@@ -167,6 +167,7 @@ def show(summary: dict[str, Any], workdir: Path, console: Console) -> None:
 
 
 def main(argv: list[str]) -> None:
+    host_memory.keep_freed_on_cpu()
     workdir = Path(_WORKDIR.value)
     show(twins(_CONFIG.value, workdir), workdir, Console(width=120))
 

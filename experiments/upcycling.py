@@ -32,7 +32,7 @@ from absl import flags
 from matplotlib.figure import Figure
 
 from experiments import rows as rows_lib
-from moepp_jax import cli, flops, interop
+from moepp_jax import cli, flops, host_memory, interop
 from moepp_jax.config import Config, ConfigError
 from moepp_jax.metrics import read_metrics
 from moepp_jax.storage import write_atomic
@@ -262,6 +262,7 @@ if __name__ == "__main__":
     )
 
     def main(_: Sequence[str]) -> None:
+        host_memory.keep_freed_on_cpu()
         workdir = Path(_WORKDIR.value)
         source = Path(_SOURCE.value or workdir / "moe")
         if _SOURCE.value is None:

@@ -11,7 +11,7 @@ def faults():
         b"1" * 100_000_000
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
-print(faults(), host_memory.keep_freed(), faults(), faults())
+print(faults(), host_memory.keep_freed_on_cpu(), faults(), faults())
 """
 
 

@@ -36,5 +36,4 @@ def start(config: Config) -> None:
     # fewer than two threads a device they can deadlock; more than it takes is slower.
     if said or devices > 1:
         os.environ.setdefault("PJRT_NPROC", str(max(32, 4 * devices)))
-    if jax.default_backend() == "cpu":
-        host_memory.keep_freed()
+    host_memory.keep_freed_on_cpu()
