@@ -24,6 +24,7 @@ def start(config: Config) -> None:
     CPUs are as many devices as one says; a mesh that leaves the number open gets its fill of them,
     or one a process.
     """
+    host_memory.keep_freed_on_cpu()
     given = {name: flag.value for name, flag in _PROCESSES.items()}
     joined = distributed.initialize(_DISTRIBUTED.value, **given)
     said = "JAX_NUM_CPU_DEVICES" in os.environ or (
@@ -36,4 +37,3 @@ def start(config: Config) -> None:
     # fewer than two threads a device they can deadlock; more than it takes is slower.
     if said or devices > 1:
         os.environ.setdefault("PJRT_NPROC", str(max(32, 4 * devices)))
-    host_memory.keep_freed_on_cpu()
