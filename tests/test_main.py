@@ -68,7 +68,7 @@ def wait_for(path: Path, process: subprocess.Popen) -> None:
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("main")
     with pytest.MonkeyPatch.context() as patch:
-        # The started processes compile the same things.
+        # As a user sets it who starts the same things again and again.
         patch.setitem(ENVIRONMENT, "JAX_COMPILATION_CACHE_DIR", str(folder / "cache"))
         patch.setitem(ENVIRONMENT, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
         yield folder
@@ -129,6 +129,11 @@ def test_a_killed_run_tells_the_same_story(runs, folder):
     victim = [row for row in story("victim") if row["step"] % 3 == 0 or row["step"] != saved]
     assert victim == story("alone")
     assert [row["step"] for row in victim if "loss" in row] == [*range(3, 121, 3)]
+
+
+def test_programs_of_several_devices_are_not_read_from_a_cache(runs, folder):
+    kept = {entry.name.split("-")[0] for entry in (folder / "cache").glob("*-cache")}
+    assert not kept & {"jit_step", "jit_sums"}, kept
 
 
 def test_evaluate_prints_json(runs, folder):

@@ -171,12 +171,7 @@ def assert_same_story(actual, expected):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("processes")
-    with pytest.MonkeyPatch.context() as patch:
-        # The started processes compile the same things: most of their time.
-        patch.setenv("JAX_COMPILATION_CACHE_DIR", str(folder / "cache"))
-        patch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
-        yield folder
+    return tmp_path_factory.mktemp("processes")
 
 
 @pytest.fixture(scope="module")

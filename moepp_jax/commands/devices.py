@@ -37,3 +37,7 @@ def start(config: Config) -> None:
     # fewer than two threads a device they can deadlock; more than it takes is slower.
     if said or devices > 1:
         os.environ.setdefault("PJRT_NPROC", str(max(32, 4 * devices)))
+    # XLA's CPU programs take part in collectives in their written order only if they were compiled
+    # here: read from a compilation cache, each device has its own, and they wait for ever.
+    if jax.default_backend() == "cpu" and jax.device_count() > 1:
+        jax.config.update("jax_enable_compilation_cache", False)
