@@ -26,7 +26,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import timing
-from moepp_jax import moe
+from moepp_jax import host_memory, moe
 from moepp_jax.moe import kernels
 from moepp_jax.moe import router as router_lib
 
@@ -233,6 +233,7 @@ def main() -> None:
     parser.add_argument("--modes", nargs="+", choices=MODES, default=MODES)
     parser.add_argument("--passes", nargs="+", choices=PASSES, default=PASSES)
     args = parser.parse_args()
+    host_memory.keep_freed_on_cpu()  # as `train` does, and before JAX has threads
     shape = Shape(4096, 2, 768, 2048, 8, (2, 1, 1))
     timed = functools.partial(measure, shape, rounds=args.rounds)
     rows = [row for mode in args.modes for way in args.passes for row in timed(mode, way)]

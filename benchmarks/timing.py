@@ -13,8 +13,6 @@ from typing import Any, NamedTuple
 import jax
 from rich.progress import track
 
-from moepp_jax import host_memory
-
 
 class Seconds(NamedTuple):
     """Median and quartiles of what a function took."""
@@ -38,9 +36,8 @@ def interleaved(
 
     Each round has an order of its own: what a case leaves in caches falls to no one in particular.
 
-    Compilation and a first run of each case come before. On CPU memory is kept as `train` keeps it.
+    Compilation and a first run of each case come before.
     """
-    host_memory.keep_freed_on_cpu()
     for case in cases.values():
         jax.block_until_ready(case.function(*case.arguments))
     order = random.Random(0)
