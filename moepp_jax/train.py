@@ -14,7 +14,7 @@ from moepp_jax import flops, processes
 from moepp_jax import mesh as mesh_lib
 from moepp_jax import state as state_lib
 from moepp_jax.checkpoint import Checkpoints
-from moepp_jax.config import Config
+from moepp_jax.config import Config, ConfigError
 from moepp_jax.data import Dataset, describe, open_dataset, prepare
 from moepp_jax.interrupt import Stopped, StopRequest
 from moepp_jax.log import Log
@@ -40,7 +40,8 @@ def train(
       profile: steps, counted from 0 where this call goes on, whose trace is written too.
 
     Raises:
-      ConfigError: the configuration does not fit the devices, the data or the work directory.
+      ConfigError: the configuration does not fit the devices, the data or the work directory, or
+        computes in float16.
       CheckpointError: every checkpoint there is damaged, or they are of another architecture.
       DataError: a record of the data is damaged; the checkpoints before it are kept.
       DivergedError: a loss or a gradient is not finite; the same holds. It is noticed where metrics
@@ -48,6 +49,7 @@ def train(
       Stopped: SIGINT or SIGTERM asked for it; the run is saved.
     """
     processes.require_alike(f"{workdir} {config.to_json()}")
+    _require_trainable(config)
     mesh = mesh_lib.make_mesh(config)
     first = processes.is_first()
     report = report if first else _in_silence
@@ -84,6 +86,14 @@ def train(
     if step < config.train.steps:
         raise Stopped(stop.signal, step)
     return state
+
+
+def _require_trainable(config: Config) -> None:
+    if config.model.dtype == "float16":
+        raise ConfigError(
+            "config.model.dtype = 'float16' is for evaluation and generation: its small gradients "
+            "become 0; train in bfloat16 or float32 (convert takes --dtype)"
+        )
 
 
 def _make(config: Config, workdir: str | os.PathLike, report) -> Dataset:

@@ -228,6 +228,7 @@ def cases(folder: Path) -> list[tuple[list[str], str]]:
         (["train", recipe, "--config.mo.tau=1", new], "a flag names no field .*'mo'"),
         (["train", recipe, "--config.moe.tau=x", new], "flag --config.moe.tau=x: could not conv"),
         (["train", recipe, "--config.moe.top_k=1.5", new], "flag --config.moe.top_k=1.5: invalid"),
+        (["train", recipe, "--config.model.dtype=float16", new], "dtype = 'float16' is for eval"),
         (["train", recipe, "--config.moe.tau=2", new], "config.moe.tau = 2.0 must be greater than"),
         (["train", recipe, "--workdr=x"], "Unknown command line flag 'workdr'"),
         (
