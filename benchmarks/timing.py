@@ -23,7 +23,7 @@ class Seconds(NamedTuple):
 
 
 class Case(NamedTuple):
-    """A jitted function and its arguments, on the device."""
+    """A function that JAX has compiled, and its arguments, on the device."""
 
     function: Callable
     arguments: tuple[Any, ...]

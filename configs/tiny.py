@@ -16,17 +16,17 @@ def get_config(variant: str = "moepp") -> ConfigDict:
     c.model.update(
         num_layers=4,
         hidden_size=128,
-        num_heads=4,
-        num_kv_heads=4,
+        num_heads=2,
+        num_kv_heads=2,
         vocab_size=4096,
         dense_ffn_size=512,
         init_std=0.06,
         dtype="float32",
     )
-    c.moe.update(ffn_size=256, group_size=256)
+    c.moe.update(ffn_size=512, group_size=256)
     c.data.seq_len = 256
     c.optim.update(lr=3e-3, warmup_steps=50)
     c.train.update(
-        steps=700, batch_size=8, log_every=20, eval_every=100, eval_batches=8, save_every=100
+        steps=600, batch_size=8, log_every=20, eval_every=100, eval_batches=8, save_every=100
     )
     return base.variant(c, variant)

@@ -8,8 +8,8 @@ Claim      MoE++ has the lower loss, and its experts' forward time falls towards
 Refuted    if the loss is higher by more than seeds differ, or the time does not fall.
 
 Trains both (each resumes by itself), evaluates both on all held-out text beside n-gram baselines,
-times one layer of each, and writes into the work directory: summary.json, curves.png, sample.txt,
-and a run's usual files in moepp/ and moe/.
+times one layer and a training step of each by turns, and writes into the work directory:
+summary.json, curves.png, sample.txt, and a run's usual files in moepp/ and moe/.
 """
 
 from __future__ import annotations
@@ -33,13 +33,14 @@ import moepp_jax
 from benchmarks import timing
 from configs import base
 from moepp_jax import cli, flops, host_memory, moe
+from moepp_jax import mesh as mesh_lib
 from moepp_jax import model as model_lib
+from moepp_jax import state as state_lib
 from moepp_jax.analysis.curves import plot_curves
 from moepp_jax.analysis.ngram import ngram_loss
 from moepp_jax.config import Config
 from moepp_jax.data import Dataset, describe, prepare
 from moepp_jax.evaluate import evaluate_run
-from moepp_jax.metrics import read_metrics
 from moepp_jax.train import train
 from moepp_jax.workdir import write_atomic
 
@@ -61,9 +62,10 @@ def twins(recipe: ConfigDict, workdir: Path, report: Callable[[str], None] = pri
         report(f"\n{NAMES[name]}: training in {folders[name]}")
         train(config, folders[name], report)
         results[name] = evaluate_run(config, folders[name], config.train.steps)
-    report("\ncounting n-grams and timing one layer of each")
+    report("\ncounting n-grams, and timing one layer and a training step of each")
     baselines = n_gram_losses(configs["moepp"], dataset)
     seconds = time_layers(configs, folders)
+    step_seconds = time_steps(configs, dataset)
     summary = {
         "held_out_loss": {n: results[n]["eval_loss"] for n in TWINS} | baselines,
         "held_out_perplexity": {n: results[n]["eval_perplexity"] for n in TWINS},
@@ -73,7 +75,8 @@ def twins(recipe: ConfigDict, workdir: Path, report: Callable[[str], None] = pri
         "expert_forward_seconds": {n: seconds[n].median for n in TWINS},
         "time_ratio": seconds["moepp"].median / seconds["moe"].median,
         "theory": flops.cost_ratio(configs["moepp"]),
-        "tokens_per_s": {n: training_rate(folders[n]) for n in TWINS},
+        "step_seconds": {n: step_seconds[n].median for n in TWINS},
+        "tokens_per_s": {n: tokens(configs[n]) / step_seconds[n].median for n in TWINS},
         "steps": configs["moepp"].train.steps,
         "machine": timing.machine(),
         "seconds": time.perf_counter() - start,
@@ -108,16 +111,43 @@ def layer_case(config: Config, folder: Path) -> timing.Case:
     layer = model_lib.moe_of(config.moe, config.moe.dispatch, jax.default_backend())
     params = moepp_jax.load(folder, config.train.steps).params["layers"]["moe"]
     params = jax.tree.map(lambda p: p[0], params)
-    tokens = config.train.batch_size * config.data.seq_len
     S = config.moe.group_size
-    x = jax.random.normal(jax.random.key(0), (tokens // S, S, config.model.hidden_size))
-    previous = jnp.zeros((tokens // S, S, config.moe.num_experts))
+    G = tokens(config) // S
+    x = jax.random.normal(jax.random.key(0), (G, S, config.model.hidden_size))
+    previous = jnp.zeros((G, S, config.moe.num_experts))
     return timing.Case(jax.jit(lambda *a: moe.local(*a, layer)[0]), (x, previous, params))
 
 
-def training_rate(folder: Path) -> float:
-    """Median tokens a second of the logged intervals."""
-    return float(np.median([r["tokens_per_s"] for r in read_metrics(folder) if "loss" in r]))
+def time_steps(configs: dict[str, Config], dataset: Dataset) -> dict[str, timing.Seconds]:
+    """Training steps from fresh parameters.
+
+    The logs have rates too, but of different minutes, in which a machine is not the same. Both
+    models' states are on the devices at once.
+    """
+    return timing.interleaved(
+        {name: step_case(config, dataset) for name, config in configs.items()},
+        rounds=20,
+        label="timing",
+    )
+
+
+def step_case(config: Config, dataset: Dataset) -> timing.Case:
+    mesh = mesh_lib.make_mesh(config)
+    train_step = state_lib.make_train_step(config, mesh)
+    state = state_lib.init_state(config, mesh)
+    batch = jax.device_put(dataset.train_batch(0), mesh_lib.batch_sharding(mesh))
+
+    def step():
+        nonlocal state  # each step is given what the one before left
+        state, metrics = train_step(state, batch)
+        return state, metrics
+
+    return timing.Case(step, ())
+
+
+def tokens(config: Config) -> int:
+    """Of a batch."""
+    return config.train.batch_size * config.data.seq_len
 
 
 def sample(folder: Path) -> str:
@@ -155,7 +185,8 @@ def show(summary: dict[str, Any], workdir: Path, console: Console) -> None:
     console.print(table)
     console.print(
         f"theory's speed-up in the experts {1 / summary['theory']:.2f}, measured "
-        f"{1 / summary['time_ratio']:.2f}\n"
+        f"{1 / summary['time_ratio']:.2f}; in a whole training step "
+        f"{summary['step_seconds']['moe'] / summary['step_seconds']['moepp']:.2f}\n"
         f"machine  {summary['machine']}; {summary['seconds']:.0f} s in all\n"
         f"curves   {workdir / 'curves.png'}\n"
         f"numbers  {workdir / 'summary.json'}\n"

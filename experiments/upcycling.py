@@ -15,7 +15,8 @@ rows, the learning rate that the source ended with, held constant. Step 0 is the
 evaluation, whose function they all have then.
 
 Runs are in --workdir and go on where they were stopped. Writes upcycling.csv (finished runs that
-are in it, with these settings, are kept), upcycling.png and README.md into --folder.
+are in it, from this source and with these settings, are kept), upcycling.png and README.md into
+--folder.
 """
 
 from __future__ import annotations
@@ -95,16 +96,17 @@ def upcycling(
       source: a vanilla run that is trained.
     """
     config = read_config(source)
+    before = [row for row in read_metrics(source) if "eval_loss" in row][-1] | {"step": 0}
     pools = {_CONTROL: dict.fromkeys(POOL, 0)}
     pools |= {f"tau {tau:g}": POOL | {"tau": tau} for tau in taus}
     file = folder / "upcycling.csv"
-    runs = finished(read(file), settings)
+    runs = finished(read(file), settings, before["eval_loss"])
     for name, pool in pools.items():
         if name not in runs:
             run = workdir / name.replace(" ", "_")
             report(f"\n{name}: training in {run}")
             _train(_as_mixtral(source, workdir, report), run, config, pool, settings, report)
-            points = _measured(run, source, settings)
+            points = _measured(run, before, settings)
             runs[name] = [{"run": name, "tau": pool.get("tau", "")} | point for point in points]
             rows_lib.write(file, COLUMNS, [row for rows in runs.values() for row in rows])
     rows = [row for name in pools for row in runs[name]]
@@ -136,15 +138,14 @@ def _train(
     train(read_config(workdir), workdir, report)
 
 
-def _measured(run: Path, source: Path, settings: Settings) -> list[Row]:
-    """Every evaluation, after the source's last."""
+def _measured(run: Path, before: Row, settings: Settings) -> list[Row]:
+    """Every evaluation, after `before`, the source's last."""
     metrics = read_metrics(run)
     speeds = [row["tokens_per_s"] for row in metrics if "tokens_per_s" in row]
     shared = dataclasses.asdict(settings) | {
         "wanted": flops.ffn_experts_at_balance(read_config(run)),
         "tokens_per_s": float(np.median(speeds)),
     }
-    before = [row for row in read_metrics(source) if "eval_loss" in row][-1] | {"step": 0}
     return [
         shared
         | {
@@ -156,14 +157,27 @@ def _measured(run: Path, source: Path, settings: Settings) -> list[Row]:
     ]
 
 
-def finished(rows: Sequence[Row], settings: Settings) -> dict[str, list[Row]]:
-    """The rows of the runs that were trained with these settings, to their end."""
-    wanted = {name: float(f"{value:.6g}") for name, value in vars(settings).items()}
+def finished(rows: Sequence[Row], settings: Settings, before: float) -> dict[str, list[Row]]:
+    """The rows of the runs that were trained with these settings, to their end.
+
+    Args:
+      before: the source's held-out loss: what other models became is not ours.
+    """
+    wanted = {name: _to_six_digits(value) for name, value in vars(settings).items()}
     runs: dict[str, list[Row]] = {}
     for row in rows:
         if all(row[name] == value for name, value in wanted.items()):
             runs.setdefault(row["run"], []).append(row)
-    return {name: found for name, found in runs.items() if found[-1]["step"] == settings.steps}
+    return {
+        name: found
+        for name, found in runs.items()
+        if found[0]["eval_loss"] == _to_six_digits(before) and found[-1]["step"] == settings.steps
+    }
+
+
+def _to_six_digits(value: float) -> float:
+    """As it is read from a file of rows."""
+    return float(f"{value:.6g}")
 
 
 def read(file: Path) -> list[Row]:

@@ -34,6 +34,10 @@ def test_summary(job):
     assert 0 < summary["ffn_experts_per_token"]["moepp"] < recipe.moe.top_k
     seconds = summary["expert_forward_seconds"]
     assert summary["time_ratio"] == seconds["moepp"] / seconds["moe"]
+    for name in twins.TWINS:
+        rate = summary["tokens_per_s"][name]
+        batch = recipe.train.batch_size * recipe.data.seq_len
+        assert rate == pytest.approx(batch / summary["step_seconds"][name])
     e = recipe.moe
     ffn = e.tau * e.n_ffn
     assert summary["theory"] == pytest.approx(ffn / (ffn + e.n_const + e.n_copy + e.n_zero))

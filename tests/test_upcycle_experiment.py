@@ -29,7 +29,8 @@ def test_finished_runs_are_read_again(tmp_path):
     half = run("tau 0.1", 0.1, 0.5, 3.1)[:1]
     other = run("tau 1", 1.0, 1.3, 2.9, upcycling.Settings(30, 1e-3, 1 / 3))
     rows_lib.write(file, upcycling.COLUMNS, ROWS + half + other)
-    kept = upcycling.finished(upcycling.read(file), SETTINGS)
+    assert not upcycling.finished(upcycling.read(file), SETTINGS, before=2.99)
+    kept = upcycling.finished(upcycling.read(file), SETTINGS, before=3.0000001)
     assert list(kept) == ["control", "tau 0.5"]
     assert kept["tau 0.5"][3]["ffn_experts_per_token"] == 1.04
     assert kept["control"][0]["tau"] == ""
