@@ -23,10 +23,10 @@ def get_config(variant: str = "moepp") -> ConfigDict:
         init_std=0.06,
         dtype="float32",
     )
-    c.moe.update(ffn_size=512, group_size=256)
+    c.moe.update(ffn_size=384, group_size=256)
     c.data.seq_len = 256
     c.optim.update(lr=3e-3, warmup_steps=50)
     c.train.update(
-        steps=600, batch_size=8, log_every=20, eval_every=100, eval_batches=8, save_every=100
+        steps=700, batch_size=8, log_every=20, eval_every=100, eval_batches=8, save_every=100
     )
     return base.variant(c, variant)

@@ -18,7 +18,7 @@ from moepp_jax import model as model_lib
 from moepp_jax import moe, vocabulary
 from moepp_jax import state as state_lib
 from moepp_jax.checkpoint import Checkpoints
-from moepp_jax.config import Config
+from moepp_jax.config import Config, ConfigError
 from moepp_jax.data import Dataset, open_dataset
 from moepp_jax.metrics import finite
 from moepp_jax.processes import Rows, agree, require_alike
@@ -116,8 +116,8 @@ def evaluate_mixture(
       sum. Of several sources each one's metrics follow, as "eval_loss/wikipedia".
     """
     each = {}
-    for name, source in dataset.sources.items():
-        part = num_batches and max(1, round(num_batches * dataset.shares[name]))
+    for name, part in _parts(dataset, num_batches).items():
+        source = dataset.sources[name]
         each[name] = evaluate(params, _counted(source.eval_batches(part, rows), done))
         each[name]["eval_bits_per_byte"] = _bits(each[name]["eval_loss"]) / source.bytes_per_target
     mixed = {
@@ -134,6 +134,12 @@ def evaluate_mixture(
         for name, metrics in each.items():
             mixed |= {f"{metric}/{name}": value for metric, value in metrics.items()}
     return mixed
+
+
+def _parts(dataset: Dataset, num_batches: int) -> dict[str, int]:
+    """Each source's part of the batches, 0 for all of its own."""
+    shares = dataset.shares.items()
+    return {name: num_batches and max(1, round(num_batches * share)) for name, share in shares}
 
 
 def _perplexity(nats: float) -> float:
@@ -155,21 +161,28 @@ def evaluate_run(
     workdir: str | os.PathLike,
     step: int | None = None,
     progress: Callable[[int, int], None] = lambda batches, total: None,
+    num_batches: int = 0,
 ) -> dict[str, Any]:
-    """A checkpoint of a run on all of the held-out text.
+    """A checkpoint of a run on the held-out text.
 
     Args:
       step: by default the best, or the newest if none was evaluated.
       progress: called with the batches done since the last call, and their total.
+      num_batches: of all sources together, each one's first; 0 is all of their text.
 
     Returns:
       What `evaluate_mixture` says, with the step, as JSON takes it.
 
     Raises:
-      ConfigError, CheckpointError: no prepared data; no checkpoint, not that one, or damaged.
+      ConfigError, CheckpointError: no prepared data; no checkpoint, not that one, or damaged;
+        num_batches is negative.
       DataError: the data is damaged.
     """
-    require_alike(f"{workdir} {config.to_json()}")
+    require_alike(f"{workdir} {config.to_json()} {num_batches}")
+    if num_batches < 0:
+        raise ConfigError(
+            f"{num_batches} batches cannot be evaluated: give 1 or more, or 0 for all"
+        )
     mesh = mesh_lib.make_mesh(config)
     dataset = agree(lambda: open_dataset(config))
     rows = Rows(mesh_lib.batch_sharding(mesh), config.train.batch_size).indices
@@ -177,10 +190,11 @@ def evaluate_run(
     with Checkpoints(workdir, config.train.keep) as checkpoints:
         step = checkpoints.choose(step)
         params = checkpoints.restore_params(step, abstract.params)
-    size = config.train.batch_size
-    total = sum(-(-len(source.eval) // size) for source in dataset.sources.values())
+    parts = _parts(dataset, num_batches).items()
+    total = sum(dataset.sources[name].count_eval_batches(part) for name, part in parts)
+    evaluate = make_evaluate(config, mesh)
     metrics = evaluate_mixture(
-        make_evaluate(config, mesh), params, dataset, 0, rows, lambda: progress(1, total)
+        evaluate, params, dataset, num_batches, rows, lambda: progress(1, total)
     )
     as_json = {name: finite(np.asarray(value).tolist()) for name, value in metrics.items()}
     return {"step": step} | as_json

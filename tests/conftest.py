@@ -28,6 +28,7 @@ gc.set_threshold(20_000, 20, 20)
 import jax  # noqa: E402
 import pytest  # noqa: E402
 
+from moepp_jax.interop import safetensors_file  # noqa: E402
 from moepp_jax.moe import Blocked, kernels  # noqa: E402
 
 
@@ -59,3 +60,18 @@ def small_blocks():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(kernels, "grouped_function", small)
         yield
+
+
+@pytest.fixture
+def twentieth_read_fails(monkeypatch):
+    """Of a checkpoint's tensors; what was read so far is in the list."""
+    reads = []
+
+    def read(file, entry, real=safetensors_file.read):
+        reads.append(entry)
+        if len(reads) == 20:
+            raise OSError(5, "Input/output error")
+        return real(file, entry)
+
+    monkeypatch.setattr(safetensors_file, "read", read)
+    return reads

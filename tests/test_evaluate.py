@@ -164,13 +164,22 @@ def test_a_run_is_evaluated_on_all_of_its_held_out_text(tmp_path):
     tiny.run_folder(tmp_path / "run", c)
     with pytest.raises(CheckpointError, match=r"checkpoint 4 .* steps that may be used .*: 3"):
         evaluate_lib.evaluate_run(c, tmp_path / "run", step=4)
+    with pytest.raises(ConfigError, match=r"-1 batches cannot be evaluated: .* 0 for all"):
+        evaluate_lib.evaluate_run(c, tmp_path / "run", num_batches=-1)
     heard = []
+    first = evaluate_lib.evaluate_run(
+        c, tmp_path / "run", progress=lambda *done: heard.append(done), num_batches=1
+    )
+    assert heard == [(1, 1)]
+    heard.clear()
     got = evaluate_lib.evaluate_run(c, tmp_path / "run", progress=lambda *done: heard.append(done))
     assert heard == [(1, len(heard))] * len(heard) and heard
     assert json.loads(json.dumps(got)) == got
     dataset = open_dataset(c)
     documents = dataset.sources["text"].eval_documents
     assert got["step"] == 3
+    one = next(dataset.eval_batches())
+    assert first["eval_tokens"] == one["loss_mask"].sum() < got["eval_tokens"]
     assert got["eval_tokens"] == sum(documents.lengths) - len(documents)
     bits = got["eval_loss"] * got["eval_tokens"] / math.log(2)
     assert got["eval_bits_per_byte"] == pytest.approx(bits / sum(documents.num_bytes))

@@ -20,7 +20,7 @@ from moepp_jax import state as state_lib
 from moepp_jax.commands import convert
 from moepp_jax.config import Config, ConfigError
 from moepp_jax.data import Tokenizer, prepare
-from moepp_jax.interop import ConversionError, safetensors_file
+from moepp_jax.interop import ConversionError
 from moepp_jax.moe.bias import NEVER
 from moepp_jax.workdir import open_workdir, read_config
 from tests import tiny
@@ -392,19 +392,10 @@ def test_a_folder_that_is_in_use_stays_as_it_is(tmp_path):
     assert [p.name for p in (tmp_path / "run").iterdir()] == ["notes"]
 
 
-def test_a_source_that_fails_half_way(tmp_path, monkeypatch):
-    reads = []
-
-    def read(file, entry, real=safetensors_file.read):
-        reads.append(entry)
-        if len(reads) == 20:
-            raise OSError(5, "Input/output error")
-        return real(file, entry)
-
-    monkeypatch.setattr(safetensors_file, "read", read)
+def test_a_source_that_fails_half_way(tmp_path, twentieth_read_fails):
     source = checkpoint(tmp_path / "source")
     refused(source, tmp_path, "tensor .* cannot be read: .*Input/output error")
-    assert len(reads) == 20
+    assert len(twentieth_read_fails) == 20
 
 
 # transformers itself

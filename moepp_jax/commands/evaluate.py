@@ -1,4 +1,4 @@
-"""evaluate --workdir=RUN: a checkpoint on all of the held-out text."""
+"""evaluate --workdir=RUN: a checkpoint on the held-out text, or on its first --batches."""
 
 import json
 from typing import Any
@@ -10,6 +10,9 @@ from moepp_jax import evaluate, processes, progress, storage
 from moepp_jax.commands import devices, options
 from moepp_jax.config import ConfigError
 
+_BATCHES = flags.DEFINE_integer(
+    "batches", 0, "so many batches of held-out text, always the same; 0 is all of it"
+)
 for _name in ("workdir", "step", "config", "json"):
     flags.declare_key_flag(_name)
 flags.adopt_module_key_flags(devices)
@@ -25,7 +28,7 @@ def run(arguments: list[str]) -> None:
     jax.config.update("jax_enable_preemption_service", False)
     devices.start(config)
     with progress.passing_bar("batches") as moved:
-        result = evaluate.evaluate_run(config, folder, options.STEP.value, moved)
+        result = evaluate.evaluate_run(config, folder, options.STEP.value, moved, _BATCHES.value)
     if not processes.is_first():
         return
     text = _json(result)

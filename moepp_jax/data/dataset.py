@@ -47,11 +47,14 @@ class Source:
 
         The last one is filled up with rows of padding.
         """
-        end = len(self.eval)
-        if num_batches:
-            end = min(end, num_batches * self._batch_size)
-        for start in range(0, end, self._batch_size):
+        for batch in range(self.count_eval_batches(num_batches)):
+            start = batch * self._batch_size
             yield self.eval.read(start + np.arange(self._batch_size)[rows])
+
+    def count_eval_batches(self, num_batches: int = 0) -> int:
+        """How many `eval_batches` gives."""
+        there = -(-len(self.eval) // self._batch_size)
+        return min(num_batches, there) if num_batches else there
 
     @functools.cached_property
     def bytes_per_target(self) -> float:
