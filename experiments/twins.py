@@ -126,7 +126,7 @@ def time_steps(configs: dict[str, Config], dataset: Dataset) -> dict[str, timing
     """
     return timing.interleaved(
         {name: step_case(config, dataset) for name, config in configs.items()},
-        rounds=20,
+        rounds=15,
         label="timing",
     )
 

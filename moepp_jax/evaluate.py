@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator
@@ -27,6 +28,7 @@ from moepp_jax.processes import Rows, agree, require_alike
 _MOST_NATS = 700.0
 
 
+@functools.lru_cache(maxsize=2)
 def make_evaluate(
     config: Config, mesh: Mesh
 ) -> Callable[[dict[str, Any], Iterable[dict[str, np.ndarray]]], dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -131,8 +132,11 @@ def bias_rule(config: Config) -> Callable[[dict[str, Any], jax.Array], dict[str,
     return rule
 
 
+@functools.lru_cache(maxsize=2)
 def make_train_step(config: Config, mesh: Mesh) -> Callable[[State, Batch], tuple[State, Metrics]]:
     """The jitted step: (state, batch) -> (state, metrics). The state that goes in is donated.
+
+    Whoever asks for the same one soon gets the same one, compiled already.
 
     The batch's arrays are (batch_size, seq_len): tokens, targets, segments, positions, loss_mask.
     """
