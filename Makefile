@@ -3,7 +3,7 @@ SHELL := /bin/bash
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 PY := .venv/bin/python
 
-.PHONY: help train test test-slow test-torch test-eval test-tpu-compile scaling check format benchmark lock clean
+.PHONY: help train test test-slow test-torch test-eval test-newest test-tpu-compile scaling check format benchmark lock clean
 
 help:
 	@echo "make train      train a tiny MoE++ model and its vanilla twin on real text, and compare them"
@@ -11,6 +11,7 @@ help:
 	@echo "make test-slow  the tests that take minutes"
 	@echo "make test-torch  the tests against PyTorch and transformers: installs both"
 	@echo "make test-eval  the tests against the lm-evaluation-harness: installs it, and PyTorch"
+	@echo "make test-newest  the quick tests with the newest JAX there is for this Python"
 	@echo "make test-tpu-compile  compile for TPU pods, which need not be there: ten minutes"
 	@echo "make scaling    the table of docs/scaling anew: rows that are there are kept"
 	@echo "make check      lint and format checks"
@@ -58,6 +59,14 @@ test-eval: .venv/dev requirements-eval.txt
 
 test-tpu-compile: .venv/tpu
 	PYTHONPATH=.venv/tpu $(PY) -m pytest -m tpu_compile tests/tpu
+
+# Not what is pinned but what is newest for this Python, in an environment of its own.
+test-newest: .venv/run
+	@test -x .venv/newest/bin/python || $(PYTHON) -m venv .venv/newest
+	@.venv/newest/bin/python -m pip install --quiet --disable-pip-version-check --upgrade \
+	  $$(sed -E 's/ *#.*//; /^(-|$$)/d; s/[=<].*//' requirements.in requirements-dev.in)
+	@.venv/newest/bin/python -m pip list 2>/dev/null | grep -E '^(jax|jaxlib|flax|optax|orbax-checkpoint) '
+	.venv/newest/bin/python -m pytest --numprocesses=auto --maxprocesses=4 --dist=worksteal
 
 scaling: .venv/tpu
 	PYTHONPATH=.venv/tpu $(PY) -m experiments.scaling

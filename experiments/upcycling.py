@@ -54,6 +54,8 @@ COLUMNS = (
     "tokens_per_s",
 )
 _CONTROL = "control"
+# The claim: at tau = 1 so many nats above the control, at any tau so far above the wanted experts.
+_NATS, _EXPERTS = 0.02, 1.05
 
 
 @dataclasses.dataclass(frozen=True)
@@ -260,7 +262,23 @@ def page(rows: Sequence[Row], source: Config, settings: Settings) -> str:
             "" if name == _CONTROL else f"{end['eval_loss'] - control['eval_loss']:+.3f}",
         ]
         lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join([*lines, "", "![curves](upcycling.png)", ""])
+    return "\n".join([*lines, "", verdict(runs), "", "![curves](upcycling.png)", ""])
+
+
+def verdict(runs: Mapping[str, Sequence[Row]]) -> str:
+    """Whether the claim holds, in words."""
+    ends = {name: end_of(points) for name, points in runs.items()}
+    control = ends.pop(_CONTROL)
+    over = max(end["ffn_experts_per_token"] / end["wanted"] for end in ends.values())
+    found = [f"FFN experts a token are at most {over - 1:+.1%} from what is wanted"]
+    holds = over <= _EXPERTS
+    for end in ends.values():
+        if end["tau"] == 1:
+            above = end["eval_loss"] - control["eval_loss"]
+            found.append(f"the loss at tau = 1 is {above:+.4f} nats from the control's")
+            holds &= above <= _NATS
+    asked = f"at most {_EXPERTS - 1:+.0%}, and {_NATS:+g} nats at tau = 1"
+    return f"The claim ({asked}) {'holds' if holds else 'does not hold'}: {'; '.join(found)}."
 
 
 if __name__ == "__main__":

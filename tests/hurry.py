@@ -3,4 +3,9 @@
 For tests, and for the processes that they start.
 """
 
-XLA_FLAGS = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+import jaxlib
+
+XLA_FLAGS = "--xla_backend_optimization_level=0"
+# XLA ends a process that gives it an option it has no more.
+if jaxlib.version.__version_info__ < (0, 11):
+    XLA_FLAGS += " --xla_cpu_use_fusion_emitters=false"

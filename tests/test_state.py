@@ -138,8 +138,12 @@ def collectives(text: str) -> list[tuple[str, str, int]]:
     lines = re.findall(rf"^\s*(?:ROOT )?\S+ = (.+?) ({kinds})(?:-start)?\((.*)$", text, re.M)
     found = []
     for shape, kind, rest in lines:
+        # Older compilers list the devices of each group, newer ones name the axes of a mesh.
         group = re.search(r"replica_groups=\{\{([\d,]+)\}", rest)
-        found.append((kind, shape, len(group[1].split(",")) if group else 0))
+        axes = re.search(r"replica_groups=mesh\[([^\]]*)\].*? \{([^}]*)\}", rest)
+        sizes = dict(re.findall(r"('\w+')=(\d+)", axes[1])) if axes else {}
+        devices = [int(sizes[axis]) for axis in axes[2].split(",")] if axes else []
+        found.append((kind, shape, len(group[1].split(",")) if group else math.prod(devices)))
     return [one for one in found if one[2] != 1]
 
 

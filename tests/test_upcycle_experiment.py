@@ -1,6 +1,7 @@
 """The sweep of upcycled models in small: its files, and what a killed one keeps."""
 
 import csv
+import re
 
 import pytest
 
@@ -46,7 +47,21 @@ def test_page_and_picture():
     assert "| before | 2.00 | | | 3.000 | |" in page
     assert "| control | 2.00 |  | 100% | 2.900 |  |" in page
     assert "| tau 0.5 | 1.04 | 1.00 | 52% | 2.950 | +0.050 |" in page
+    assert "nats at tau = 1) holds: FFN experts a token are at most +4.0% from" in page
     assert upcycling.figure(ROWS).startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("experts", "loss", "said"),
+    [
+        (1.0, 2.915, r"holds: .* at most \+4\.0% .* tau = 1 is \+0\.0150 nats"),
+        (1.0, 2.9205, r"does not hold: .* tau = 1 is \+0\.0205 nats"),
+        (1.06, 2.9, r"does not hold: .* at most \+6\.0%"),
+    ],
+)
+def test_the_verdict(experts, loss, said):
+    rows = ROWS + run("tau 1", 1.0, experts, loss)
+    assert re.search(rf"\) {said}", upcycling.verdict(upcycling.by_run(rows)))
 
 
 @pytest.mark.slow
