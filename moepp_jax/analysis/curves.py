@@ -50,15 +50,14 @@ def plot_curves(
     loss.plot([], [], color="0.4", marker="o", ms=4, lw=1.6, label="held-out text")
     for label, value in (references or {}).items():
         loss.axhline(value, color="0.35", ls="--", lw=1)
-        loss.annotate(
-            f"{label} {value:.2f}",
+        loss.annotate(  # beside the curves, which would run through it
+            f"{label}\n{value:.2f}",
             (1, value),
             xycoords=loss.get_yaxis_transform(),
-            xytext=(-4, 3),
+            xytext=(4, 0),
             textcoords="offset points",
-            ha="right",
+            va="center",
             color="0.25",
-            bbox={"fc": "white", "ec": "none", "alpha": 0.7, "pad": 0.5},
         )
     _dress(loss, "loss, nats a token")
     _dress(experts, "FFN experts per token")
