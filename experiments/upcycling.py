@@ -269,13 +269,15 @@ def verdict(runs: Mapping[str, Sequence[Row]]) -> str:
     """Whether the claim holds, in words."""
     ends = {name: end_of(points) for name, points in runs.items()}
     control = ends.pop(_CONTROL)
-    over = max(end["ffn_experts_per_token"] / end["wanted"] for end in ends.values())
-    found = [f"FFN experts a token are at most {over - 1:+.1%} from what is wanted"]
+    experts = {name: end["ffn_experts_per_token"] / end["wanted"] for name, end in ends.items()}
+    most = max(experts, key=experts.get)
+    over = experts[most]
+    found = [f"FFN experts a token are at most {over - 1:+.1%} from what is wanted ({most})"]
     holds = over <= _EXPERTS
     for end in ends.values():
         if end["tau"] == 1:
             above = end["eval_loss"] - control["eval_loss"]
-            found.append(f"the loss at tau = 1 is {above:+.4f} nats from the control's")
+            found.append(f"the loss at tau = 1 ends {above:+.4f} nats from the control's")
             holds &= above <= _NATS
     asked = f"at most {_EXPERTS - 1:+.0%}, and {_NATS:+g} nats at tau = 1"
     return f"The claim ({asked}) {'holds' if holds else 'does not hold'}: {'; '.join(found)}."

@@ -54,9 +54,9 @@ def test_page_and_picture():
 @pytest.mark.parametrize(
     ("experts", "loss", "said"),
     [
-        (1.0, 2.915, r"holds: .* at most \+4\.0% .* tau = 1 is \+0\.0150 nats"),
-        (1.0, 2.9205, r"does not hold: .* tau = 1 is \+0\.0205 nats"),
-        (1.06, 2.9, r"does not hold: .* at most \+6\.0%"),
+        (1.0, 2.915, r"holds: .* at most \+4\.0% .*\(tau 0.5\); .* tau = 1 ends \+0\.0150 nats"),
+        (1.0, 2.9205, r"does not hold: .* tau = 1 ends \+0\.0205 nats"),
+        (1.06, 2.9, r"does not hold: .* at most \+6\.0% .*\(tau 1\)"),
     ],
 )
 def test_the_verdict(experts, loss, said):
