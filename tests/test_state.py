@@ -12,6 +12,8 @@ import pytest
 from moepp_jax import flops, moe
 from moepp_jax import mesh as mesh_lib
 from moepp_jax import state as state_lib
+from moepp_jax.compile import hlo
+from moepp_jax.config import Config
 from tests import tiny
 
 MESHES = [(8, 1, 1), (1, 1, 8), (2, 1, 4), (4, 1, 2), (2, 2, 2)]
@@ -104,6 +106,15 @@ def test_parts_add_up_to_the_batch():
         close(state, expected)
 
 
+def test_the_same_step_is_not_compiled_twice():
+    c, *_ = case((2, 2, 2), "capacity")
+    again = Config.parse(c.to_dict())
+    step = state_lib.make_train_step(c, mesh_lib.make_mesh(c))
+    assert state_lib.make_train_step(again, mesh_lib.make_mesh(again)) is step
+    other = tiny.config(**{"optim.lr": 1e-5})
+    assert state_lib.make_train_step(other, mesh_lib.make_mesh(c)) is not step
+
+
 def test_the_state_lies_as_the_table_says_and_the_step_keeps_it_there():
     c, abstract, batch, step = case((2, 2, 2), "capacity")
     state = state_lib.init_state(c, mesh_lib.make_mesh(c))
@@ -134,17 +145,10 @@ def collectives(text: str) -> list[tuple[str, str, int]]:
 
     A loop's body counts once.
     """
+    devices = {c.name: c.group_size for c in hlo.collectives(hlo.parse(text))}
     kinds = "all-to-all|all-gather|all-reduce|reduce-scatter|collective-permute"
-    lines = re.findall(rf"^\s*(?:ROOT )?\S+ = (.+?) ({kinds})(?:-start)?\((.*)$", text, re.M)
-    found = []
-    for shape, kind, rest in lines:
-        # Older compilers list the devices of each group, newer ones name the axes of a mesh.
-        group = re.search(r"replica_groups=\{\{([\d,]+)\}", rest)
-        axes = re.search(r"replica_groups=mesh\[([^\]]*)\].*? \{([^}]*)\}", rest)
-        sizes = dict(re.findall(r"('\w+')=(\d+)", axes[1])) if axes else {}
-        devices = [int(sizes[axis]) for axis in axes[2].split(",")] if axes else []
-        found.append((kind, shape, len(group[1].split(",")) if group else math.prod(devices)))
-    return [one for one in found if one[2] != 1]
+    lines = re.findall(rf"^\s*(?:ROOT )?%?(\S+) = (.+?) ({kinds})(?:-start)?\(", text, re.M)
+    return [(kind, shape, devices[name]) for name, shape, kind in lines if devices[name] != 1]
 
 
 def numbers_of(c, expert: int) -> tuple[int, int, int]:
