@@ -8,8 +8,8 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
 from moepp_jax import checksums, storage
-from moepp_jax.config import ConfigError
 from moepp_jax.data import Tokenizer
+from moepp_jax.errors import ConfigError
 from moepp_jax.metrics import MetricsWriter, read_metrics
 from moepp_jax.storage import Staging, open_path, write_atomic
 from moepp_jax.workdir import keep_tokenizer, open_workdir, read_config, tokenizer_file
@@ -36,6 +36,7 @@ class InMemory(MemoryFileSystem):
 def bucket():
     fsspec.register_implementation("s3", InMemory, clobber=True)
     InMemory.store.clear()
+    InMemory.pseudo_dirs[:] = [""]  # folders of tests that ran before
     return "s3://bucket/runs/a"
 
 
@@ -50,7 +51,7 @@ def test_a_run_in_a_bucket_is_made_once_and_refused_to_others(bucket):
     assert str(folder) == bucket and objects().keys() == {"config.json"}
     assert read_config(bucket) == tiny.config() == read_config(open_workdir(bucket, tiny.config()))
     with pytest.raises(ConfigError, match=r"s3://bucket/runs/a holds a run of another"):
-        open_workdir(bucket, tiny.config(**{"moe.tau": 0.5}))
+        open_workdir(bucket, tiny.config(**{"moe.rule.tau": 0.5}))
     with pytest.raises(ConfigError, match=r"s3://bucket/runs/b is no folder"):
         read_config("s3://bucket/runs/b")
 
