@@ -34,7 +34,6 @@ from moepp_jax import model as model_lib
 from moepp_jax import moe
 from moepp_jax.config import Config
 from moepp_jax.generation import Generator
-from moepp_jax.moe import router as router_lib
 
 PROMPT = 16  # tokens
 NEW = 97  # the first comes with the prompt
@@ -68,9 +67,9 @@ class Shape(NamedTuple):
             n_copy=n_copy,
             n_zero=n_zero,
             ffn_size=self.ffn_size,
-            top_k=TOP_K,
             dispatch="dropless",
         )
+        c.moe.rule.top_k = TOP_K
         return Config.parse(c)
 
 
@@ -83,15 +82,11 @@ def subjects(shape: Shape) -> list[Subject]:
     return [Subject(moe.Pool(shape.n_ffn), None), *(Subject(pool, tau) for tau in TAUS)]
 
 
-def router_of(subject: Subject) -> moe.Router:
-    """Choices as good as random, and of as many FFN experts as the theory has it."""
-    is_ffn = jnp.arange(subject.pool.size) < subject.pool.n_ffn
-    shift = balancing_shift(subject) * is_ffn
-    return moe.Router(
-        select=router_lib.top_k(TOP_K),
-        residual=router_lib.no_residual,
-        normalise=router_lib.divided_by_deviation(1.0),
-        bias=lambda logits, params: logits + shift,
+def rule_of(subject: Subject) -> moe.Rule:
+    """Choices as good as random; a bias makes them of as many FFN experts as the theory has it."""
+    biased = 0.0 if subject.tau is None else 1.0
+    return moe.rules.make(
+        "moepp", subject.pool, top_k=TOP_K, residual="none", logit_norm=1.0, bias_rate=biased
     )
 
 
@@ -136,12 +131,17 @@ def shared_params(shape: Shape) -> dict[str, Any]:
 def generator_of(subject: Subject, shape: Shape, shared: dict[str, Any]) -> Generator:
     """A model of the shared parameters, with routers for this pool."""
     model = model_lib.build(shape.config(vanilla=subject.tau is None), dispatch="dropless")
-    model = model.clone(moe=dataclasses.replace(model.moe, router=router_of(subject)))
+    block, rule = model.block, rule_of(subject)
+    block = dataclasses.replace(block, moe=dataclasses.replace(block.moe, rule=rule))
+    model = dataclasses.replace(model, block=block)
+    is_ffn = jnp.arange(subject.pool.size) < subject.pool.n_ffn
+    state = {"bias": balancing_shift(subject) * is_ffn} if rule.bias_rate else {}
     layers = []
     for i, layer in enumerate(shared["layers"]):
         router, w, v = (jax.random.key(n) for n in range(3 * i, 3 * i + 3))
         J, N, D = subject.pool.n_const, subject.pool.size, shape.width
-        own = {"router": {"w": jax.random.normal(router, (N, D))}, "ffn": layer["ffn"]}
+        gate = {"w": jax.random.normal(router, (N, D))} | state
+        own = {"router": gate, "ffn": layer["ffn"]}
         if J:
             own["const"] = {
                 "w": 0.02 * jax.random.normal(w, (J, 2, D)),
@@ -161,7 +161,8 @@ class Bytes(NamedTuple):
     @classmethod
     def of(cls, shape: Shape, subject: Subject) -> Bytes:
         D, N, J = shape.width, subject.pool.size, subject.pool.n_const
-        layer = 4 * D * D + N * D + 3 * J * D + 2 * D
+        bias = 0 if subject.tau is None else N
+        layer = 4 * D * D + N * D + bias + 3 * J * D + 2 * D
         return cls(
             4 * (shape.layers * layer + shape.vocab_size * D + D),
             4 * 3 * D * shape.ffn_size,

@@ -28,7 +28,6 @@ from rich.table import Table
 from benchmarks import timing
 from moepp_jax import host_memory, moe
 from moepp_jax.moe import kernels
-from moepp_jax.moe import router as router_lib
 
 TAUS = (0.1, 0.25, 0.5, 0.75, 1.0)
 GAMMA = 1.1
@@ -72,10 +71,11 @@ def subjects(shape: Shape) -> list[Subject]:
 
 def layer_of(subject: Subject, mode: str) -> moe.MoE:
     paths = {
-        "capacity": moe.with_capacity(subject.weight, GAMMA),
+        "capacity": moe.with_capacity(GAMMA),
         "dropless": moe.dropless(kernels.grouped_function(jax.default_backend())),
     }
-    return moe.MoE(subject.pool, moe.Router(router_lib.top_k(TOP_K)), paths[mode])
+    rule = moe.rules.make("moepp", subject.pool, top_k=TOP_K, tau=float(subject.weight))
+    return moe.MoE(rule, paths[mode])
 
 
 def balanced_logits(subject: Subject, shape: Shape) -> jax.Array:
@@ -96,7 +96,8 @@ def balanced_logits(subject: Subject, shape: Shape) -> jax.Array:
 def cases_of(subject: Subject, shape: Shape, mode: str, way: str) -> dict[str, timing.Case]:
     """The layer, its FFN path and the bare products, ready to be timed."""
     layer = layer_of(subject, mode)
-    params = moe.init(jax.random.key(0), layer, shape.width, shape.ffn_size)
+    described = moe.describe(layer.rule, shape.width, shape.ffn_size)
+    params = moe.init(jax.random.key(0), described)
     # Choices come from the residual alone, which is how they can be set: W_g is the identity.
     params["router"]["w"] *= 0
     params["router"]["w_residual"] = jnp.eye(subject.pool.size)
@@ -104,17 +105,17 @@ def cases_of(subject: Subject, shape: Shape, mode: str, way: str) -> dict[str, t
         jax.random.key(1), (shape.groups, shape.tokens // shape.groups, shape.width)
     )
     previous = balanced_logits(subject, shape)
-    routing = moe.route(x, previous, params["router"], layer.router, subject.pool.first_zero)
+    routing = layer.rule.route(x, previous, params["router"])
 
     def whole(x, params):
         return moe.local(x, previous, params, layer)[0]
 
     def path(x, gates, ffn):
-        return layer.path(x, routing.experts, gates, ffn, subject.pool, None)[0]
+        return layer.path(x, routing._replace(gates=gates), ffn, layer.rule, None)[0]
 
     if mode == "capacity":
         tokens = x.shape[1]
-        slots = moe.capacity(subject.pool, subject.weight, GAMMA, tokens, TOP_K)[0]
+        slots = moe.capacity(layer.rule.load, GAMMA, tokens)[0]
         rows = slots * shape.groups
     else:
         rows = round(int((routing.experts < subject.pool.n_ffn).sum()) / subject.pool.n_ffn)

@@ -38,28 +38,28 @@ def get_config() -> ConfigDict:
     e.n_copy = 1
     e.n_zero = 1  # (n_const, n_copy, n_zero) = (0, 0, 0) is the vanilla MoE
     e.ffn_size = 2048  # F, width of one FFN expert
-    e.top_k = 2  # K, experts a token
-    e.tau = 0.75  # tau, the share that a zero-computation expert has of an FFN expert's weight
-    e.gamma = 1.1  # gamma, the capacity factor
+    e.gamma = 1.1  # gamma, the capacity factor: slots are gamma times the rule's load at balance
     e.group_size = 2048  # S, consecutive tokens of one sequence that share a capacity
     e.dispatch = "capacity"  # in training: "capacity" (drops) or "dropless" (exact)
     e.eval_dispatch = "dropless"  # in evaluation; generation is always dropless
     # Dropless on an expert axis: rows that a device can be sent, in units of the K T that its own
     # tokens choose. What does not fit is dropped and counted; 0 is room for the worst case.
     e.exchange_buffer = 0.0
-    e.router_layers = 1  # 1 matrix, or 2 with tanh between (8 N wide)
-    e.logit_norm = False  # divide the router's logits by their standard deviation ...
-    e.logit_norm_std = 1.0  # ... over this
-    e.residual = "logits"  # gating residual from the layer before: "logits", "detached", "none"
-    e.score = "softmax"  # of the logits
-    e.gate = "renormalise_nonzero"  # also "raw", "renormalise_all", "softmax_selected"
     e.input_scale = 1.0  # multiplies the experts' input, not the router's (the authors' option: K)
-    e.balance = "heterogeneous"  # the balance loss: "heterogeneous" or "none"
-    e.balance_weight = 0.01  # beta; the loss has the customary factor N, mean over the layers
+    # How tokens choose experts: a rule of moepp_jax/moe/rules with its options, see there; those of
+    # the other rules stand in configs/routing/.
+    e.rule = r = ConfigDict({"type": "moepp"})
+    r.top_k = 2  # K, experts a token
+    r.tau = 0.75  # tau, the share that a zero-computation expert has of an FFN expert's weight
+    r.router_layers = 1  # 1 matrix, or 2 with tanh between (8 N wide)
+    r.logit_norm = 0.0  # standard deviation that a token's logits are given; 0: they stay
+    r.residual = "logits"  # gating residual from the layer before: "logits", "detached", "none"
+    r.gate = "renormalise_nonzero"  # also "raw", "renormalise_all", "softmax_selected"
+    r.balance_weight = 0.01  # beta; the loss has the customary factor N, mean over the layers
     # u: after each step the bias that zero-computation experts have on their logits moves by this,
     # or by less near it, towards the share of the tokens that tau asks for; 0: there is no bias.
-    e.bias_rate = 0.0
-    e.z_weight = 0.0  # weight of the router's z-loss, mean over the layers
+    r.bias_rate = 0.0
+    r.z_weight = 0.0  # weight of the router's z-loss, mean over the layers
 
     c.data = d = ConfigDict()
     # Where text comes from, under names of your own: what is trained on is their mixture.
@@ -129,6 +129,7 @@ def variant(c: ConfigDict, name: str) -> ConfigDict:
     if name == "moepp":
         return c
     if name == "moe":
-        c.moe.update(n_const=0, n_copy=0, n_zero=0, tau=1.0, residual="none")
+        c.moe.update(n_const=0, n_copy=0, n_zero=0)
+        c.moe.rule.update(tau=1.0, residual="none")
         return c
     raise ValueError(f"no variant {name!r} of this recipe: write :moepp or :moe, or nothing")

@@ -15,14 +15,15 @@ from flax import nnx
 from moepp_jax import moe
 
 POOL, WIDTH, CONTEXT = moe.Pool(n_ffn=4, n_const=1, n_copy=1, n_zero=1), 64, 8
-LAYER = moe.MoE(POOL, moe.Router(moe.router.top_k(2)), moe.dropless())
+RULE = moe.rules.make("moepp", POOL, top_k=2, tau=0.75)
+LAYER = moe.MoE(RULE, moe.dropless())
 
 
 class CharacterModel(nnx.Module):
     def __init__(self, rngs: nnx.Rngs):
         self.embed = nnx.Embed(128, WIDTH // CONTEXT, rngs=rngs)
         self.norm = nnx.RMSNorm(WIDTH, rngs=rngs)
-        params = moe.init(rngs.params(), LAYER, WIDTH, ffn_size=2 * WIDTH)
+        params = moe.init(rngs.params(), moe.describe(RULE, WIDTH, ffn_size=2 * WIDTH))
         self.moe = nnx.data(jax.tree.map(nnx.Param, params))
         self.out = nnx.Linear(WIDTH, 128, rngs=rngs)
 
@@ -38,8 +39,8 @@ def step(model, optimizer, windows):
     def loss(model):
         logits, stats = model(windows[..., :-1])
         errors = optax.softmax_cross_entropy_with_integer_labels(logits, windows[..., -1])
-        balance = moe.heterogeneous_balance(stats.load, stats.prob, POOL, tau=0.75)
-        return errors.mean() + 0.01 * balance, moe.summarise(stats, POOL)["ffn_experts_per_token"]
+        auxiliary = sum(term.weight * term.value for term in RULE.losses(stats, {}).values())
+        return errors.mean() + auxiliary, moe.summarise(stats, POOL)["ffn_experts_per_token"]
 
     (value, ffn), gradient = nnx.value_and_grad(loss, has_aux=True)(model)
     optimizer.update(model, gradient)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from moepp_jax import moe
 
-WIDTH, HIDDEN, VOCAB, TAU = 32, 64, 16, 0.75
+WIDTH, HIDDEN, VOCAB = 32, 64, 16
 
 
 def gelu_mlp(p, x_EBD):
@@ -20,27 +20,28 @@ def gelu_mlp(p, x_EBD):
 
 
 POOL = moe.Pool(n_ffn=8, n_const=2, n_copy=1, n_zero=1)
-LAYER = moe.MoE(POOL, moe.Router(moe.router.top_k(2)), moe.with_capacity(TAU, 1.1, gelu_mlp))
+RULE = moe.rules.make("moepp", POOL, top_k=2, tau=0.75)
+LAYER = moe.MoE(RULE, moe.with_capacity(1.1, gelu_mlp))
 
 
 def init_layer(key):
     shapes = {"w1": (WIDTH, HIDDEN), "b1": (HIDDEN,), "w2": (HIDDEN, WIDTH), "b2": (WIDTH,)}
     ours = {n: 0.15 * jax.random.normal(key, (POOL.n_ffn, *s)) for n, s in shapes.items()}
-    return moe.init(key, LAYER, WIDTH, HIDDEN) | {"ffn": ours}
+    return moe.init(key, moe.describe(RULE, WIDTH, HIDDEN)) | {"ffn": ours}
 
 
 def loss(params, tokens):
     before = jnp.roll(tokens, 1, axis=1)
     x = params["embed"][0, tokens] + params["embed"][1, before]
-    router_logits, balance = jnp.zeros((*tokens.shape, POOL.size)), 0.0
+    router_logits, auxiliary = jnp.zeros((*tokens.shape, POOL.size)), 0.0
     for layer in params["layers"]:
         y, router_logits, stats = moe.local(x, router_logits, layer, LAYER)
         x += y
         stats = jax.tree.map(lambda s: s.mean(axis=0), stats)
-        balance += moe.heterogeneous_balance(stats.load, stats.prob, POOL, TAU)
+        auxiliary += sum(term.weight * term.value for term in RULE.losses(stats, {}).values())
     logp = jax.nn.log_softmax(x @ params["out"])
     errors = -jnp.take_along_axis(logp, (tokens * before % VOCAB)[..., None], axis=-1)
-    return errors.mean() + 0.01 * balance, moe.summarise(stats, POOL)["ffn_experts_per_token"]
+    return errors.mean() + auxiliary, moe.summarise(stats, POOL)["ffn_experts_per_token"]
 
 
 @jax.jit

@@ -26,10 +26,10 @@ import jax.numpy as jnp
 import numpy as np
 
 import moepp_jax
-from moepp_jax import cli, interop, moe, vocabulary
+from moepp_jax import cli, interop, vocabulary
 from moepp_jax import model as model_lib
-from moepp_jax.config import Config, ConfigError
-from moepp_jax.moe import router as router_lib
+from moepp_jax.config import Config
+from moepp_jax.errors import ConfigError
 
 ROOT = Path(__file__).parents[1] / "tests" / "data" / "reference"
 TOLERANCE = 2e-5
@@ -72,22 +72,24 @@ def differences(folder: Path, workdir: Path) -> dict[str, Difference]:
 def _forward(config: Config, params: dict[str, Any], tokens: np.ndarray) -> dict[str, Any]:
     """The authors' names of what one pass without cache computes."""
     model = model_lib.build(config, dispatch="dropless")
-    pool = model_lib.pool_of(config.moe)
-    # What the layers made of their logits: the rules of their router, with nothing before them.
-    as_given = {"project": lambda logits, p: logits, "residual": router_lib.no_residual}
-    router = dataclasses.replace(model.moe.router, **as_given)
+    pool = config.moe.pool
+    # What the layers made of their logits: their rule, with nothing before the logits.
+    rule = dataclasses.replace(config.moe.rule, residual="none", router_layers=1)
+    as_given = {"w": jnp.eye(pool.size)}
+    if rule.bias_rate:
+        as_given["bias"] = jnp.zeros(pool.size)
 
     @jax.jit
     def run(params, tokens):
         B, L = tokens.shape
         positions = jnp.broadcast_to(jnp.arange(L), (B, L))
         mask = jnp.broadcast_to(jnp.tril(jnp.ones((L, L), bool)), (B, L, L))
-        out = model.apply({"params": params}, tokens, positions, mask)
-        logits = vocabulary.logits(params, out.hidden)
-        nll = vocabulary.token_losses(params, out.hidden, jnp.roll(tokens, -1, axis=1), chunk=L)
+        out = model(params, tokens, positions, mask)
+        logits = vocabulary.logits(out.matrix, out.hidden)
+        nll = vocabulary.token_losses(out.matrix, out.hidden, jnp.roll(tokens, -1, axis=1), chunk=L)
 
         def routed(logits_BLN):
-            return moe.route(logits_BLN, logits_BLN, {}, router, pool.first_zero)
+            return rule.route(logits_BLN, jnp.zeros_like(logits_BLN), as_given)
 
         return out, logits, nll[:, :-1].mean(), jax.lax.map(routed, out.router_logits)
 

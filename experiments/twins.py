@@ -74,7 +74,7 @@ def twins(recipe: ConfigDict, workdir: Path, report: Callable[[str], None] = pri
         "ffn_experts_per_token": {n: results[n]["eval_ffn_experts_per_token"] for n in TWINS},
         "expert_forward_seconds": {n: seconds[n].median for n in TWINS},
         "time_ratio": seconds["moepp"].median / seconds["moe"].median,
-        "theory": flops.cost_ratio(configs["moepp"]),
+        "theory": flops.cost_ratio(configs["moepp"], configs["moe"]),
         "step_seconds": {n: step_seconds[n].median for n in TWINS},
         "tokens_per_s": {n: tokens(configs[n]) / step_seconds[n].median for n in TWINS},
         "steps": configs["moepp"].train.steps,
@@ -133,8 +133,8 @@ def time_steps(configs: dict[str, Config], dataset: Dataset) -> dict[str, timing
 
 def step_case(config: Config, dataset: Dataset) -> timing.Case:
     mesh = mesh_lib.make_mesh(config)
-    train_step = state_lib.make_train_step(config, mesh)
-    state = state_lib.init_state(config, mesh)
+    parts = state_lib.assemble(config, mesh)
+    train_step, state = state_lib.make_train_step(parts), state_lib.init_state(parts)
     batch = jax.device_put(dataset.train_batch(0), mesh_lib.batch_sharding(mesh))
 
     def step():

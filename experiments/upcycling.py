@@ -33,8 +33,9 @@ from absl import flags
 from matplotlib.figure import Figure
 
 from experiments import rows as rows_lib
-from moepp_jax import cli, flops, host_memory, interop
-from moepp_jax.config import Config, ConfigError
+from moepp_jax import cli, host_memory, interop
+from moepp_jax.config import Config
+from moepp_jax.errors import ConfigError
 from moepp_jax.metrics import read_metrics
 from moepp_jax.storage import write_atomic
 from moepp_jax.train import train
@@ -145,7 +146,7 @@ def _measured(run: Path, before: Row, settings: Settings) -> list[Row]:
     metrics = read_metrics(run)
     speeds = [row["tokens_per_s"] for row in metrics if "tokens_per_s" in row]
     shared = dataclasses.asdict(settings) | {
-        "wanted": flops.ffn_experts_at_balance(read_config(run)),
+        "wanted": read_config(run).moe.rule.ffn_load,
         "tokens_per_s": float(np.median(speeds)),
     }
     return [
@@ -237,7 +238,8 @@ def page(rows: Sequence[Row], source: Config, settings: Settings) -> str:
         "",
         "    python -m experiments.upcycling",
         "",
-        f"A vanilla MoE ({e.n_ffn} FFN experts, top-{e.top_k}; `configs/tiny.py:moe`, trained for "
+        f"A vanilla MoE ({e.n_ffn} FFN experts, top-{e.rule.most}; `configs/tiny.py:moe`, trained "
+        f"for "
         f"{source.train.steps} steps)",
         "became MoE++ with 2 constant, 1 copy and 1 zero expert, and was trained on for "
         f"{settings.steps} steps",
@@ -248,7 +250,7 @@ def page(rows: Sequence[Row], source: Config, settings: Settings) -> str:
         "",
         "| | FFN experts a token | wanted | FFN work | held-out loss | to the control |",
         "|---|---|---|---|---|---|",
-        f"| before | {e.top_k:.2f} | | | {runs[_CONTROL][0]['eval_loss']:.3f} | |",
+        f"| before | {e.rule.most:.2f} | | | {runs[_CONTROL][0]['eval_loss']:.3f} | |",
     ]
     for name, points in runs.items():
         end = end_of(points)
@@ -257,7 +259,7 @@ def page(rows: Sequence[Row], source: Config, settings: Settings) -> str:
             "control" if name == _CONTROL else name,
             f"{experts:.2f}",
             "" if name == _CONTROL else f"{end['wanted']:.2f}",
-            f"{experts / e.top_k:.0%}",
+            f"{experts / e.rule.most:.0%}",
             f"{end['eval_loss']:.3f}",
             "" if name == _CONTROL else f"{end['eval_loss'] - control['eval_loss']:+.3f}",
         ]

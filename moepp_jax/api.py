@@ -15,11 +15,11 @@ from jaxtyping import Array, Float
 from moepp_jax import mesh as mesh_lib
 from moepp_jax import model as model_lib
 from moepp_jax import vocabulary
-from moepp_jax.checkpoint import Checkpoints
-from moepp_jax.config import Config, ConfigError, GenerateConfig
+from moepp_jax.config import Config, GenerateConfig
 from moepp_jax.data import Tokenizer
+from moepp_jax.errors import ConfigError
 from moepp_jax.generation import Generator, Reader, Speed
-from moepp_jax.workdir import read_config, tokenizer_file
+from moepp_jax.run import open_run
 
 
 class Model:
@@ -53,7 +53,7 @@ class Model:
         forward = self._forward
         if mesh is not None:
             rows = mesh_lib.BATCH
-            specs = (mesh_lib.specs(params), rows, rows)
+            specs = (mesh_lib.specs(self._model.described), rows, rows)
             forward = jax.shard_map(forward, mesh=mesh, in_specs=specs, out_specs=rows)
         self._logits = jax.jit(forward)
         self._generator = Generator(self._model, params, mesh, use_up=only_generate)
@@ -191,9 +191,8 @@ class Model:
         S = tokens.shape[1]
         positions = jnp.maximum(jnp.cumsum(real, axis=1) - 1, 0)
         mask = jnp.tril(jnp.ones((S, S), bool)) & real[:, None, :]
-        params = model_lib.unite(self._model, params)
-        out = self._model.apply({"params": params}, tokens, positions, mask)
-        return vocabulary.logits(params, out.hidden)
+        out = self._model(params, tokens, positions, mask)
+        return vocabulary.logits(out.matrix, out.hidden)
 
 
 class _Request(NamedTuple):
@@ -236,26 +235,10 @@ def load(
       ConfigError, CheckpointError: the directory holds no run, no checkpoint, not that step, or a
         damaged one.
     """
-    config = read_config(workdir)
-    model = model_lib.build(config, dispatch="dropless")
-    shapes = jax.eval_shape(lambda: model_lib.init(model, jax.random.key(0)))
-    mesh = _over_all_devices(config) if all_devices else None
-    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    lies = (
-        jax.tree.map(lambda _: here, shapes) if mesh is None else mesh_lib.shardings(shapes, mesh)
-    )
-
-    def asked(key_path, shape, where):
-        dtype = jnp.dtype(config.model.dtype)
-        used = mesh_lib.used_in(mesh_lib.path_of(key_path), dtype) if only_generate else shape.dtype
-        return jax.ShapeDtypeStruct(shape.shape, used, sharding=where)
-
-    abstract = jax.tree_util.tree_map_with_path(asked, shapes, lies)
-    with Checkpoints(workdir, keep=config.train.keep) as checkpoints:
-        params = checkpoints.restore_params(checkpoints.choose(step), abstract)
-    file = tokenizer_file(workdir)
-    tokenizer = Tokenizer.load(file) if file.exists() else None
-    return Model(config, params, tokenizer, mesh, only_generate)
+    run = open_run(workdir, step)
+    mesh = _over_all_devices(run.config) if all_devices else None
+    params = run.params(mesh, as_used=only_generate)
+    return Model(run.config, params, run.tokenizer(), mesh, only_generate)
 
 
 def _over_all_devices(config: Config) -> Mesh:

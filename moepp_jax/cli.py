@@ -18,8 +18,8 @@ from ml_collections import config_flags
 
 from moepp_jax import distributed, processes
 from moepp_jax.checkpoint import CheckpointError
-from moepp_jax.config import ConfigError
 from moepp_jax.data.storage import DataError
+from moepp_jax.errors import ConfigError
 from moepp_jax.interrupt import Stopped
 from moepp_jax.metrics import DivergedError
 
@@ -38,7 +38,7 @@ def define_config(default: str | None = None) -> flags.FlagHolder:
         "config",
         default,
         "recipe: a file of configs/; each field of configs/base.py is a flag too: "
-        "--config.moe.tau=0.5",
+        "--config.moe.rule.tau=0.5",
         lock_config=False,
         accept_new_attributes=True,
     )

@@ -17,9 +17,8 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 import ml_collections
 
-
-class ConfigError(ValueError):
-    """A configuration that cannot be run; the message names the field, its value and the remedy."""
+from moepp_jax.errors import ConfigError
+from moepp_jax.moe import Pool, Rule, RuleError, rules
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,29 +53,22 @@ class MoEConfig:
     n_copy: int
     n_zero: int
     ffn_size: int
-    top_k: int
-    tau: float
+    rule: Rule
     gamma: float
     group_size: int
     dispatch: str
     eval_dispatch: str
     exchange_buffer: float
-    router_layers: int
-    logit_norm: bool
-    logit_norm_std: float
-    residual: str
-    score: str
-    gate: str
     input_scale: float
-    balance: str
-    balance_weight: float
-    bias_rate: float
-    z_weight: float
+
+    @property
+    def pool(self) -> Pool:
+        return Pool(self.n_ffn, self.n_const, self.n_copy, self.n_zero)
 
     @property
     def num_experts(self) -> int:
         """N, all kinds counted."""
-        return self.n_ffn + self.n_const + self.n_copy + self.n_zero
+        return self.pool.size
 
 
 @dataclasses.dataclass(frozen=True)
@@ -178,15 +170,33 @@ class Config:
         return config
 
     def replace(self, group: str, **fields: Any) -> Config:
-        """This configuration with fields of a group changed, and checked again as `parse` does."""
-        tree = self.to_dict()
-        return Config.parse(tree | {group: tree[group] | fields})
+        """This configuration with fields of a group changed, and checked again as `parse` does.
+
+        Args:
+          group: "train", "moe.rule".
+        """
+        tree = node = self.to_dict()
+        for part in group.split("."):
+            node = node[part]
+        node |= fields
+        return Config.parse(tree)
 
     def to_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
+        return {group.name: _plain(getattr(self, group.name)) for group in dataclasses.fields(self)}
 
     def to_json(self) -> str:
         return json.dumps(self.to_dict(), indent=2) + "\n"
+
+
+def _plain(value: Any) -> Any:
+    """What `parse` makes this value of."""
+    if isinstance(value, Rule):
+        return rules.fields_of(value)
+    if dataclasses.is_dataclass(value):
+        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, Named):
+        return {name: _plain(group) for name, group in value.items()}
+    return value
 
 
 def differences(a: Mapping[str, Any], b: Mapping[str, Any], prefix: str = "") -> dict[str, tuple]:
@@ -216,7 +226,9 @@ def _build(cls: type, fields: Any, prefix: str) -> Any:
         if name not in fields:
             raise ConfigError(f"config.{prefix}{name} is missing: configs/base.py has a value")
         value = fields[name]
-        if dataclasses.is_dataclass(kind):
+        if kind is Rule:
+            values[name] = _rule(value, Pool(*(values[n] for n in Pool._fields)))
+        elif dataclasses.is_dataclass(kind):
             values[name] = _build(kind, value, f"{prefix}{name}.")
         elif get_origin(kind) is Named:
             values[name] = _build_all(get_args(kind)[1], value, f"{prefix}{name}.")
@@ -225,13 +237,32 @@ def _build(cls: type, fields: Any, prefix: str) -> Any:
     return cls(**values)
 
 
+def _rule(fields: Any, pool: Pool) -> Rule:
+    if not isinstance(fields, Mapping):
+        raise ConfigError(
+            f"config.moe.rule = {fields!r} must be a group of fields, such as "
+            f"{rules.fields_of(rules.make('moepp', Pool(8, 2, 1, 1)))}"
+        )
+    for name, count in zip(pool._fields, pool, strict=True):
+        least = 1 if name == "n_ffn" else 0
+        if count < least:
+            raise ConfigError(f"config.moe.{name} = {count!r} must be at least {least}")
+    try:
+        return rules.parse(fields, pool)
+    except RuleError as error:
+        raise ConfigError(f"config.moe.rule.{error}") from error
+
+
 def _near(name: str, types: Mapping[str, Any], prefix: str) -> str | None:
-    """The field that may have been meant: one of a like name here, or of the same elsewhere."""
+    """The field that may have been meant: one of a like name here, else elsewhere."""
     like = difflib.get_close_matches(name, types, n=1)
     if like:
         return f"{prefix}{like[0]}"
     groups = {g: t for g, t in get_type_hints(Config).items() if dataclasses.is_dataclass(t)}
-    return next((f"{g}.{name}" for g, t in groups.items() if name in get_type_hints(t)), None)
+    there = {field: f"{g}.{field}" for g, t in groups.items() for field in get_type_hints(t)}
+    there |= {option: f"moe.rule.{option}" for option in rules.find("moepp").options()}
+    like = difflib.get_close_matches(name, there, n=1)
+    return there[like[0]] if like else None
 
 
 def _build_all(cls: type, groups: Any, prefix: str) -> Named:
@@ -257,11 +288,6 @@ _CHOICES = {
     "model.remat": ("none", "dots", "exchanged", "full"),
     "moe.dispatch": ("capacity", "dropless"),
     "moe.eval_dispatch": ("capacity", "dropless"),
-    "moe.router_layers": (1, 2),
-    "moe.residual": ("logits", "detached", "none"),
-    "moe.score": ("softmax",),
-    "moe.gate": ("renormalise_nonzero", "renormalise_all", "raw", "softmax_selected"),
-    "moe.balance": ("heterogeneous", "none"),
 }
 
 # The smallest value that each of these fields may have.
@@ -275,17 +301,9 @@ _AT_LEAST = {
     "model.moe_every": 1,
     "model.dense_ffn_size": 1,
     "model.loss_chunk": 1,
-    "moe.n_ffn": 1,
-    "moe.n_const": 0,
-    "moe.n_copy": 0,
-    "moe.n_zero": 0,
     "moe.ffn_size": 1,
-    "moe.top_k": 1,
     "moe.group_size": 1,
     "moe.exchange_buffer": 0,
-    "moe.balance_weight": 0,
-    "moe.bias_rate": 0,
-    "moe.z_weight": 0,
     "data.seq_len": 2,
     "data.worker_processes": 0,
     "optim.initial_lr": 0,
@@ -310,9 +328,7 @@ _WITHIN = {
     "model.rope_scaling": (0, math.inf),
     "model.norm_eps": (0, 1),
     "model.init_std": (0, math.inf),
-    "moe.tau": (0, 1),
     "moe.gamma": (0, math.inf),
-    "moe.logit_norm_std": (0, math.inf),
     "moe.input_scale": (0, math.inf),
     "data.eval_fraction": (0, 0.5),
     "optim.lr": (0, math.inf),
@@ -367,22 +383,6 @@ def _check(c: Config) -> None:
         m.num_layers % m.moe_every == 0,
         "model.moe_every",
         f"must divide config.model.num_layers = {m.num_layers}",
-    )
-    pool = f"{e.n_ffn} FFN + {e.n_const} constant + {e.n_copy} copy + {e.n_zero} zero"
-    require(
-        e.top_k <= e.num_experts,
-        "moe.top_k",
-        f"is more than the {e.num_experts} experts there are ({pool}): choose fewer a token",
-    )
-    require(
-        e.num_experts > 1 or not e.logit_norm,
-        "moe.logit_norm",
-        "needs at least two experts: one logit has no standard deviation",
-    )
-    require(
-        not e.bias_rate or e.num_experts > e.n_ffn,
-        "moe.bias_rate",
-        f"moves biases of zero-computation experts, and there are none ({pool}): set it to 0",
     )
     require(
         c.data.seq_len % e.group_size == 0,

@@ -20,7 +20,7 @@ from typing import Any, NoReturn
 
 import jax
 
-from moepp_jax.config import ConfigError
+from moepp_jax.errors import ConfigError
 
 MODES = ("auto", "on", "off")
 

@@ -11,18 +11,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from moepp_jax import mesh as mesh_lib
-from moepp_jax import model as model_lib
-from moepp_jax import moe, vocabulary
-from moepp_jax import state as state_lib
-from moepp_jax.checkpoint import Checkpoints
-from moepp_jax.config import Config, ConfigError
+from moepp_jax import moe
+from moepp_jax.config import Config
 from moepp_jax.data import Dataset, open_dataset
+from moepp_jax.errors import ConfigError
 from moepp_jax.metrics import finite
 from moepp_jax.processes import Rows, agree, require_alike
+from moepp_jax.run import open_run
+from moepp_jax.state import Assembly, assemble
 
 # math.exp raises an error for more: a run that goes wrong gets there.
 _MOST_NATS = 700.0
@@ -30,7 +29,7 @@ _MOST_NATS = 700.0
 
 @functools.lru_cache(maxsize=2)
 def make_evaluate(
-    config: Config, mesh: Mesh
+    parts: Assembly,
 ) -> Callable[[dict[str, Any], Iterable[dict[str, np.ndarray]]], dict[str, Any]]:
     """A function (params, batches) -> metrics of all the batches' text together.
 
@@ -41,14 +40,10 @@ def make_evaluate(
     choose each expert), eval_ffn_experts_per_token_by_layer and eval_router_entropy_by_layer.
     Routing is averaged over the real tokens' groups; padding rows do not count.
     """
-    model = model_lib.build(config, mesh, config.moe.eval_dispatch)
-    pool = model_lib.pool_of(config.moe)
+    model, pool = parts.evaluated, parts.evaluated.rule.pool
 
     def on_device(params, batch):
-        params = model_lib.unite(model, params)
-        mask = model_lib.packed_mask(batch["segments"])
-        out = model.apply({"params": params}, batch["tokens"], batch["positions"], mask)
-        nll = vocabulary.token_losses(params, out.hidden, batch["targets"], config.model.loss_chunk)
+        out, nll = model.of_batch(params, batch)
         groups = out.statistics.z.shape[1]
         weight_G = jnp.mean(batch["segments"].reshape(groups, -1) > 0, axis=1)
         here = {
@@ -63,10 +58,11 @@ def make_evaluate(
 
     @jax.jit
     def sums(params, batch):
-        specs = (mesh_lib.specs(params), mesh_lib.BATCH)
-        return jax.shard_map(on_device, mesh=mesh, in_specs=specs, out_specs=P())(params, batch)
+        specs = (parts.specs, mesh_lib.BATCH)
+        run = jax.shard_map(on_device, mesh=parts.mesh, in_specs=specs, out_specs=P())
+        return run(params, batch)
 
-    rows = Rows(mesh_lib.batch_sharding(mesh), config.train.batch_size)
+    rows = Rows(mesh_lib.batch_sharding(parts.mesh), parts.config.train.batch_size)
 
     def evaluate(params, batches):
         total = None
@@ -188,15 +184,13 @@ def evaluate_run(
     mesh = mesh_lib.make_mesh(config)
     dataset = agree(lambda: open_dataset(config))
     rows = Rows(mesh_lib.batch_sharding(mesh), config.train.batch_size).indices
-    abstract = state_lib.abstract_state(config, mesh)
-    with Checkpoints(workdir, config.train.keep) as checkpoints:
-        step = checkpoints.choose(step)
-        params = checkpoints.restore_params(step, abstract.params)
-    parts = _parts(dataset, num_batches).items()
-    total = sum(dataset.sources[name].count_eval_batches(part) for name, part in parts)
-    evaluate = make_evaluate(config, mesh)
+    run = open_run(workdir, step, config)
+    params = run.params(mesh)
+    each = _parts(dataset, num_batches).items()
+    total = sum(dataset.sources[name].count_eval_batches(part) for name, part in each)
+    evaluate = make_evaluate(assemble(config, mesh))
     metrics = evaluate_mixture(
         evaluate, params, dataset, num_batches, rows, lambda: progress(1, total)
     )
     as_json = {name: finite(np.asarray(value).tolist()) for name, value in metrics.items()}
-    return {"step": step} | as_json
+    return {"step": run.step} | as_json

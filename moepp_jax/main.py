@@ -13,9 +13,10 @@
     python -m moepp_jax.main convert to-hf runs/x path/of/export
     python -m moepp_jax.main convert upcycle path/of/mixtral runs/y --n_const=2 --tau=0.5
 
-Every field of the configuration is a flag: --config.moe.tau=0.5. evaluate and generate take the
-work directory's configuration; with --config they check that it is the same. So does train where
-there is one already. With --config, convert from-hf and upcycle take all but the model from it.
+Every field of the configuration is a flag: --config.moe.rule.tau=0.5. evaluate and generate take
+the work directory's configuration; with --config they check that it is the same. So does train
+where there is one already. With --config, convert from-hf and upcycle take all but the model from
+it.
 
 train, evaluate and lm_eval run on many hosts: start the same command on each. Under SLURM, Open
 MPI, on Cloud TPU and with JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID set the
@@ -38,7 +39,7 @@ from absl import flags
 
 from moepp_jax import cli
 from moepp_jax.commands import compile, convert, data, evaluate, generate, lm_eval, train
-from moepp_jax.config import ConfigError
+from moepp_jax.errors import ConfigError
 
 COMMANDS = {
     "train": train,

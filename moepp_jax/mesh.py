@@ -1,4 +1,4 @@
-"""The mesh of devices, and one table that says how every parameter lies on it.
+"""The mesh of devices, and how parameters lie on it by their descriptions.
 
 Axes: `data` (replicas), `fsdp` (parameters and optimizer state sharded) and `expert` (FFN experts
 sharded). Sequences of a batch are split over all three. FFN experts lie on the devices of `expert`,
@@ -9,45 +9,22 @@ again by `whole`, in a shard_map, so that each byte that moves is written down.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from moepp_jax.config import Config, ConfigError
+from moepp_jax.config import Config
+from moepp_jax.errors import ConfigError
+from moepp_jax.moe import Param, param
 
 AXES = ("data", "fsdp", "expert")
 BATCH = P(AXES)
 
 _CUT = ("fsdp", "expert")
-
-# Regular expression on the parameter's path -> spec of its last axes; the axis of a layer stack
-# in front of them is never sharded. Matrices are cut along rows: the last axis is padded to a
-# multiple of 128 on TPU. Only w_out is cut along F, which is long: cut along D, its gradient is
-# all-reduced whole there. Optimizer moments have their parameter's path as a suffix.
-TABLE: tuple[tuple[str, P], ...] = (
-    (r"embedding$|output$", P(_CUT, None)),  # (V, D)
-    (r"attention/(q|k|v)$", P(_CUT, None)),  # (H W, D)
-    (r"attention/o$", P(_CUT, None)),  # (D, H W)
-    (r"moe/ffn/w_in$", P("expert", None, "fsdp", None)),  # (E, 2, F, D)
-    (r"moe/ffn/w_out$", P("expert", None, "fsdp")),  # (E, D, F)
-    (r"dense/w_in$", P(None, _CUT, None)),  # (2, F, D)
-    (r"dense/w_out$", P(_CUT, None)),  # (D, F)
-    (r"(attention_norm|ffn_norm|final)/norm$", P(_CUT)),  # (D,)
-    (r"attention/(q|k)_norm/norm$", P()),  # (W,) or (H W,): a head's width need not divide
-    (r"moe/router/(w|w_hidden)$", P(None, _CUT)),  # (N, D), (8 N, D)
-    (r"moe/const/v$", P(None, _CUT)),  # (J, D)
-    (r"moe/const/w$", P(None, None, _CUT)),  # (J, 2, D)
-    (r"moe/router/(w_residual|w_logits|bias)$", P()),  # (N, N), (N, 8 N), (N,): N need not divide
-)
-
-# Used, and therefore gathered, in float32 whatever the model's arithmetic is.
-_FLOAT32 = re.compile(r"norm$|moe/router/")
 
 
 def mesh_shape(config: Config, num_devices: int) -> tuple[int, int, int]:
@@ -147,57 +124,46 @@ def virtual_cpu_devices(config: Config) -> int:
     return math.prod(s for s in sizes if s != -1) if -1 in sizes else 1
 
 
-def spec_of(path: str, ndim: int) -> P:
-    """The row of TABLE for a parameter.
+def spec_of(p: Param) -> P:
+    """How a parameter is cut over the mesh.
 
-    Raises:
-      KeyError: no row, or more than one, matches; the message names the parameter.
+    FFN experts lie on the devices of `expert`, and those share one out over `fsdp`; all else is
+    shared out over both.
     """
-    rows = [spec for pattern, spec in TABLE if re.search(pattern, path)]
-    if len(rows) != 1:
-        raise KeyError(f"parameter {path} matches {len(rows)} rows of mesh.TABLE; one must")
-    return P(*(None,) * (ndim - len(rows[0])), *rows[0]) if rows[0] else P()
+    if p.cut is None and p.expert is None:
+        return P()
+    axes: list[Any] = [None] * len(p.shape)
+    if p.cut is not None:
+        axes[p.cut] = _CUT if p.expert is None else "fsdp"
+    if p.expert is not None:
+        axes[p.expert] = "expert"
+    return P(*axes)
 
 
-def path_of(key_path: tuple) -> str:
-    """A pytree key path as names joined by slashes."""
-    return jax.tree_util.keystr(key_path, simple=True, separator="/")
+def specs(described: Any) -> Any:
+    """Specs of a tree of Param."""
+    return jax.tree.map(spec_of, described)
 
 
-def specs(tree: Any) -> Any:
-    """Specs of a tree of parameters, or of optimizer state; scalars are replicated."""
-
-    def spec(key_path, leaf):
-        return spec_of(path_of(key_path), leaf.ndim) if leaf.ndim else P()
-
-    return jax.tree_util.tree_map_with_path(spec, tree)
-
-
-def shardings(tree: Any, mesh: Mesh) -> Any:
+def shardings(described: Any, mesh: Mesh) -> Any:
     """`specs` on a mesh."""
-    is_spec = {"is_leaf": lambda x: isinstance(x, P)}
-    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs(tree), **is_spec)
+    return jax.tree.map(lambda p: NamedSharding(mesh, spec_of(p)), described)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, BATCH)
 
 
-def whole(params: Any, dtype: Any) -> Any:
+def whole(described: Any, params: Any, dtype: Any) -> Any:
     """Puts parameters together from their parts, inside a shard_map over AXES.
 
-    Of the FFN experts only this device's are, so they stay cut along `expert`. What moves is of
-    `dtype` (norms and routers: float32); the gradient goes back the same way, summed over the
+    Of the FFN experts only this device's are, so they stay cut along `expert`. What moves is in the
+    type of its use, of a model in `dtype`; the gradient goes back the same way, summed over the
     devices that it meets: by a reduce-scatter to the parts, then over their replicas.
-
-    Args:
-      params: any subtree of a model's parameters whose paths end as in TABLE.
     """
 
-    def gather(key_path, part):
-        path = path_of(key_path)
-        spec = spec_of(path, part.ndim)
-        part = part.astype(used_in(path, dtype))
+    def gather(p: Param, part):
+        spec = spec_of(p)
         part = jax.lax.pcast(part, tuple(a for a in AXES if a not in axes_of(spec)), to="varying")
         for dim, entry in enumerate(spec):
             if entry == "expert":
@@ -212,12 +178,7 @@ def whole(params: Any, dtype: Any) -> Any:
                     part = parts.reshape(*part.shape[:dim], -1, *part.shape[dim + 1 :])
         return part
 
-    return jax.tree_util.tree_map_with_path(gather, params)
-
-
-def used_in(path: str, dtype: Any) -> Any:
-    """What a parameter is used in where the model's arithmetic is in `dtype`."""
-    return jnp.float32 if _FLOAT32.search(path) else dtype
+    return jax.tree.map(gather, described, param.used(described, params, dtype))
 
 
 def axes_of(spec) -> tuple[str, ...]:

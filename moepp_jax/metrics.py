@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from tensorboardX import SummaryWriter
 
-from moepp_jax.config import ConfigError
+from moepp_jax.errors import ConfigError
 from moepp_jax.storage import Staging, open_path, write_atomic
 
 _FILE = "metrics.jsonl"

@@ -1,16 +1,14 @@
-"""The language model: RMSNorm, rotary attention and MoE++ in pre-norm layers, scanned over depth.
+"""The language model: blocks scanned over depth, between an embedding and an output matrix.
 
-Shapes: B sequences, L tokens, D width, H query heads and KV key heads of width W, V vocabulary;
-the letters of `moepp_jax.moe` besides.
+Shapes: V vocabulary; the letters of `moepp_jax.block` and `moepp_jax.moe` besides.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
@@ -19,24 +17,10 @@ from jaxtyping import Array, Bool, Float, Int
 from moepp_jax import mesh as mesh_lib
 from moepp_jax import moe as moe_lib
 from moepp_jax import vocabulary
+from moepp_jax.block import Block, attend_to_each_other, describe_norm, rms_norm
 from moepp_jax.config import Config, ModelConfig, MoEConfig
-from moepp_jax.moe import kernels
-from moepp_jax.moe import router as router_lib
-from moepp_jax.moe.products import tokens_first
-
-_PROJECT = {1: router_lib.linear, 2: router_lib.two_layer}
-_RESIDUAL = {
-    "logits": router_lib.add_logits,
-    "detached": router_lib.add_detached,
-    "none": router_lib.no_residual,
-}
-_SCORE = {"softmax": router_lib.softmax}
-_GATE = {
-    "renormalise_nonzero": router_lib.renormalise_nonzero,
-    "renormalise_all": router_lib.renormalise_all,
-    "raw": router_lib.raw,
-    "softmax_selected": router_lib.softmax_selected,
-}
+from moepp_jax.moe import Param, Rule, kernels, param
+from moepp_jax.moe.rule import require_sound
 
 
 def _all_but_weights(primitive, *_, **__) -> bool:
@@ -65,40 +49,135 @@ class Output(NamedTuple):
 
     Attributes:
       hidden: after the final norm.
+      matrix: the output matrix, whole: `vocabulary` takes both to logits and losses.
       statistics: of every MoE layer's routing, leading axes (layer, group).
       router_logits: of every MoE layer.
       states: the input of every layer: the stack of residual streams.
     """
 
     hidden: Float[Array, "B L D"]
+    matrix: Float[Array, "V D"]
     statistics: moe_lib.Statistics
     router_logits: Float[Array, "layers B L N"]
     states: Float[Array, "layers B L D"]
 
 
-def pool_of(c: MoEConfig) -> moe_lib.Pool:
-    return moe_lib.Pool(c.n_ffn, c.n_const, c.n_copy, c.n_zero)
+@dataclasses.dataclass(frozen=True)
+class LanguageModel:
+    """Tokens to hidden states: a function of its parameters, which it describes.
+
+    Attributes:
+      block: what is repeated.
+      sharded: each device has a part of the parameters and runs in a shard_map: a block's are put
+        together when it runs. Else the parameters are whole.
+    """
+
+    block: Block
+    sharded: bool = False
+
+    @property
+    def config(self) -> ModelConfig:
+        return self.block.config
+
+    @property
+    def rule(self) -> Rule:
+        return self.block.moe.rule
+
+    @property
+    def num_blocks(self) -> int:
+        return self.config.num_layers // self.config.moe_every
+
+    @functools.cached_property
+    def described(self) -> dict[str, Any]:
+        """Every parameter, described: a tree like that of the arrays."""
+        c = self.config
+        matrix = Param((c.vocab_size, c.hidden_size), c.init_std, cut=0)
+        outside = {"embedding": matrix, "final": describe_norm(c.hidden_size)}
+        if not c.tied_embeddings:
+            outside["output"] = matrix
+        layers = jax.tree.map(lambda p: p.stacked(self.num_blocks), self.block.describe())
+        return outside | {"layers": layers}
+
+    def init(self, key: Array) -> dict[str, Any]:
+        """Fresh parameters, whole."""
+        return param.init(key, self.described)
+
+    def __call__(
+        self,
+        params: dict[str, Any],
+        tokens_BL: Int[Array, "B L"],
+        positions_BL: Int[Array, "B L"],
+        mask_BLL: Bool[Array, "B L L"],
+    ) -> Output:
+        """Runs all layers.
+
+        Args:
+          params: like `described`.
+          positions_BL: of the tokens in their documents, for the rotary embedding.
+          mask_BLL: which of the tokens each may see.
+        """
+        described = dict(self.described)
+        described.pop("layers")
+        outside = self.whole(described, {name: params[name] for name in described})
+        dtype = jnp.dtype(self.config.dtype)
+        x = vocabulary.look_up(outside["embedding"], tokens_BL, dtype)
+        no_logits = jnp.zeros((*tokens_BL.shape, self.rule.pool.size), jnp.float32)
+        if self.sharded:
+            # In a shard_map, what a scan carries must vary over the devices from the start.
+            no_logits = jax.lax.pcast(no_logits, mesh_lib.AXES, to="varying")
+        attends = [attend_to_each_other(mask_BLL)] * self.config.moe_every
+        of_block = self.block.describe()
+
+        def run(carry, params):
+            out = self.block(self.whole(of_block, params), *carry, positions_BL, attends)
+            return (out.x, out.logits), (out.statistics, out.logits, jnp.stack(out.states))
+
+        if self.sharded or self.config.remat != "none":
+            run = jax.checkpoint(run, policy=_REMAT[self.config.remat], prevent_cse=False)
+        (x, _), (stats, logits, states) = jax.lax.scan(run, (x, no_logits), params["layers"])
+        hidden = rms_norm(outside["final"], x, self.config.norm_eps)
+        matrix = outside.get("output", outside["embedding"])
+        states = states.reshape(self.config.num_layers, *x.shape)
+        return Output(hidden, matrix, stats, logits, states)
+
+    def of_batch(self, params: dict[str, Any], batch: dict[str, Array]) -> tuple[Output, Array]:
+        """A batch of packed documents: what is computed, and the loss of every target, in nats."""
+        mask_BLL = packed_mask(batch["segments"])
+        out = self(params, batch["tokens"], batch["positions"], mask_BLL)
+        chunk = self.config.loss_chunk
+        return out, vocabulary.token_losses(out.matrix, out.hidden, batch["targets"], chunk)
+
+    def whole(self, described: Any, params: Any) -> Any:
+        """A subtree of the parameters as arithmetic wants it: whole, in the types of its use."""
+        dtype = jnp.dtype(self.config.dtype)
+        if self.sharded:
+            return mesh_lib.whole(described, params, dtype)
+        return param.used(described, params, dtype)
+
+    def rule_state(self, params: dict[str, Any]) -> dict[str, Array]:
+        """What the rule's `update` moves, of all layers."""
+        return {name: params["layers"]["moe"]["router"][name] for name in self.rule.state()}
+
+    def with_rule_state(self, params: dict[str, Any], state: dict[str, Array]) -> dict[str, Any]:
+        layers, layer = params["layers"], params["layers"]["moe"]
+        layer = layer | {"router": layer["router"] | dict(state)}
+        return params | {"layers": layers | {"moe": layer}}
+
+
+def describe(config: Config) -> dict[str, Any]:
+    """The parameters of a configuration, described: no kernel or mesh has a say in them."""
+    return build(config).described
 
 
 def moe_of(c: MoEConfig, dispatch: str, platform: str) -> moe_lib.MoE:
     """The layer that a configuration asks for, with the kernels and exchange of the platform."""
-    norm = router_lib.divided_by_deviation(c.logit_norm_std)
-    router = moe_lib.Router(
-        select=router_lib.top_k(c.top_k),
-        project=_PROJECT[c.router_layers],
-        residual=_RESIDUAL[c.residual],
-        normalise=norm if c.logit_norm else router_lib.as_they_are,
-        bias=router_lib.add_bias if c.bias_rate else router_lib.no_bias,
-        score=_SCORE[c.score],
-        gate=_GATE[c.gate],
-    )
     if dispatch == "capacity":
-        path = moe_lib.with_capacity(c.tau, c.gamma, exchanged=kernels.exchanged(platform))
+        path = moe_lib.with_capacity(c.gamma, exchanged=kernels.exchanged(platform))
     else:
         path = moe_lib.dropless(
             kernels.grouped_function(platform), kernels.move(platform), c.exchange_buffer or None
         )
-    return moe_lib.MoE(pool_of(c), router, path, c.input_scale)
+    return moe_lib.MoE(c.rule, path, c.input_scale)
 
 
 def build(config: Config, mesh: Mesh | None = None, dispatch: str | None = None) -> LanguageModel:
@@ -108,229 +187,24 @@ def build(config: Config, mesh: Mesh | None = None, dispatch: str | None = None)
       mesh: the model is to run on a device's part of its parameters and of the batch, inside a
         shard_map on this mesh; None is one device that has all.
       dispatch: "capacity" or "dropless"; by default that of training.
+
+    Raises:
+      RuleError: the routing rule breaks what every layer relies on.
     """
     dispatch = dispatch or config.moe.dispatch
     platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
-    return LanguageModel(
+    _require_sound(config.moe.rule)
+    block = Block(
         config.model,
         moe_of(config.moe, dispatch, platform),
         ffn_size=config.moe.ffn_size,
         group_size=config.moe.group_size if dispatch == "capacity" else None,
-        whole=None
-        if mesh is None
-        else functools.partial(mesh_lib.whole, dtype=jnp.dtype(config.model.dtype)),
         axis="expert" if mesh is not None and mesh.shape["expert"] > 1 else None,
     )
+    return LanguageModel(block, sharded=mesh is not None)
 
 
-class RMSNorm(nn.Module):
-    """x / rms(x) * scale, in float32."""
-
-    eps: float
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
-        scale = self.param("norm", nn.initializers.ones, (x.shape[-1],), jnp.float32)
-        y = x.astype(jnp.float32)
-        y *= jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.eps)
-        return (y * scale).astype(x.dtype)
-
-
-def rotate(
-    x_BLHW: Float[Array, "B L H W"], positions_BL: Int[Array, "B L"], theta: float, scaling: float
-) -> Float[Array, "B L H W"]:
-    """Rotary position embedding, rotate-half convention: pairs are (i, i + W/2).
-
-    Positions are divided by `scaling`.
-    """
-    W = x_BLHW.shape[-1]
-    frequency = theta ** (-jnp.arange(0, W, 2, dtype=jnp.float32) / W)
-    angle = positions_BL[..., None, None].astype(jnp.float32) / scaling * frequency
-    sin, cos = jnp.sin(angle), jnp.cos(angle)
-    a, b = jnp.split(x_BLHW.astype(jnp.float32), 2, axis=-1)
-    rotated = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
-    return rotated.astype(x_BLHW.dtype)
-
-
-class Attention(nn.Module):
-    """Multi-head or grouped-query attention with rotary positions, and normalised queries and keys.
-
-    What is attended to is the caller's affair: `attend` takes queries (B, L, H, W), keys and values
-    (B, L, KV, W) to (answers (B, L, H, W), what it keeps), and the latter is handed on.
-
-    Attributes:
-      product: (x (B, L, D), w (F, D)) -> x W^T.
-    """
-
-    config: ModelConfig
-    product: Callable = tokens_first
-
-    @nn.compact
-    def __call__(self, x_BLD, positions_BL, attend):
-        c = self.config
-        D, H, KV, W = c.hidden_size, c.num_heads, c.num_kv_heads, c.head_width
-        matrix = nn.initializers.normal(c.init_std)
-
-        def project(name, heads):
-            w = self.param(name, matrix, (heads * W, D), jnp.float32).astype(x_BLD.dtype)
-            return self.product(x_BLD, w).reshape(*x_BLD.shape[:2], heads, W)
-
-        def placed(name, heads):
-            x_BLHW = project(name, heads)
-            if c.qk_norm != "none":
-                rows = x_BLHW if c.qk_norm == "head" else x_BLHW.reshape(*x_BLD.shape[:2], -1)
-                x_BLHW = RMSNorm(c.norm_eps, name=f"{name}_norm")(rows).reshape(x_BLHW.shape)
-            return rotate(x_BLHW, positions_BL, c.rope_theta, c.rope_scaling)
-
-        y, kept = attend(placed("q", H), placed("k", KV), project("v", KV))
-        o = self.param("o", matrix, (D, H * W), jnp.float32).astype(x_BLD.dtype)
-        return self.product(y.reshape(*y.shape[:2], H * W), o), kept
-
-
-def attend_to_each_other(mask_BLL: Bool[Array, "B L L"]) -> Callable:
-    """For `Attention`: the tokens see each other where the mask says so; nothing is kept."""
-
-    def attend(q, k, v):
-        return jax.nn.dot_product_attention(q, k, v, mask=mask_BLL[:, None]), None
-
-    return attend
-
-
-class DenseFFN(nn.Module):
-    """One SwiGLU for all tokens: an expert function with a single expert."""
-
-    config: ModelConfig
-
-    @nn.compact
-    def __call__(self, x_BLD):
-        c = self.config
-        matrix = nn.initializers.normal(c.init_std)
-        D, F = c.hidden_size, c.dense_ffn_size
-        params = {
-            "w_in": self.param("w_in", matrix, (2, F, D), jnp.float32),
-            "w_out": self.param("w_out", matrix, (D, F), jnp.float32),
-        }
-        params = jax.tree.map(lambda p: p[None].astype(x_BLD.dtype), params)
-        return moe_lib.swiglu(params, x_BLD.reshape(1, -1, D)).reshape(x_BLD.shape)
-
-
-class Block(nn.Module):
-    """What the model repeats: moe_every - 1 dense layers, then one MoE++ layer."""
-
-    config: ModelConfig
-    moe: moe_lib.MoE
-    ffn_size: int
-    group_size: int | None
-    axis: str | None
-
-    @nn.compact
-    def __call__(self, carry, positions_BL, mask_BLL):
-        x, previous_BLN = carry
-        c, L = self.config, x.shape[1]
-        attend = attend_to_each_other(mask_BLL)
-        states = []
-        for i in range(c.moe_every):
-            states.append(x)
-            prefix = "" if i == c.moe_every - 1 else f"dense_{i}_"
-            attention = Attention(c, name=prefix + "attention")
-            h = RMSNorm(c.norm_eps, name=prefix + "attention_norm")(x)
-            x += attention(h, positions_BL, attend)[0]
-            h = RMSNorm(c.norm_eps, name=prefix + "ffn_norm")(x)
-            if i < c.moe_every - 1:
-                x += DenseFFN(c, name=prefix + "dense")(h)
-        moe = moe_lib.MoEPP(
-            self.moe,
-            ffn_size=self.ffn_size,
-            group_size=self.group_size or L,
-            axis=self.axis,
-            init_std=c.init_std,
-            dtype=x.dtype,
-            name="moe",
-        )
-        y, logits_BLN, stats = moe(h, previous_BLN)
-        x += y
-        return (x, logits_BLN), (stats, logits_BLN, jnp.stack(states))
-
-
-class LanguageModel(nn.Module):
-    """Tokens to hidden states; `vocabulary` takes those to logits and losses.
-
-    Attributes:
-      group_size: tokens that share a capacity; None, for dropless dispatch, is the sequence.
-      whole: puts a subtree of parameters together, of which each device has a part: applied here to
-        a layer's when it runs, and by `unite` to the others. None: the parameters are whole.
-      axis: mesh axis over which the FFN experts are sharded.
-    """
-
-    config: ModelConfig
-    moe: moe_lib.MoE
-    ffn_size: int
-    group_size: int | None = None
-    whole: Callable[[Any], Any] | None = None
-    axis: str | None = None
-
-    @nn.compact
-    def __call__(
-        self,
-        tokens_BL: Int[Array, "B L"],
-        positions_BL: Int[Array, "B L"],
-        mask_BLL: Bool[Array, "B L L"],
-    ) -> Output:
-        """Runs all layers.
-
-        Args:
-          positions_BL: of the tokens in their documents, for the rotary embedding.
-          mask_BLL: which of the tokens each may see.
-        """
-        c = self.config
-        dtype = jnp.dtype(c.dtype)
-        matrix = nn.initializers.normal(c.init_std)
-        embedding = self.param("embedding", matrix, (c.vocab_size, c.hidden_size), jnp.float32)
-        if not c.tied_embeddings:
-            self.param("output", matrix, (c.vocab_size, c.hidden_size), jnp.float32)
-        x = vocabulary.look_up(embedding, tokens_BL, dtype)
-        no_logits = jnp.zeros((*tokens_BL.shape, self.moe.pool.size), jnp.float32)
-        if self.whole is not None:
-            # In a shard_map, what a scan carries must vary over the devices from the start.
-            no_logits = jax.lax.pcast(no_logits, mesh_lib.AXES, to="varying")
-
-        blocks = nn.scan(
-            self._block(),
-            variable_axes={"params": 0},
-            split_rngs={"params": True},
-            in_axes=(nn.broadcast, nn.broadcast),
-            length=c.num_layers // c.moe_every,
-        )(c, self.moe, self.ffn_size, self.group_size, self.axis, name="layers")
-        (x, _), (stats, logits, states) = blocks((x, no_logits), positions_BL, mask_BLL)
-        hidden = RMSNorm(c.norm_eps, name="final")(x)
-        return Output(hidden, stats, logits, states.reshape(c.num_layers, *x.shape))
-
-    def _block(self) -> type[nn.Module]:
-        """A block that gathers its parameters, and gathers or computes them again in backward."""
-        block, remat = Block, self.config.remat
-        if self.whole is not None:
-            block = nn.map_variables(block, "params", lambda v: {"params": self.whole(v["params"])})
-        if self.whole is not None or remat != "none":
-            block = nn.remat(block, policy=_REMAT[remat], prevent_cse=False)
-        return block
-
-
-def init(model: LanguageModel, key: Array) -> dict[str, Any]:
-    """Fresh parameters, a plain nested dictionary, of a model built for one device."""
-    L = model.group_size or 1
-    tokens = jnp.zeros((1, L), jnp.int32)
-    return model.init(key, tokens, tokens, jnp.ones((1, L, L), bool))["params"]
-
-
-def unite(model: LanguageModel, params: dict[str, Any]) -> dict[str, Any]:
-    """The parameters as `apply` and `vocabulary` want them: all that are outside the layers whole.
-
-    In a shard_map; on one device they are so already.
-    """
-    if model.whole is None:
-        return params
-    outside = {name: p for name, p in params.items() if name != "layers"}
-    return model.whole(outside) | {"layers": params["layers"]}
+_require_sound = functools.cache(require_sound)
 
 
 def packed_mask(segments_BL: Int[Array, "B L"]) -> Bool[Array, "B L L"]:

@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import re
+from typing import Any
 
 import jax
 import optax
 
 from moepp_jax.config import Config
-from moepp_jax.mesh import path_of
-
-# Norm scales; the constant experts' vectors, which are values rather than weights; and biases,
-# which a rule of their own moves.
-_NOT_DECAYED = re.compile(r"norm$|const/v$|router/bias$")
 
 
 def schedule(config: Config) -> optax.Schedule:
@@ -28,16 +23,11 @@ def schedule(config: Config) -> optax.Schedule:
     )
 
 
-def decayed(params):
-    """True for the parameters that weight decay shrinks: every matrix."""
-
-    def is_matrix(key_path, _):
-        return not _NOT_DECAYED.search(path_of(key_path))
-
-    return jax.tree_util.tree_map_with_path(is_matrix, params)
-
-
-def make_optimizer(config: Config) -> optax.GradientTransformation:
+def make_optimizer(config: Config, described: Any) -> optax.GradientTransformation:
+    """
+    Args:
+      described: the parameters' descriptions, which say what weight decay shrinks.
+    """
     o = config.optim
     return optax.chain(
         optax.clip_by_global_norm(o.clip_norm),
@@ -47,6 +37,6 @@ def make_optimizer(config: Config) -> optax.GradientTransformation:
             b2=o.beta2,
             eps=o.eps,
             weight_decay=o.weight_decay,
-            mask=decayed,
+            mask=jax.tree.map(lambda p: p.decay, described),
         ),
     )

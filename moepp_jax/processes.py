@@ -12,7 +12,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Sharding
 
-from moepp_jax.config import ConfigError
+from moepp_jax.errors import ConfigError
 
 T = TypeVar("T")
 

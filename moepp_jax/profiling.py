@@ -9,7 +9,7 @@ from typing import Any
 import jax
 
 from moepp_jax import processes
-from moepp_jax.config import ConfigError
+from moepp_jax.errors import ConfigError
 from moepp_jax.storage import Staging
 
 

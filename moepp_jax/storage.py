@@ -14,7 +14,7 @@ from typing import Any
 import fsspec
 from etils import epath
 
-from moepp_jax.config import ConfigError
+from moepp_jax.errors import ConfigError
 
 STORES = {"gs": "gcsfs", "s3": "s3fs"}  # scheme: the package that reads it
 

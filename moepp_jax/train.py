@@ -14,11 +14,13 @@ from moepp_jax import flops, processes
 from moepp_jax import mesh as mesh_lib
 from moepp_jax import state as state_lib
 from moepp_jax.checkpoint import Checkpoints
-from moepp_jax.config import Config, ConfigError
+from moepp_jax.config import Config
 from moepp_jax.data import Dataset, describe, open_dataset, prepare
+from moepp_jax.errors import ConfigError
 from moepp_jax.interrupt import Stopped, StopRequest
 from moepp_jax.log import Log
 from moepp_jax.metrics import DivergedError, MetricsWriter, require_finite
+from moepp_jax.moe import rules
 from moepp_jax.profiling import Profile
 from moepp_jax.progress import Progress
 from moepp_jax.workdir import check_workdir, keep_tokenizer, open_workdir
@@ -51,6 +53,7 @@ def train(
     processes.require_alike(f"{workdir} {config.to_json()}")
     _require_trainable(config)
     mesh = mesh_lib.make_mesh(config)
+    parts = state_lib.assemble(config, mesh)
     first = processes.is_first()
     report = report if first else _in_silence
     made = processes.on_first(lambda: _make(config, workdir, report))
@@ -58,12 +61,12 @@ def train(
     with Checkpoints(workdir, config.train.keep) as checkpoints:
         step = checkpoints.latest_intact_step(report)
         if step is None:
-            state, step = state_lib.init_state(config, mesh), 0
+            state, step = state_lib.init_state(parts), 0
         elif checkpoints.has_only_params(step):
-            abstract = state_lib.abstract_state(config, mesh).params
-            state = state_lib.state_of(checkpoints.restore_params(step, abstract), config, mesh)
+            params = checkpoints.restore_params(step, parts.abstract.params)
+            state = state_lib.state_of(params, parts)
         else:
-            state = checkpoints.restore(step, state_lib.abstract_state(config, mesh))
+            state = checkpoints.restore(step, parts.abstract)
         report(describe(dataset, config.train.steps))
         report(_headline(config, mesh, step))
         if step >= config.train.steps:
@@ -77,9 +80,7 @@ def train(
                 progress = stack.enter_context(Progress(config.train.steps, step))
             log = Log(config, mesh, dataset, writer, progress, step)
             try:
-                state, step = _loop(
-                    config, mesh, dataset, state, step, checkpoints, log, tracer, stop
-                )
+                state, step = _loop(parts, dataset, state, step, checkpoints, log, tracer, stop)
             except DivergedError as error:
                 checkpoints.wait()  # in all processes: each has seen the same numbers
                 raise DivergedError(_diverged(error, checkpoints.latest_step())) from None
@@ -109,11 +110,11 @@ def _in_silence(line: str) -> None:
     """What another process reports already."""
 
 
-def _loop(config, mesh, dataset: Dataset, state, step, checkpoints, log, tracer, stop):
-    t = config.train
-    train_step = state_lib.make_train_step(config, mesh)
-    evaluate = evaluate_lib.make_evaluate(config, mesh)
-    rows = processes.Rows(mesh_lib.batch_sharding(mesh), t.batch_size)
+def _loop(parts, dataset: Dataset, state, step, checkpoints, log, tracer, stop):
+    t = parts.config.train
+    train_step = state_lib.make_train_step(parts)
+    evaluate = evaluate_lib.make_evaluate(parts)
+    rows = processes.Rows(mesh_lib.batch_sharding(parts.mesh), t.batch_size)
     batches = itertools.islice(dataset.train_batches(step, rows.indices), t.steps - step)
     for batch in log.waited_for(_one_ahead(map(rows.place, batches))):
         tracer.before_step()
@@ -164,9 +165,15 @@ def _headline(config: Config, mesh, step: int) -> str:
     return (
         f"{total / 1e6:,.1f} M parameters, at most {active / 1e6:,.1f} M active a token; "
         f"{e.n_ffn} FFN + {e.n_const} constant + {e.n_copy} copy + {e.n_zero} zero experts, "
-        f"top {e.top_k}; mesh {shape} ({mesh.devices.flat[0].device_kind}); "
+        f"{_rule(config)}; mesh {shape} ({mesh.devices.flat[0].device_kind}); "
         f"step {step} of {config.train.steps}"
     )
+
+
+def _rule(config: Config) -> str:
+    rule = config.moe.rule
+    kind = rules.fields_of(rule)["type"]
+    return f"{kind}, at most {rule.most} and at balance {sum(rule.load):.2f} a token"
 
 
 def _diverged(error: DivergedError, newest: int | None) -> str:

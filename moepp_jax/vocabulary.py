@@ -1,6 +1,6 @@
 """Between tokens and vectors: the embedding, and the logits and losses of a large vocabulary.
 
-Shapes: B sequences, L tokens, D width, V vocabulary. The matrices are whole (`model.unite`).
+Shapes: B sequences, L tokens, D width, V vocabulary. The matrices are whole.
 """
 
 from __future__ import annotations
@@ -14,22 +14,13 @@ from jaxtyping import Array, Float, Int
 from moepp_jax.moe.products import tokens_first
 
 
-def output_matrix(params: dict[str, Any]) -> Float[Array, "V D"]:
-    """The matrix of the vocabulary's logits: its own, or the embedding where they are tied."""
-    return params["output"] if "output" in params else params["embedding"]
-
-
-def logits(params: dict[str, Any], hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
+def logits(w_VD: Float[Array, "V D"], hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
     """Float32 logits. For many tokens use `token_losses`, which never holds them all."""
-    return _logits(output_matrix(params), hidden)
-
-
-def _logits(w_VD, hidden):
     return tokens_first(hidden, w_VD.astype(hidden.dtype), jnp.float32)
 
 
 def token_losses(
-    params: dict[str, Any],
+    w_VD: Float[Array, "V D"],
     hidden_BLD: Float[Array, "B L D"],
     targets_BL: Int[Array, "B L"],
     chunk: int,
@@ -40,11 +31,11 @@ def token_losses(
     """
     B, L, D = hidden_BLD.shape
     size = min(chunk, L)
-    w_VD = _summing_in_float32(output_matrix(params), hidden_BLD.dtype)
+    w_VD = _summing_in_float32(w_VD, hidden_BLD.dtype)
 
     @jax.checkpoint
     def of_chunk(hidden, targets):
-        z = _logits(w_VD, hidden)
+        z = logits(w_VD, hidden)
         at_target = jnp.take_along_axis(z, targets[..., None], axis=-1)[..., 0]
         return jax.nn.logsumexp(z, axis=-1) - at_target
 

@@ -12,7 +12,8 @@ from collections.abc import Callable
 from typing import Any
 
 from moepp_jax import earlier
-from moepp_jax.config import Config, ConfigError, differences
+from moepp_jax.config import Config, differences
+from moepp_jax.errors import ConfigError
 from moepp_jax.storage import AnyPath, is_local, open_path, write_atomic
 
 _CONFIG = "config.json"

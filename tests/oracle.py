@@ -130,6 +130,8 @@ def serve(spec: Spec, x_GSD, experts_GSK, gates_GSK, params: Mapping):
         for s in range(S):
             for k in range(K):
                 i = experts_GSK[g, s, k]
+                if i == len(spec.kinds):  # an unused choice
+                    continue
                 waiting[i] += 1
                 kept_GSK[g, s, k] = waiting[i] <= capacity(spec, i, S)
                 if kept_GSK[g, s, k]:

@@ -37,11 +37,12 @@ def config(name: str) -> Config:
         n_ffn=theirs["num_experts"][0] - 4,
         ffn_size=theirs["intermediate_size"],
         group_size=24,
-        router_layers=2 if theirs["moe_2layer_gate"] else 1,
-        logit_norm=theirs["moe_use_logits_norm"],
-        logit_norm_std=theirs["moe_gate_norm_std"],
-        gate="softmax_selected" if mixtral else "renormalise_nonzero",
         input_scale=2.0 if scaled else 1.0,
+    )
+    c.moe.rule.update(
+        router_layers=2 if theirs["moe_2layer_gate"] else 1,
+        logit_norm=theirs["moe_gate_norm_std"] if theirs["moe_use_logits_norm"] else 0.0,
+        gate="softmax_selected" if mixtral else "renormalise_nonzero",
     )
     c.data.seq_len = 24
     return Config.parse(c)
@@ -63,7 +64,7 @@ def params(name: str) -> dict:
             return tensors[f"model.layers.{i}.mlp.moe.experts.experts.{e}.{key}"]
 
         router = {"w_residual": get("mlp.moe.gate.gate_map")}
-        if c.moe.router_layers == 2:
+        if c.moe.rule.router_layers == 2:
             router["w_hidden"] = get("mlp.moe.gate.wg.0")
             router["w_logits"] = get("mlp.moe.gate.wg.2")
         else:

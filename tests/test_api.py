@@ -11,7 +11,7 @@ import moepp_jax
 from moepp_jax import api
 from moepp_jax import model as model_lib
 from moepp_jax.checkpoint import CheckpointError
-from moepp_jax.config import ConfigError
+from moepp_jax.errors import ConfigError
 from tests import reference, tiny
 
 
@@ -81,7 +81,7 @@ def test_a_loaded_model_is_the_one_that_was_saved(model, folder):
     leaves = jax.tree.leaves(model.params)
     assert {leaf.dtype for leaf in leaves} == {jnp.dtype("float32")}
     assert {device for leaf in leaves for device in leaf.devices()} == {jax.devices()[0]}
-    fresh = jax.jit(lambda key: model_lib.init(model_lib.build(model.config), key))
+    fresh = jax.jit(model_lib.build(model.config).init)
     expected = fresh(jax.random.key(model.config.seed))
     jax.tree.map(np.testing.assert_array_equal, model.params, expected)
 

@@ -84,9 +84,11 @@ def test_routers_are_set_to_the_theory():
     for subject in decode.subjects(SMALL):
         noise = np.random.default_rng(1).normal(size=(5000, subject.pool.size)).astype(np.float32)
         noise -= noise.mean(axis=1, keepdims=True)
-        router = decode.router_of(subject)
-        logits = router.bias(router.normalise(jnp.asarray(noise)), {})
-        chosen = np.asarray(router.select(logits))
+        rule, N = decode.rule_of(subject), subject.pool.size
+        shift = decode.balancing_shift(subject)
+        params = {"w": jnp.eye(N), "bias": shift * (jnp.arange(N) < subject.pool.n_ffn)}
+        x = jnp.asarray(noise)[None]
+        chosen = np.asarray(rule.route(x, jnp.zeros_like(x), params).experts[0])
         ffn = (chosen < subject.pool.n_ffn).sum(axis=1).mean()
         assert ffn == pytest.approx(decode.TOP_K / subject.theory, rel=0.1)
 

@@ -20,7 +20,7 @@ from moepp_jax.compile import hlo, remedies, tables, traffic
 from moepp_jax.compile import step as compile_lib
 from moepp_jax.compile.roofline import Interconnect
 from moepp_jax.compile.topology import Topology, devices
-from moepp_jax.config import ConfigError
+from moepp_jax.errors import ConfigError
 from tests import tiny
 
 SIZES = {"mesh.data": 2, "mesh.fsdp": 2, "mesh.expert": 2}
@@ -40,7 +40,7 @@ def report(config, tmp_path_factory) -> dict:
 
 
 def test_state_bytes_are_those_of_the_arrays(config, report):
-    held = state.init_state(config, mesh_lib.make_mesh(config))
+    held = state.init_state(state.assemble(config, mesh_lib.make_mesh(config)))
     mine = [a.addressable_shards[0].data.nbytes for a in jax.tree.leaves(held)]
     assert report["state_bytes"] == sum(mine)
     parameters = [a.addressable_shards[0].data.nbytes for a in jax.tree.leaves(held.params)]

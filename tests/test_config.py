@@ -10,7 +10,9 @@ import pytest
 
 from configs import base, tiny
 from moepp_jax import config as config_lib
-from moepp_jax.config import Config, ConfigError, differences
+from moepp_jax.config import Config, differences
+from moepp_jax.errors import ConfigError
+from moepp_jax.moe import Rule, rules
 from tests import tiny as small
 
 
@@ -40,6 +42,8 @@ def test_base_names_every_field_once():
     def below(kind):
         if get_origin(kind) is config_lib.Named:
             return {"text": below(get_args(kind)[1])}  # the name that the base has
+        if kind is Rule:
+            return dict.fromkeys(["type", *rules.find("moepp").options()])
         return names(kind) if dataclasses.is_dataclass(kind) else None
 
     def keys(tree):
@@ -61,7 +65,7 @@ def test_whole_numbers_are_numbers():
 
 def test_unknown_field_is_named_with_its_likeliest_meaning():
     said = refused(fields(**{"moe.tua": 0.5}))
-    assert said == "unknown field config.moe.tua = 0.5: did you mean moe.tau?"
+    assert said == "unknown field config.moe.tua = 0.5: did you mean moe.rule.tau?"
     said = refused(fields(**{"moe.warmup_steps": 5}))
     assert said == "unknown field config.moe.warmup_steps = 5: did you mean optim.warmup_steps?"
     said = refused(fields(**{"mesh.zebra": 1}))
@@ -88,7 +92,7 @@ WRONG = [
     ("generate.seed", -1, "must be at least 0 and less than 2**32"),
     ("model.dtype", 32, "must be of type str"),
     ("model.tied_embeddings", 1, "must be of type bool"),
-    ("moe.tau", "0.5", "must be of type float"),
+    ("moe.rule.tau", "0.5", "must be of type float"),
     ("moe", 3, "must be a group of fields"),
     ("optim.lr", math.nan, "must be finite"),
     ("optim.clip_norm", math.inf, "must be finite"),
@@ -97,17 +101,15 @@ WRONG = [
     ("model.remat", "all", "must be one of 'none', 'dots', 'exchanged', 'full'"),
     ("moe.dispatch", "dropfull", "must be one of 'capacity', 'dropless'"),
     ("moe.eval_dispatch", "", "must be one of 'capacity', 'dropless'"),
-    ("moe.gate", "softmax", "must be one of 'renormalise_nonzero'"),
-    ("moe.residual", "probs", "must be one of 'logits', 'detached', 'none'"),
-    ("moe.score", "sigmoid", "must be one of 'softmax'"),
-    ("moe.balance", "switch", "must be one of 'heterogeneous', 'none'"),
-    ("moe.router_layers", 3, "must be one of 1, 2"),
+    ("moe.rule.gate", "softmax", "must be one of 'raw', 'renormalise_all'"),
+    ("moe.rule.residual", "probs", "must be one of 'logits', 'detached', 'none'"),
+    ("moe.rule.router_layers", 3, "must be one of 1, 2"),
     # ranges
-    ("moe.tau", 0.0, "must be greater than 0 and at most 1"),
-    ("moe.tau", 1.5, "must be greater than 0 and at most 1"),
+    ("moe.rule.tau", 0.0, "must be greater than 0 and at most 1"),
+    ("moe.rule.tau", 1.5, "must be greater than 0 and at most 1"),
     ("moe.gamma", 0.0, "must be greater than 0"),
     ("moe.gamma", -1.0, "must be greater than 0"),
-    ("moe.top_k", 0, "must be at least 1"),
+    ("moe.rule.top_k", 0, "must be at least 1"),
     ("data.eval_fraction", 0.0, "must be greater than 0 and at most 0.5"),
     ("optim.beta1", 1.0, "must be at least 0 and less than 1"),
     ("optim.beta2", -0.5, "must be at least 0 and less than 1"),
@@ -122,7 +124,11 @@ WRONG = [
     ("mesh.fsdp", 0, "must be at least 1, or -1"),
     ("mesh.data", -2, "must be at least 1, or -1"),
     # contradictions
-    ("moe.top_k", 13, "is more than the 12 experts there are (8 FFN + 2 constant + 1 copy + 1"),
+    (
+        "moe.rule.top_k",
+        13,
+        "is more than the 12 experts there are (8 FFN + 2 constant + 1 copy + 1",
+    ),
     ("moe.group_size", 12, "must divide config.data.seq_len = 32"),
     ("moe.group_size", 64, "must divide config.data.seq_len = 32"),
     ("model.loss_chunk", 12, "must divide config.data.seq_len = 32"),
@@ -143,20 +149,29 @@ def test_a_wrong_value_is_named_with_its_remedy(name, value, remedy):
 
 
 def test_one_expert_has_no_deviation_to_divide_by():
-    alone = {"moe.n_ffn": 1, "moe.n_const": 0, "moe.n_copy": 0, "moe.n_zero": 0, "moe.top_k": 1}
+    alone = {
+        "moe.n_ffn": 1,
+        "moe.n_const": 0,
+        "moe.n_copy": 0,
+        "moe.n_zero": 0,
+        "moe.rule.top_k": 1,
+    }
     Config.parse(fields(**alone))
-    said = refused(fields(**alone, **{"moe.logit_norm": True}))
-    assert said.startswith("config.moe.logit_norm = True needs at least two experts")
+    said = refused(fields(**alone, **{"moe.rule.logit_norm": 1.0}))
+    assert said.startswith("config.moe.rule.logit_norm = 1.0 needs at least two experts")
 
 
 def test_every_number_has_a_bound_and_every_text_that_is_a_choice_its_choices():
     """A field added without a check would let nonsense through to the compiler."""
     free = {"data.sources", "data.dir", "data.tfds_dir", "data.tokenizer"}
-    free |= {"model.tied_embeddings", "moe.logit_norm"}
+    free |= {"model.tied_embeddings"}
+    free |= {"moe.rule", "moe.n_ffn", "moe.n_const", "moe.n_copy", "moe.n_zero"}  # see `_rule`
     by_hand = {"mesh.data", "mesh.fsdp", "mesh.expert", "optim.beta1", "optim.beta2"}
     by_hand |= {"optim.final_lr_ratio", "generate.min_p", "seed", "generate.seed"}
     checked = {*config_lib._CHOICES, *config_lib._AT_LEAST, *config_lib._WITHIN}
     tree = small.config().to_dict()
+    options = dataclasses.fields(rules.find("moepp"))
+    assert all(field.metadata for field in options if field.name != "pool")
     names = {"seed"} | {f"{g}.{n}" for g, group in tree.items() if g != "seed" for n in group}
     assert names == checked | free | by_hand
 
@@ -176,14 +191,14 @@ def test_sources_are_groups_under_names_of_the_users_own():
 
 
 def test_numpy_numbers_are_refused_with_their_type():
-    assert "must be of type float" in refused(fields(**{"moe.tau": np.float32(0.5)}))
+    assert "must be of type float" in refused(fields(**{"moe.rule.tau": np.float32(0.5)}))
 
 
 def test_differences_names_leaves_with_both_values():
-    a, b = fields(), fields(**{"moe.tau": 0.5, "seed": 3})
+    a, b = fields(), fields(**{"moe.rule.tau": 0.5, "seed": 3})
     del b["train"]["keep"]
     assert differences(a, b) == {
-        "moe.tau": (0.75, 0.5),
+        "moe.rule.tau": (0.75, 0.5),
         "seed": (0, 3),
         "train.keep": (2, None),
     }

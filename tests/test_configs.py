@@ -8,9 +8,11 @@ import pytest
 
 from configs import moepp_7b, run
 from configs.data import paper_mixture
-from moepp_jax import flops, mesh, model, state
-from moepp_jax.config import Config, ConfigError
+from moepp_jax import flops, mesh, state
+from moepp_jax.config import Config
 from moepp_jax.data.prepare import prepare_sources
+from moepp_jax.errors import ConfigError
+from moepp_jax.moe.param import path_of
 from moepp_jax.workdir import open_workdir
 
 # Billions of parameters, total and active at most (paper, table 2).
@@ -32,9 +34,14 @@ def recipe(name: str) -> Config:
 
 
 def count(config: Config) -> int:
-    m = model.build(config)
-    declared = jax.eval_shape(lambda: model.init(m, jax.random.key(0)))
-    return sum(leaf.size for leaf in jax.tree.leaves(declared))
+    """By hand, from the paper's shapes."""
+    m, e = config.model, config.moe
+    D, N = m.hidden_size, e.num_experts
+    attention = 2 * D * m.head_width * (m.num_heads + m.num_kv_heads)
+    experts = e.n_ffn * 3 * D * e.ffn_size + e.n_const * 3 * D
+    router = N * D + (N * N if e.rule.residual != "none" else 0)
+    embeddings = m.vocab_size * D * (1 if m.tied_embeddings else 2)
+    return embeddings + m.num_layers * (attention + 2 * D + experts + router) + D
 
 
 def test_all_recipes_are_found():
@@ -64,14 +71,14 @@ def test_paper_sizes(name):
 def test_every_parameter_and_moment_has_its_place(name):
     config = recipe(name).replace("mesh", data=-1, fsdp=2, expert=4)
     devices = mesh.make_mesh(config)
-    abstract = state.abstract_state(config, devices)
+    abstract = state.assemble(config, devices).abstract
     specs = {
-        mesh.path_of(path): leaf.sharding.spec
+        path_of(path): leaf.sharding.spec
         for path, leaf in jax.tree_util.tree_leaves_with_path(abstract.params)
     }
     assert any("expert" in spec for spec in specs.values())
     for path, leaf in jax.tree_util.tree_leaves_with_path(abstract.opt_state):
-        name = mesh.path_of(path)
+        name = path_of(path)
         match = [spec for key, spec in specs.items() if name.endswith("/" + key)]
         assert leaf.ndim == 0 or [leaf.sharding.spec] == match
 
@@ -81,7 +88,8 @@ def test_vanilla_twin(name):
     moepp, moe = recipe(name), recipe(name.replace("moepp", "moe"))
     assert moe.moe.num_experts == moe.moe.n_ffn == moepp.moe.n_ffn
     assert moe.model == moepp.model and moe.train == moepp.train
-    assert flops.cost_ratio(moe) == 1
+    assert flops.cost_ratio(moe, moe) == 1
+    assert flops.cost_ratio(moepp, moe) == pytest.approx(moepp.moe.rule.ffn_load / 2)
 
 
 def test_the_papers_models_train_on_its_mixture():
@@ -119,14 +127,14 @@ def test_ffn_experts_at_balance(n_ffn, others, expected):
     fields["moe"] |= dict(zip(("n_const", "n_copy", "n_zero"), others, strict=True), n_ffn=n_ffn)
     got = []
     for tau in (0.1, 0.25, 0.5, 0.75, 1.0):
-        fields["moe"]["tau"] = tau
-        got.append(flops.ffn_experts_at_balance(Config.parse(fields)))
+        fields["moe"]["rule"]["tau"] = tau
+        got.append(Config.parse(fields).moe.rule.ffn_load)
     assert got == pytest.approx(expected, abs=5e-4)
 
 
 def test_flops_follow_the_parameters():
     config = recipe("moepp_1b")
-    f = flops.per_token(config, ffn_experts=float(config.moe.top_k))
+    f = flops.per_token(config, ffn_experts=float(config.moe.rule.top_k))
     scores = config.model.num_layers * 4 * config.data.seq_len * config.model.hidden_size
     embedding = config.model.vocab_size * config.model.hidden_size
     active = flops.parameters(config).active - embedding
@@ -137,7 +145,7 @@ def test_flops_follow_the_parameters():
 def test_executed_experts_count_the_padding():
     config = recipe("moepp_0p6b")
     assert flops.executed_ffn_experts(config) == pytest.approx(
-        config.moe.gamma * flops.ffn_experts_at_balance(config), rel=1e-2
+        config.moe.gamma * config.moe.rule.ffn_load, rel=1e-2
     )
 
 

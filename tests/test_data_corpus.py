@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from moepp_jax.config import ConfigError, DataConfig, Named, SourceConfig
+from moepp_jax.config import DataConfig, Named, SourceConfig
 from moepp_jax.data import corpus, files, packages, records, storage
+from moepp_jax.errors import ConfigError
 
 TEXT = Path(__file__).parent / "data" / "text"
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from configs import base, tiny
-from moepp_jax.config import Config, ConfigError
+from moepp_jax.config import Config
 from moepp_jax.data import (
     DataError,
     Dataset,
@@ -24,6 +24,7 @@ from moepp_jax.data import (
 )
 from moepp_jax.data.files import FilesCorpus
 from moepp_jax.data.prepare import prepared_sources
+from moepp_jax.errors import ConfigError
 
 TEXT = Path(__file__).parent / "data" / "text"
 
@@ -353,7 +354,7 @@ def fails(dataset, step) -> bool:
 
 WORKERS = """
 import multiprocessing, os, signal, sys, time
-from moepp_jax.config import ConfigError
+from moepp_jax.errors import ConfigError
 from moepp_jax.data import reading
 from tests.test_data_loader import Path, assert_equal, config, open_dataset
 

@@ -19,9 +19,10 @@ from absl.testing import flagsaver
 from configs import tiny
 from configs.base import source
 from moepp_jax.commands import data as command
-from moepp_jax.config import Config, ConfigError
+from moepp_jax.config import Config
 from moepp_jax.data import corpus, estimate, files, records, shards, storage, tokens, work
 from moepp_jax.data.prepare import prepare_sources, prepared_sources, verify
+from moepp_jax.errors import ConfigError
 
 TEXT = Path(__file__).parent / "data" / "text"
 WORDS = ["the", "sea", "is", "wide", "and", "a", "ship", "small", "but", "wind", "blows", "fair"]

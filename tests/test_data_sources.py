@@ -10,9 +10,9 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from moepp_jax.config import ConfigError
 from moepp_jax.data import files
 from moepp_jax.data.files import FilesCorpus
+from moepp_jax.errors import ConfigError
 
 TEXTS = [f"Text {i} has its words: é, 🙂.\nAnd a second line{'.' * (37 * i)}" for i in range(40)]
 

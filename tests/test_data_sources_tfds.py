@@ -10,9 +10,10 @@ import tensorflow_datasets as tfds
 
 from configs import tiny
 from configs.base import source
-from moepp_jax.config import Config, ConfigError
+from moepp_jax.config import Config
 from moepp_jax.data import corpus, records, storage, tfds_sets
 from moepp_jax.data.tfds_sets import TfdsCorpus
+from moepp_jax.errors import ConfigError
 from tests.test_data_prepare import text_of
 
 

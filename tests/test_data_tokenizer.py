@@ -10,8 +10,8 @@ import sentencepiece
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from moepp_jax.config import ConfigError
 from moepp_jax.data.tokenizer import Tokenizer
+from moepp_jax.errors import ConfigError
 
 TEXTS = [file.read_text() for file in sorted((Path(__file__).parent / "data/text").glob("*.txt"))]
 

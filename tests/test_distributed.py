@@ -13,7 +13,7 @@ import pytest
 from jax.sharding import AxisType, Mesh, Sharding
 
 from moepp_jax import distributed, processes
-from moepp_jax.config import ConfigError
+from moepp_jax.errors import ConfigError
 from moepp_jax.mesh import AXES, batch_sharding
 
 SLURM = {

@@ -13,17 +13,18 @@ import pytest
 from moepp_jax import evaluate as evaluate_lib
 from moepp_jax import mesh as mesh_lib
 from moepp_jax import model as model_lib
+from moepp_jax import state as state_lib
 from moepp_jax import vocabulary
 from moepp_jax.checkpoint import CheckpointError
-from moepp_jax.config import ConfigError
 from moepp_jax.data import Dataset, open_dataset
+from moepp_jax.errors import ConfigError
 from tests import tiny
 
 
 @functools.cache
 def parameters():
     model = model_lib.build(tiny.config())
-    return jax.jit(functools.partial(model_lib.init, model))(jax.random.key(0))
+    return jax.jit(model.init)(jax.random.key(0))
 
 
 def batches():
@@ -41,8 +42,10 @@ def evaluated(axes=(1, 1, 1), dispatch="dropless", of=None):
     )
     mesh = mesh_lib.make_mesh(c, jax.devices()[: math.prod(axes)])
     abstract = jax.tree.map(jnp.asarray, parameters())
-    params = jax.device_put(abstract, mesh_lib.shardings(abstract, mesh))
-    return evaluate_lib.make_evaluate(c, mesh)(params, batches() if of is None else of)
+    params = jax.device_put(abstract, mesh_lib.shardings(model_lib.describe(c), mesh))
+    return evaluate_lib.make_evaluate(state_lib.assemble(c, mesh))(
+        params, batches() if of is None else of
+    )
 
 
 @functools.cache
@@ -60,8 +63,8 @@ def naive():
         L = tokens.size
         causal = jnp.tril(jnp.ones((1, L, L), bool))
         places = jnp.arange(L)[None]
-        out = model.apply({"params": parameters()}, tokens[None], places, causal)
-        return vocabulary.logits(parameters(), out.hidden[0]), out.router_logits[:, 0]
+        out = model(parameters(), tokens[None], places, causal)
+        return vocabulary.logits(out.matrix, out.hidden[0]), out.router_logits[:, 0]
 
     nats, targets, real, experts = 0.0, 0, 0, np.zeros(c.model.num_layers)
     for batch in batches():
@@ -78,7 +81,7 @@ def naive():
                     if batch["loss_mask"][row][here][place]:
                         nats -= logp[place, target]
                         targets += 1
-                best = np.argsort(-router[:, :length], axis=-1)[..., : c.moe.top_k]
+                best = np.argsort(-router[:, :length], axis=-1)[..., : c.moe.rule.top_k]
                 experts += (best < c.moe.n_ffn).sum(axis=(1, 2))
                 real += length
     return nats, targets, experts / real

@@ -10,7 +10,7 @@ import pytest
 
 from moepp_jax import model as model_lib
 from moepp_jax import vocabulary
-from moepp_jax.config import ConfigError
+from moepp_jax.errors import ConfigError
 from moepp_jax.generation import Generator
 from tests import reference, tiny
 
@@ -27,7 +27,7 @@ def case():
         **{"moe.dispatch": "dropless", "moe.n_ffn": 4},
     )
     model = model_lib.build(c)
-    params = jax.jit(functools.partial(model_lib.init, model))(jax.random.key(0))
+    params = jax.jit(model.init)(jax.random.key(0))
     # Caches that 12 new tokens outgrow: all texts here go on in a larger one.
     return model, params, Generator(model, params, least_places=16)
 
@@ -40,8 +40,8 @@ def without_cache(length=32):
 
     @jax.jit
     def best(tokens, place):
-        out = model.apply({"params": params}, tokens[None], jnp.arange(length)[None], causal)
-        return jnp.argmax(vocabulary.logits(params, out.hidden[0, place]))
+        out = model(params, tokens[None], jnp.arange(length)[None], causal)
+        return jnp.argmax(vocabulary.logits(out.matrix, out.hidden[0, place]))
 
     def generate(prompt, steps):
         text = list(prompt)

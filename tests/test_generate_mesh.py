@@ -1,7 +1,6 @@
 """Generation on a mesh: parameters lie as in training, and the texts are those of one device."""
 
 import dataclasses
-import functools
 
 import jax
 
@@ -19,12 +18,12 @@ def test_texts_are_those_of_one_device():
     warm = {"temperature": 0.9, "top_p": 0.9, "repetition_penalty": 1.2}
     settings = dataclasses.replace(config.generate, **warm)
     alone = model_lib.build(config, dispatch="dropless")
-    params = jax.jit(functools.partial(model_lib.init, alone))(jax.random.key(0))
+    params = jax.jit(alone.init)(jax.random.key(0))
     texts = Generator(alone, params)(PROMPTS, settings)
 
     mesh = mesh_lib.make_mesh(config)
     model = model_lib.build(config, mesh, "dropless")
-    sharded = jax.device_put(params, mesh_lib.shardings(params, mesh))
+    sharded = jax.device_put(params, mesh_lib.shardings(model.described, mesh))
     generate = Generator(model, sharded, mesh)
     assert generate(PROMPTS, settings) == texts
     ended = generate(PROMPTS, settings, end=texts[0][3], limits=[8, 2, 8, 8, 8])

@@ -22,7 +22,7 @@ BUCKET, LONGEST = 64, 96
 @functools.cache
 def parameters():
     model = model_lib.build(tiny.config())
-    return jax.jit(functools.partial(model_lib.init, model))(jax.random.key(0))
+    return jax.jit(model.init)(jax.random.key(0))
 
 
 def scorer(axes=(1, 1, 1), batch_size=1):
@@ -30,7 +30,7 @@ def scorer(axes=(1, 1, 1), batch_size=1):
     # Room for a balanced load only: scoring must not drop what does not fit it.
     c = tiny.config(**dict(zip(names, axes, strict=True)), **{"moe.exchange_buffer": 0.25})
     mesh = mesh_lib.make_mesh(c, jax.devices()[: np.prod(axes)])
-    params = jax.device_put(parameters(), mesh_lib.shardings(parameters(), mesh))
+    params = jax.device_put(parameters(), mesh_lib.shardings(model_lib.describe(c), mesh))
     return Scorer(c, mesh, params, batch_size, LONGEST)
 
 
@@ -63,8 +63,8 @@ def naive():
     @jax.jit
     def run(tokens):
         causal = jnp.tril(jnp.ones((1, LONGEST, LONGEST), bool))
-        out = model.apply({"params": parameters()}, tokens[None], jnp.arange(LONGEST)[None], causal)
-        return vocabulary.logits(parameters(), out.hidden[0]), out.router_logits[:, 0]
+        out = model(parameters(), tokens[None], jnp.arange(LONGEST)[None], causal)
+        return vocabulary.logits(out.matrix, out.hidden[0]), out.router_logits[:, 0]
 
     found = []
     for row in rows():
@@ -72,7 +72,7 @@ def naive():
         # What stands behind a row is nothing to it: another filler than the scorer's.
         logits, router = run(np.array([*row.tokens, *[9] * (LONGEST - n)], np.int32))
         logits = np.asarray(logits[:n], np.float64)
-        best = np.argsort(-np.asarray(router[:, :n]), axis=-1)[..., : c.moe.top_k]
+        best = np.argsort(-np.asarray(router[:, :n]), axis=-1)[..., : c.moe.rule.top_k]
         counts = (best[..., None] == np.arange(12)).sum(axis=(1, 2))
         found.append((logits - np.log(np.exp(logits).sum(-1, keepdims=True)), counts))
     return found

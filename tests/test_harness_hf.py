@@ -46,9 +46,9 @@ def both(tmp_path_factory):
     from moepp_jax.harness.model import MoEPPJax
 
     folder = tmp_path_factory.mktemp("hf")
-    vanilla = {"moe.n_const": 0, "moe.n_copy": 0, "moe.n_zero": 0, "moe.residual": "none"}
+    vanilla = {"moe.n_const": 0, "moe.n_copy": 0, "moe.n_zero": 0, "moe.rule.residual": "none"}
     changes = {"data.dir": str(folder / "data"), "data.seq_len": 96, "moe.group_size": 32}
-    config = tiny.config(**vanilla, **changes, **{"moe.tau": 1.0})
+    config = tiny.config(**vanilla, **changes, **{"moe.rule.tau": 1.0})
     run = without_bytes(tiny.run_folder(folder / "run", config), config)
     interop.to_hf(run, folder / "mixtral", layout="mixtral")
     theirs = HFLM(str(folder / "mixtral"), device="cpu", dtype="float32", batch_size=3)
@@ -60,7 +60,9 @@ def without_bytes(run, config):
 
     The logits of those pieces are 0, and of so many others one is always above it.
     """
-    state = state_lib.init_state(config, make_mesh(tiny.config(), jax.devices()[:1]))
+    state = state_lib.init_state(
+        state_lib.assemble(config, make_mesh(tiny.config(), jax.devices()[:1]))
+    )
     output = state.params["output"].at[:FIRST_WORD].set(0.0)
     with Checkpoints(run, keep=2) as checkpoints:
         params = state.params | {"output": output}

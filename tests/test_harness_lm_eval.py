@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from moepp_jax.checkpoint import CheckpointError
-from moepp_jax.config import ConfigError
+from moepp_jax.errors import ConfigError
 from moepp_jax.harness.requests import Pair, row_of
 from tests import tiny
 

@@ -8,8 +8,8 @@ import numpy as np
 import pyarrow
 import pytest
 
-from moepp_jax.config import ConfigError
 from moepp_jax.data import benchmarks
+from moepp_jax.errors import ConfigError
 from moepp_jax.harness import needed, suite, tasks
 
 DOC = {"id": "a", "query": "Question: Why?\nAnswer:", "choices": ["it", "is", "so"], "gold": 2}

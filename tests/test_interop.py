@@ -97,12 +97,12 @@ def test_tied_embeddings_may_come_written_out(tmp_path):
         ({}, None),
         ({"moe.n_copy": 0}, "2 constant, 1 copy and 1 zero expert, not 2, 0 and 1"),
         (
-            {"moe.n_const": 0, "moe.n_copy": 0, "moe.n_zero": 0, "moe.residual": "none"},
+            {"moe.n_const": 0, "moe.n_copy": 0, "moe.n_zero": 0, "moe.rule.residual": "none"},
             "2 constant, 1 copy and 1 zero expert, not 0, 0 and 0",
         ),
-        ({"moe.top_k": 3}, "moe.top_k is always 2, not 3"),
-        ({"moe.gate": "raw"}, "moe.gate is always"),
-        ({"moe.residual": "none"}, "moe.residual is always"),
+        ({"moe.rule.top_k": 3}, "moe.rule.top_k is always 2, not 3"),
+        ({"moe.rule.gate": "raw"}, "moe.rule.gate is always"),
+        ({"moe.rule.residual": "none"}, "moe.rule.residual is always"),
         (
             {"model.num_layers": 4, "model.moe_every": 2, "model.tied_embeddings": True},
             "model.moe_every is always 1, not 2",
@@ -150,10 +150,10 @@ def test_the_commands(tmp_path):
     source, run, out = reference.ROOT / "default", tmp_path / "run", tmp_path / "out"
     recipe = "--config=configs/tiny.py"
     assert "90 tensors are now step 0" in said(
-        "from-hf", source, run, recipe, "--config.moe.tau=0.25", "--dtype=bfloat16"
+        "from-hf", source, run, recipe, "--config.moe.rule.tau=0.25", "--dtype=bfloat16"
     )
     config = read_config(run)
-    assert (config.moe.tau, config.model.dtype, config.data.seq_len) == (0.25, "bfloat16", 256)
+    assert (config.moe.rule.tau, config.model.dtype, config.data.seq_len) == (0.25, "bfloat16", 256)
     assert "90 tensors are now in" in said("to-hf", run, out)
     assert same_bytes(tensors_in(source), tensors_in(out))
     again = said("to-hf", run, out, status=1)
@@ -223,7 +223,7 @@ def test_bin_files_of_all_sorts(tmp_path):
 def test_transformers_reads_our_tokenizer(tmp_path, layout):
     from transformers import AutoTokenizer
 
-    vanilla = {"moe.n_const": 0, "moe.n_copy": 0, "moe.n_zero": 0, "moe.residual": "none"}
+    vanilla = {"moe.n_const": 0, "moe.n_copy": 0, "moe.n_zero": 0, "moe.rule.residual": "none"}
     changes = vanilla if layout == "mixtral" else {}
     config = tiny.config(**changes, **{"data.dir": str(tmp_path / "data")})
     run = tiny.run_folder(tmp_path / "run", config)

@@ -215,7 +215,11 @@ def test_what_absent_fields_mean(tmp_path):
             tensors[full] = np.ones((64, 64), np.float32)
     save_file(tensors, source / "model.safetensors")
     c = interop.from_hf(source, tmp_path / "run", **SILENT)
-    assert (c.moe.router_layers, c.moe.logit_norm, c.moe.gate) == (2, False, "renormalise_nonzero")
+    assert (c.moe.rule.router_layers, c.moe.rule.logit_norm, c.moe.rule.gate) == (
+        2,
+        0.0,
+        "renormalise_nonzero",
+    )
     assert (c.moe.input_scale, c.model.init_std, c.model.num_kv_heads) == (2.0, 0.02, 4)
     assert (c.model.rope_theta, c.model.dtype, c.data.seq_len) == (10_000.0, "float32", 2048)
 
@@ -236,7 +240,7 @@ def test_linear_scaling_goes_and_comes_back(tmp_path, field):
 
 
 def test_our_fields_may_not_contradict_the_plain_ones(tmp_path):
-    config = tiny.config(**{"moe.top_k": 3, "data.dir": str(tmp_path / "data")})
+    config = tiny.config(**{"moe.rule.top_k": 3, "data.dir": str(tmp_path / "data")})
     run = tiny.run_folder(tmp_path / "run1", config)
     interop.to_hf(run, tmp_path / "source", **SILENT)
     fields = fields_in(tmp_path / "source") | {"rope_theta": 5.0}

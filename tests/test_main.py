@@ -31,7 +31,7 @@ ENVIRONMENT = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "PJ
 
 
 # The README's command: the rest of the devices, made on a machine that has one.
-README = ["--config.moe.tau=0.5", "--config.train.steps=120", "--config.mesh.data=-1"]
+README = ["--config.moe.rule.tau=0.5", "--config.train.steps=120", "--config.mesh.data=-1"]
 README += ["--config.mesh.fsdp=1", "--config.mesh.expert=2"]
 
 
@@ -108,13 +108,13 @@ def test_the_runs_were_what_they_should_be(runs):
 
 def test_a_killed_run_ends_with_the_same_bits(runs, folder):
     config = read_config(folder / "alone")
-    assert config.moe.tau == 0.5 and read_config(folder / "victim") == config
+    assert config.moe.rule.tau == 0.5 and read_config(folder / "victim") == config
     mesh = mesh_lib.make_mesh(config, jax.devices()[:2])
     states = []
     for name in ("alone", "victim"):
         with Checkpoints(folder / name, keep=2) as checkpoints:
             assert checkpoints.latest_step() == 120
-            states.append(checkpoints.restore(120, state_lib.abstract_state(config, mesh)))
+            states.append(checkpoints.restore(120, state_lib.assemble(config, mesh).abstract))
     jax.tree.map(np.testing.assert_array_equal, *jax.device_get(states))
     assert states[0].step == 120
 
@@ -222,14 +222,29 @@ def cases(folder: Path) -> list[tuple[list[str], str]]:
         (["train", recipe + ":dense", new], "no variant 'dense' .* write :moepp or :moe"),
         (["train", recipe, "--config.moe.tua=1", new], "unknown field config.moe.tua = 1: did you"),
         (["train", recipe, "--config.moe.lr=1", new], "unknown field .*lr = 1: .* mean optim.lr"),
-        (["train", recipe, "--config.tau=1", new], "unknown field config.tau = 1: .* mean moe.tau"),
+        (
+            ["train", recipe, "--config.tau=1", new],
+            "unknown field config.tau = 1: .* mean moe.rule.tau",
+        ),
         (["train", recipe, f"--config.seed={2**32}", new], "config.seed = 4294967296 must be .*2"),
-        (["evaluate", run, "--config.moe.tau=1"], "--config.moe.tau changes a field of a recipe"),
+        (
+            ["evaluate", run, "--config.moe.rule.tau=1"],
+            "--config.moe.rule.tau changes a field of a recipe",
+        ),
         (["train", recipe, "--config.mo.tau=1", new], "a flag names no field .*'mo'"),
-        (["train", recipe, "--config.moe.tau=x", new], "flag --config.moe.tau=x: could not conv"),
-        (["train", recipe, "--config.moe.top_k=1.5", new], "flag --config.moe.top_k=1.5: invalid"),
+        (
+            ["train", recipe, "--config.moe.rule.tau=x", new],
+            "flag --config.moe.rule.tau=x: could not conv",
+        ),
+        (
+            ["train", recipe, "--config.moe.rule.top_k=1.5", new],
+            "flag --config.moe.rule.top_k=1.5: invalid",
+        ),
         (["train", recipe, "--config.model.dtype=float16", new], "dtype = 'float16' is for eval"),
-        (["train", recipe, "--config.moe.tau=2", new], "config.moe.tau = 2.0 must be greater than"),
+        (
+            ["train", recipe, "--config.moe.rule.tau=2", new],
+            "config.moe.rule.tau = 2.0 must be greater than",
+        ),
         (["train", recipe, "--workdr=x"], "Unknown command line flag 'workdr'"),
         (
             ["train", *tiny_flags, "--config.mesh.data=3", new],
@@ -244,9 +259,9 @@ def cases(folder: Path) -> list[tuple[list[str], str]]:
             "config.data.sources.text.path = '/nowhere' does not exist",
         ),
         (
-            ["train", *tiny_flags, "--config.moe.tau=0.5", run],
+            ["train", *tiny_flags, "--config.moe.rule.tau=0.5", run],
             r"workdir .*run holds a run of another configuration:\n"
-            r"  config.moe.tau: 0.75 there, 0.5 now\nGive another --workdir, or the old values.",
+            r"  config.moe.rule.tau: 0.75 there, 0.5 now\nGive another --workdir, or the old value",
         ),
         (["train", *tiny_flags, "--workdir=ftp://a/b"], "ftp://a/b: ftp:// is no known storage"),
         (["train", *tiny_flags, "--profile=9", new], "--profile=9 must be START:STOP, whole num"),

@@ -6,7 +6,9 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from moepp_jax import mesh as mesh_lib
-from moepp_jax.config import ConfigError
+from moepp_jax import model
+from moepp_jax.errors import ConfigError
+from moepp_jax.moe.param import path_of
 from tests import tiny
 
 BOTH = ("fsdp", "expert")
@@ -85,35 +87,31 @@ def test_virtual_devices_are_made_for_an_open_axis_only(axes, devices):
 
 
 @pytest.mark.parametrize(
-    ("path", "ndim", "spec"),
+    ("path", "spec"),
     [
-        ("embedding", 2, P(BOTH, None)),
-        ("output", 2, P(BOTH, None)),
-        ("layers/attention/q", 3, P(None, BOTH, None)),
-        ("layers/dense_0_attention/o", 3, P(None, BOTH, None)),
-        ("layers/moe/ffn/w_in", 5, P(None, "expert", None, "fsdp", None)),
-        ("layers/moe/ffn/w_out", 4, P(None, "expert", None, "fsdp")),
-        ("layers/dense_0_dense/w_out", 3, P(None, BOTH, None)),
-        ("layers/moe/router/w", 3, P(None, None, BOTH)),
-        ("layers/moe/router/w_residual", 3, P()),
-        ("layers/moe/const/v", 3, P(None, None, BOTH)),
-        ("final/norm", 1, P(BOTH)),
-        ("opt_state/1/0/mu/layers/moe/ffn/w_in", 5, P(None, "expert", None, "fsdp", None)),
+        ("embedding", P(BOTH, None)),
+        ("output", P(BOTH, None)),
+        ("layers/attention/q", P(None, BOTH, None)),
+        ("layers/attention/q_norm/norm", P()),
+        ("layers/dense_0_attention/o", P(None, BOTH, None)),
+        ("layers/moe/ffn/w_in", P(None, "expert", None, "fsdp", None)),
+        ("layers/moe/ffn/w_out", P(None, "expert", None, "fsdp")),
+        ("layers/dense_0_dense/w_in", P(None, None, BOTH, None)),
+        ("layers/dense_0_dense/w_out", P(None, BOTH, None)),
+        ("layers/moe/router/w", P(None, None, BOTH)),
+        ("layers/moe/router/w_residual", P()),
+        ("layers/moe/router/bias", P()),
+        ("layers/moe/const/v", P(None, None, BOTH)),
+        ("layers/moe/const/w", P(None, None, None, BOTH)),
+        ("layers/ffn_norm/norm", P(None, BOTH)),
+        ("final/norm", P(BOTH)),
     ],
 )
-def test_the_table(path, ndim, spec):
-    assert mesh_lib.spec_of(path, ndim) == spec
-
-
-def test_a_parameter_without_a_row_is_an_error():
-    with pytest.raises(KeyError, match="layers/new matches 0 rows"):
-        mesh_lib.spec_of("layers/new", 3)
-
-
-def test_an_ambiguous_parameter_is_an_error(monkeypatch):
-    monkeypatch.setattr(mesh_lib, "TABLE", (*mesh_lib.TABLE, ("embed", P())))
-    with pytest.raises(KeyError, match="embedding matches 2 rows"):
-        mesh_lib.spec_of("embedding", 2)
+def test_where_each_parameter_lies(path, spec):
+    changes = {"model.moe_every": 2, "model.qk_norm": "head", "moe.rule.bias_rate": 0.1}
+    described = jax.tree_util.tree_leaves_with_path(model.describe(tiny.config(**changes)))
+    of_path = {path_of(key_path): p for key_path, p in described}
+    assert mesh_lib.spec_of(of_path[path]) == spec
 
 
 def test_sequences_of_a_batch_lie_on_devices_in_mesh_order():

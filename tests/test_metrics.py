@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 
 from moepp_jax import progress
-from moepp_jax.config import ConfigError
+from moepp_jax.errors import ConfigError
 from moepp_jax.metrics import MetricsWriter, read_metrics
 from moepp_jax.progress import Progress
 

@@ -7,17 +7,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from moepp_jax import block, moe, optim, vocabulary
 from moepp_jax import mesh as mesh_lib
 from moepp_jax import model as model_lib
-from moepp_jax import optim, vocabulary
 from moepp_jax import state as state_lib
+from moepp_jax.moe.param import path_of
 from tests import tiny
 
 
 @functools.cache
 def parameters(**changes):
     model = model_lib.build(tiny.config(**changes))
-    return jax.jit(functools.partial(model_lib.init, model))(jax.random.key(0))
+    return jax.jit(model.init)(jax.random.key(0))
 
 
 @functools.cache
@@ -31,7 +32,7 @@ def fresh(**changes):
     @jax.jit
     def run(params, tokens, segments, positions):
         mask = model_lib.packed_mask(segments)
-        return model.apply({"params": params}, tokens, positions, mask)
+        return model(params, tokens, positions, mask)
 
     return c, params, run
 
@@ -119,13 +120,13 @@ def test_losses_of_chunks_are_the_cross_entropy():
     targets = jnp.asarray(rng.integers(0, c.model.vocab_size, (2, 32)))
     weights = jnp.asarray(rng.random((2, 32)), jnp.float32)
 
-    def plain(params, hidden):
-        logp = jax.nn.log_softmax(hidden @ params["output"].T)
+    def plain(output, hidden):
+        logp = jax.nn.log_softmax(hidden @ output.T)
         return -jnp.take_along_axis(logp, targets[..., None], axis=-1)[..., 0]
 
     def of(losses):
         def weighted(output, hidden):
-            value = losses({"output": output, "embedding": params["embedding"]}, hidden)
+            value = losses(output, hidden)
             return jnp.sum(value * weights), value
 
         (_, value), grads = jax.jit(jax.value_and_grad(weighted, argnums=(0, 1), has_aux=True))(
@@ -151,8 +152,8 @@ def test_logits_of_the_whole_vocabulary_are_never_held():
             name: jax.ShapeDtypeStruct((8, 128), jnp.float32 if "mask" in name else jnp.int32)
             for name in ("tokens", "targets", "segments", "positions", "loss_mask")
         }
-        step = state_lib.make_train_step(c, mesh)
-        lowered = step.lower(state_lib.abstract_state(c, mesh), batch)
+        step = state_lib.make_train_step(state_lib.assemble(c, mesh))
+        lowered = step.lower(state_lib.assemble(c, mesh).abstract, batch)
         compiled = lowered.compile()
         return compiled.memory_analysis().temp_size_in_bytes
 
@@ -169,9 +170,7 @@ def gradient(**changes):
     batch = jax.tree.map(jnp.asarray, tiny.batch(c))
 
     def loss(params):
-        mask = model_lib.packed_mask(batch["segments"])
-        out = model.apply({"params": params}, batch["tokens"], batch["positions"], mask)
-        nll = vocabulary.token_losses(params, out.hidden, batch["targets"], c.model.loss_chunk)
+        _, nll = model.of_batch(params, batch)
         return jnp.sum(nll * batch["loss_mask"]) / jnp.sum(batch["loss_mask"])
 
     return jax.jit(jax.value_and_grad(loss))
@@ -193,8 +192,9 @@ def test_tied_embeddings_learn_at_both_ends():
     c, params, run = fresh(**tying)
     assert "output" not in params
     tokens, *rest = rows(c)
-    hidden = run(params, tokens, *rest).hidden
-    close(vocabulary.logits(params, hidden), hidden @ params["embedding"].T)
+    out = run(params, tokens, *rest)
+    np.testing.assert_array_equal(out.matrix, params["embedding"])
+    close(vocabulary.logits(out.matrix, out.hidden), out.hidden @ params["embedding"].T)
     _, tied = gradient(**tying)(params)
     untied = params | {"output": params["embedding"]}
     _, apart = gradient()(untied)
@@ -248,8 +248,9 @@ def test_dense_layers_stand_between():
 def test_a_dense_layer_is_one_swiglu():
     c = tiny.config()
     x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 5, 32)), jnp.float32)
-    y, variables = model_lib.DenseFFN(c.model).init_with_output(jax.random.key(0), x)
-    (w_gate, w_up), w_out = variables["params"]["w_in"], variables["params"]["w_out"]
+    params = moe.init(jax.random.key(0), block.describe_dense(c.model))
+    y = block.dense(params, x)
+    (w_gate, w_up), w_out = params["w_in"], params["w_out"]
     close(y, (jax.nn.silu(x @ w_gate.T) * (x @ w_up.T)) @ w_out.T, 1e-5)
 
 
@@ -264,7 +265,7 @@ def test_bfloat16_computes_but_float32_routes_and_remembers():
     out = run(params, tokens, *rest)
     assert out.hidden.dtype == out.states.dtype == jnp.bfloat16
     assert out.router_logits.dtype == out.statistics.prob.dtype == jnp.float32
-    assert vocabulary.logits(params, out.hidden).dtype == jnp.float32
+    assert vocabulary.logits(out.matrix, out.hidden).dtype == jnp.float32
     exact = fresh()[2](params, tokens, *rest)
     # Rounded values would be multiples of 2^-8 of their size.
     rounded = out.router_logits.astype(jnp.bfloat16).astype(jnp.float32)
@@ -293,13 +294,14 @@ def test_the_gradient_of_a_frequent_token_is_summed_in_float32():
 def test_decay_shrinks_matrices_only():
     few = {"model.num_layers": 4, "model.moe_every": 2}
     c, params = tiny.config(**few, **{"optim.warmup_steps": 0}), parameters(**few)
-    paths = jax.tree_util.tree_leaves_with_path(optim.decayed(params))
-    kept = {mesh_lib.path_of(path) for path, decays in paths if not decays}
+    described = model_lib.describe(c)
+    paths = jax.tree_util.tree_leaves_with_path(described)
+    kept = {path_of(path) for path, p in paths if not p.decay}
     parts = ("attention", "ffn", "dense_0_attention", "dense_0_ffn")
     norms = {f"layers/{part}_norm/norm" for part in parts}
     assert kept == norms | {"final/norm", "layers/moe/const/v"}
 
-    optimizer = optim.make_optimizer(c)
+    optimizer = optim.make_optimizer(c, described)
 
     @jax.jit
     def stand_still(params):
@@ -308,7 +310,7 @@ def test_decay_shrinks_matrices_only():
 
     updates = stand_still(params)
     shrunk = c.optim.lr * c.optim.weight_decay
-    expected = jax.tree.map(lambda p, d: -shrunk * p * d, params, optim.decayed(params))
+    expected = jax.tree.map(lambda p, d: -shrunk * p * d.decay, params, described)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), updates, expected)
 
 

@@ -154,7 +154,7 @@ def state_of(folder, step, devices=4, **more):
     c = tiny.config(**changes(folder, **more))
     mesh = mesh_lib.make_mesh(c, jax.devices()[:devices])
     with Checkpoints(folder, keep=2) as checkpoints:
-        return checkpoints.restore(step, state_lib.abstract_state(c, mesh))
+        return checkpoints.restore(step, state_lib.assemble(c, mesh).abstract)
 
 
 def assert_same_bits(a, b):
@@ -278,7 +278,7 @@ AGREE = """
 import time
 import jax
 from moepp_jax import distributed, processes
-from moepp_jax.config import ConfigError
+from moepp_jax.errors import ConfigError
 
 distributed.initialize()
 processes._PATIENCE = 0.1
@@ -403,7 +403,7 @@ folder, step = sys.argv[1], int(sys.argv[2])
 config = workdir.read_config(folder).replace("mesh", data=1)
 mesh = mesh.make_mesh(config)
 with Checkpoints(folder, keep=2) as checkpoints:
-    restored = checkpoints.restore(step, state.abstract_state(config, mesh))
+    restored = checkpoints.restore(step, state.assemble(config, mesh).abstract)
 whole = multihost_utils.process_allgather(restored, tiled=True)
 print("digest", hashlib.sha256(b"".join(a.tobytes() for a in jax.tree.leaves(whole))).hexdigest())
 """

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import pytest
 
 from moepp_jax import profiling
-from moepp_jax.config import ConfigError
+from moepp_jax.errors import ConfigError
 from moepp_jax.profiling import Profile
 
 

@@ -9,7 +9,7 @@ import moepp_jax
 from experiments import reference as experiment
 from moepp_jax import interop
 from moepp_jax import model as model_lib
-from moepp_jax.config import ConfigError
+from moepp_jax.errors import ConfigError
 from tests import reference
 
 
@@ -27,7 +27,7 @@ def test_every_tensor_is_where_it_belongs(converted):
     params = reference.params(name)
     jax.tree.map(np.testing.assert_array_equal, moepp_jax.load(workdir).params, params)
     model = model_lib.build(reference.config(name))
-    declared = jax.eval_shape(lambda: model_lib.init(model, jax.random.key(0)))
+    declared = jax.eval_shape(model.init, jax.random.key(0))
     assert jax.tree.map(jnp.shape, declared) == jax.tree.map(jnp.shape, params)
 
 

@@ -9,16 +9,17 @@ import jax
 import numpy as np
 import pytest
 
-from moepp_jax import flops, moe
 from moepp_jax import mesh as mesh_lib
 from moepp_jax import state as state_lib
 from moepp_jax.compile import hlo
 from moepp_jax.config import Config
+from moepp_jax.moe.param import path_of
+from moepp_jax.moe.rules.moepp import NEVER
 from tests import tiny
 
 MESHES = [(8, 1, 1), (1, 1, 8), (2, 1, 4), (4, 1, 2), (2, 2, 2)]
 # Adam divides by sqrt(v) + eps: with a usual eps the first step is the gradient's sign, noise.
-SMOOTH = {"optim.eps": 1e-3, "optim.warmup_steps": 0, "moe.z_weight": 1e-3}
+SMOOTH = {"optim.eps": 1e-3, "optim.warmup_steps": 0, "moe.rule.z_weight": 1e-3}
 
 
 @functools.cache
@@ -28,15 +29,15 @@ def case(axes: tuple[int, int, int], dispatch: str, **changes):
     c = tiny.config(**{"moe.dispatch": dispatch}, **(SMOOTH | changes))
     mesh = mesh_lib.make_mesh(c, jax.devices()[: np.prod(axes)])
     batch = jax.device_put(tiny.batch(c), mesh_lib.batch_sharding(mesh))
-    abstract = state_lib.abstract_state(c, mesh)
-    lowered = state_lib.make_train_step(c, mesh).lower(abstract, batch)
+    abstract = state_lib.assemble(c, mesh).abstract
+    lowered = state_lib.make_train_step(state_lib.assemble(c, mesh)).lower(abstract, batch)
     return c, abstract, batch, lowered.compile()
 
 
 @functools.cache
 def fresh_state():
     mesh = mesh_lib.make_mesh(tiny.config(), jax.devices()[:1])
-    return jax.device_get(state_lib.init_state(tiny.config(), mesh))
+    return jax.device_get(state_lib.init_state(state_lib.assemble(tiny.config(), mesh)))
 
 
 @functools.cache
@@ -52,7 +53,7 @@ def close(actual, expected, tolerance=3e-5):
 
     def check(path, a, b):
         np.testing.assert_allclose(
-            a, b, rtol=0, atol=tolerance * np.abs(b).max() + 1e-9, err_msg=mesh_lib.path_of(path)
+            a, b, rtol=0, atol=tolerance * np.abs(b).max() + 1e-9, err_msg=path_of(path)
         )
 
     jax.tree_util.tree_map_with_path(check, actual, expected)
@@ -92,7 +93,7 @@ def test_rows_past_the_buffer_of_the_exchange_are_counted():
 
 
 def test_parts_add_up_to_the_batch():
-    whole = {"moe.balance_weight": 0.0, "moe.z_weight": 0.0}
+    whole = {"moe.rule.balance_weight": 0.0, "moe.rule.z_weight": 0.0}
     for axes in [(1, 1, 1), (2, 1, 1)]:
         c, _, batch, step = case(axes, "capacity", **whole, **{"train.accumulate": 4})
         # A part has sequences of every device: none is moved.
@@ -109,15 +110,15 @@ def test_parts_add_up_to_the_batch():
 def test_the_same_step_is_not_compiled_twice():
     c, *_ = case((2, 2, 2), "capacity")
     again = Config.parse(c.to_dict())
-    step = state_lib.make_train_step(c, mesh_lib.make_mesh(c))
-    assert state_lib.make_train_step(again, mesh_lib.make_mesh(again)) is step
+    step = state_lib.make_train_step(state_lib.assemble(c, mesh_lib.make_mesh(c)))
+    assert state_lib.make_train_step(state_lib.assemble(again, mesh_lib.make_mesh(again))) is step
     other = tiny.config(**{"optim.lr": 1e-5})
-    assert state_lib.make_train_step(other, mesh_lib.make_mesh(c)) is not step
+    assert state_lib.make_train_step(state_lib.assemble(other, mesh_lib.make_mesh(c))) is not step
 
 
 def test_the_state_lies_as_the_table_says_and_the_step_keeps_it_there():
     c, abstract, batch, step = case((2, 2, 2), "capacity")
-    state = state_lib.init_state(c, mesh_lib.make_mesh(c))
+    state = state_lib.init_state(state_lib.assemble(c, mesh_lib.make_mesh(c)))
     before = state.params["embedding"]
     after, _ = step(state, batch)
     assert before.is_deleted()  # donated: the state exists once
@@ -135,7 +136,7 @@ def test_the_state_lies_as_the_table_says_and_the_step_keeps_it_there():
 
 def test_a_fresh_state_does_not_depend_on_the_mesh():
     c = tiny.config(**{"mesh.fsdp": 2, "mesh.expert": 2})
-    made = jax.device_get(state_lib.init_state(c, mesh_lib.make_mesh(c)))
+    made = jax.device_get(state_lib.init_state(state_lib.assemble(c, mesh_lib.make_mesh(c))))
     jax.tree.map(np.testing.assert_array_equal, made, fresh_state())
     assert made.step == 0 and made.params["embedding"].std() == pytest.approx(0.2, rel=0.02)
 
@@ -231,21 +232,21 @@ def test_the_step_counts_its_learning_rate():
 def test_biases_lead_tokens_to_experts_that_were_never_chosen():
     """From FFN experts alone to the share that tau asks for."""
     axes = (2, 2, 2)
-    changes = {"moe.bias_rate": 0.5, "optim.lr": 1e-6, "moe.balance_weight": 0.0}
+    changes = {"moe.rule.bias_rate": 0.5, "optim.lr": 1e-6, "moe.rule.balance_weight": 0.0}
     c, _, batch, step = case(axes, "dropless", **changes)
     mesh = mesh_lib.make_mesh(c, jax.devices()[: np.prod(axes)])
-    state = state_lib.init_state(c, mesh)
+    state = state_lib.init_state(state_lib.assemble(c, mesh))
     start = np.zeros((2, c.moe.num_experts), np.float32)
-    start[:, c.moe.n_ffn :] = moe.bias.NEVER
+    start[:, c.moe.n_ffn :] = NEVER
     router = state.params["layers"]["moe"]["router"]
     router["bias"] = jax.device_put(start, router["bias"].sharding)
     seen = []
     for _ in range(70):
         state, metrics = step(state, batch)
         seen.append(float(metrics["ffn_experts_per_token"]))
-    assert seen[0] == c.moe.top_k
-    wanted = flops.ffn_experts_at_balance(c)
-    assert abs(np.mean(seen[-6:]) - wanted) < 0.1 < c.moe.top_k - wanted
+    assert seen[0] == c.moe.rule.top_k
+    wanted = c.moe.rule.ffn_load
+    assert abs(np.mean(seen[-6:]) - wanted) < 0.1 < c.moe.rule.top_k - wanted
     bias = jax.device_get(state.params["layers"]["moe"]["router"]["bias"])
     np.testing.assert_array_equal(bias[:, : c.moe.n_ffn], 0.0)
-    assert np.all(bias[:, c.moe.n_ffn :] > moe.bias.NEVER + 20)
+    assert np.all(bias[:, c.moe.n_ffn :] > NEVER + 20)

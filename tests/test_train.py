@@ -18,9 +18,9 @@ from moepp_jax import mesh as mesh_lib
 from moepp_jax import optim, processes
 from moepp_jax import state as state_lib
 from moepp_jax.checkpoint import Checkpoints
-from moepp_jax.config import ConfigError
 from moepp_jax.data import DataError, Dataset, Tokenizer
 from moepp_jax.data.reading import Training
+from moepp_jax.errors import ConfigError
 from moepp_jax.interrupt import Stopped, StopRequest
 from moepp_jax.metrics import DivergedError, MetricsWriter, read_metrics
 from moepp_jax.train import train
@@ -116,8 +116,8 @@ def test_a_finished_run_returns_at_once(finished, data, monkeypatch):
 def test_another_configuration_changes_nothing(finished, data):
     folder, *_ = finished
     before = files(folder)
-    with pytest.raises(ConfigError, match=r"config.moe.tau: 0.75 there, 0.5 now"):
-        train(config(data, **{"moe.tau": 0.5}), folder)
+    with pytest.raises(ConfigError, match=r"config.moe.rule.tau: 0.75 there, 0.5 now"):
+        train(config(data, **{"moe.rule.tau": 0.5}), folder)
     assert files(folder) == before
 
 
@@ -184,7 +184,7 @@ init_state = state_lib.init_state
 @functools.cache
 def fresh_state(mesh):
     """As `config` has it: what a pretended step returns as it got it is compiled for all once."""
-    return init_state(config(""), mesh)
+    return init_state(state_lib.assemble(config(""), mesh))
 
 
 def pretended(
@@ -200,7 +200,7 @@ def pretended(
         clock[0] += 1e-9  # no two readings are the same
         return clock[0]
 
-    def make_train_step(c, mesh):
+    def make_train_step(parts):
         def step(state, batch):
             jax.block_until_ready(batch)
             clock[0] += seconds_of_step
@@ -211,7 +211,7 @@ def pretended(
 
         return step
 
-    def make_evaluate(c, mesh):
+    def make_evaluate(parts):
         def evaluate(params, batches):
             clock[0] += seconds_of_evaluation
             names = ("eval_loss", "eval_perplexity", "eval_ffn_experts_per_token", "eval_tokens")
@@ -227,7 +227,7 @@ def pretended(
             yield batch
 
     monkeypatch.setattr(Dataset, "train_batches", train_batches)
-    monkeypatch.setattr(state_lib, "init_state", lambda c, mesh: fresh_state(mesh))
+    monkeypatch.setattr(state_lib, "init_state", lambda parts: fresh_state(parts.mesh))
     monkeypatch.setattr(state_lib, "make_train_step", make_train_step)
     monkeypatch.setattr(evaluate_lib, "make_evaluate", make_evaluate)
     monkeypatch.setattr("moepp_jax.log.time", SimpleNamespace(perf_counter=perf_counter))

@@ -9,7 +9,8 @@ from rich.console import Console
 
 from configs import tiny as recipes
 from experiments import twins
-from moepp_jax.config import Config, ConfigError
+from moepp_jax.config import Config
+from moepp_jax.errors import ConfigError
 from tests import tiny
 
 
@@ -30,8 +31,8 @@ def test_summary(job):
     guessing = math.log(recipe.model.vocab_size)
     for name in twins.TWINS:  # hardly trained
         assert summary["held_out_loss"][name] == pytest.approx(guessing, abs=1)
-    assert summary["ffn_experts_per_token"]["moe"] == pytest.approx(recipe.moe.top_k)
-    assert 0 < summary["ffn_experts_per_token"]["moepp"] < recipe.moe.top_k
+    assert summary["ffn_experts_per_token"]["moe"] == pytest.approx(recipe.moe.rule.top_k)
+    assert 0 < summary["ffn_experts_per_token"]["moepp"] < recipe.moe.rule.top_k
     seconds = summary["expert_forward_seconds"]
     assert summary["time_ratio"] == seconds["moepp"] / seconds["moe"]
     for name in twins.TWINS:
@@ -39,7 +40,7 @@ def test_summary(job):
         batch = recipe.train.batch_size * recipe.data.seq_len
         assert rate == pytest.approx(batch / summary["step_seconds"][name])
     e = recipe.moe
-    ffn = e.tau * e.n_ffn
+    ffn = e.rule.tau * e.n_ffn
     assert summary["theory"] == pytest.approx(ffn / (ffn + e.n_const + e.n_copy + e.n_zero))
 
 
@@ -85,6 +86,6 @@ def test_a_finished_job_is_not_trained_again(job):
 def test_another_recipe_is_refused(job):
     workdir, recipe, _, _ = job
     other = recipe.copy_and_resolve_references()
-    other.moe.tau = 0.25
-    with pytest.raises(ConfigError, match=r"moe\.tau"):
+    other.moe.rule.tau = 0.25
+    with pytest.raises(ConfigError, match=r"moe\.rule\.tau"):
         twins.twins(other, workdir, lambda text: None)

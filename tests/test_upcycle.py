@@ -18,10 +18,11 @@ from moepp_jax import mesh as mesh_lib
 from moepp_jax import model as model_lib
 from moepp_jax import state as state_lib
 from moepp_jax.commands import convert
-from moepp_jax.config import Config, ConfigError
+from moepp_jax.config import Config
 from moepp_jax.data import Tokenizer, prepare
+from moepp_jax.errors import ConfigError
 from moepp_jax.interop import ConversionError
-from moepp_jax.moe.bias import NEVER
+from moepp_jax.moe.rules.moepp import NEVER
 from moepp_jax.workdir import open_workdir, read_config
 from tests import tiny
 
@@ -82,8 +83,8 @@ def test_what_is_new_has_no_part_yet_and_can_get_one(upcycled):
     e, router = model.config.moe, model.params["layers"]["moe"]["router"]
     bias = np.asarray(router["bias"])
     assert (bias[:, : e.n_ffn] == 0).all() and (bias[:, e.n_ffn :] == NEVER).all()
-    assert bias.shape == (2, e.n_ffn + 4) and e.bias_rate > 0 and e.tau == 0.25
-    assert not np.asarray(router["w_residual"]).any() and e.residual == "logits"
+    assert bias.shape == (2, e.n_ffn + 4) and e.rule.bias_rate > 0 and e.rule.tau == 0.25
+    assert not np.asarray(router["w_residual"]).any() and e.rule.residual == "logits"
     # Rows of their own, all unlike: experts of one kind part by them.
     new = np.asarray(router["w"])[:, 0 if name == "llama" else e.n_ffn :].reshape(-1, 24)
     assert len(np.unique(new[:, 0])) == len(new) and 0.1 < new.std() < 0.3
@@ -96,7 +97,7 @@ def test_gates_are_the_sources(upcycled):
     e = model.config.moe
     gate = "raw" if name == "olmoe" else "renormalise_nonzero"
     pool = {"llama": (8, 2), "mixtral": (6, 2), "olmoe": (8, 3), "qwen3_moe": (6, 2)}
-    assert (e.gate, (e.n_ffn, e.top_k)) == (gate, pool[name])
+    assert (e.rule.gate, (e.n_ffn, e.rule.top_k)) == (gate, pool[name])
     # With capacities the FFN experts, which all are sent to, would drop tokens.
     assert e.dispatch == e.eval_dispatch == "dropless"
 
@@ -131,7 +132,7 @@ def test_cached_decoding_normalises_keys_as_the_forward_does(upcycled):
 
 def test_out_and_in_again_are_the_same_bytes(tmp_path):
     c = interop.upcycle(ROOT / "mixtral", tmp_path / "run", **NO_POOL, **SILENT)
-    assert (c.moe.num_experts, c.moe.residual, c.moe.bias_rate) == (6, "none", 0.0)
+    assert (c.moe.num_experts, c.moe.rule.residual, c.moe.rule.bias_rate) == (6, "none", 0.0)
     interop.to_hf(tmp_path / "run", tmp_path / "out", layout="mixtral", **SILENT)
     before, after = tensors_in(ROOT / "mixtral"), tensors_in(tmp_path / "out")
     assert before.keys() == after.keys()
@@ -146,17 +147,23 @@ def test_out_and_in_again_are_the_same_bytes(tmp_path):
     [
         ({}, "config.moe.n_const is always 0, not 2"),
         ({"moe.n_const": 0, "moe.n_zero": 0}, "config.moe.n_copy is always 0, not 1"),
-        ({"moe.residual": "logits"}, "config.moe.residual is always 'none', not 'logits'"),
-        ({"moe.gate": "raw"}, "config.moe.gate is always 'renormalise_nonzero' or .* not 'raw'"),
+        (
+            {"moe.rule.residual": "logits"},
+            "config.moe.rule.residual is always 'none', not 'logits'",
+        ),
+        (
+            {"moe.rule.gate": "raw"},
+            "config.moe.rule.gate is always 'renormalise_nonzero' or .* not 'raw'",
+        ),
         ({"model.qk_norm": "full"}, "config.model.qk_norm is always 'none', not 'full'"),
-        ({"moe.router_layers": 2}, "config.moe.router_layers is always 1, not 2"),
-        ({"moe.logit_norm": True}, "config.moe.logit_norm is always False, not True"),
+        ({"moe.rule.router_layers": 2}, "config.moe.rule.router_layers is always 1, not 2"),
+        ({"moe.rule.logit_norm": 1.0}, "config.moe.rule.logit_norm is always 0.0, not 1.0"),
         ({"moe.input_scale": 2.0}, "config.moe.input_scale is always 1.0, not 2.0"),
         ({"model.moe_every": 2}, "config.model.moe_every is always 1, not 2"),
     ],
 )
 def test_what_is_no_mixtral(tmp_path, changes, said):
-    vanilla = {f"moe.{name}": 0 for name in POOL} | {"moe.residual": "none"}
+    vanilla = {f"moe.{name}": 0 for name in POOL} | {"moe.rule.residual": "none"}
     config = tiny.config(**(vanilla if changes and "moe.n_const" not in changes else {}) | changes)
     open_workdir(tmp_path / "run", config)
     with pytest.raises(ConversionError, match=said):
@@ -224,7 +231,7 @@ def test_the_command(tmp_path, capsys):
     with flagsaver.flagsaver(n_const=1, n_copy=0, n_zero=0, tau=0.5, bias_rate=0.3):
         convert.run(["upcycle", str(ROOT / "mixtral"), run])
     e = read_config(run).moe
-    assert (e.n_const, e.n_copy, e.n_zero, e.tau, e.bias_rate) == (1, 0, 0, 0.5, 0.3)
+    assert (e.n_const, e.n_copy, e.n_zero, e.rule.tau, e.rule.bias_rate) == (1, 0, 0, 0.5, 0.3)
     assert "(mixtral): 53 tensors are now step 0 of" in capsys.readouterr().out
     with flagsaver.flagsaver(layout="mixtral"), pytest.raises(ConversionError, match="n_const"):
         convert.run(["to-hf", run, out])
@@ -233,13 +240,18 @@ def test_the_command(tmp_path, capsys):
 
 
 def test_a_recipe_decides_what_neither_checkpoint_nor_settings_do(tmp_path):
-    changes = {"moe.tau": 0.5, "moe.n_const": 5, "moe.bias_rate": 0.02, "moe.residual": "detached"}
+    changes = {
+        "moe.rule.tau": 0.5,
+        "moe.n_const": 5,
+        "moe.rule.bias_rate": 0.02,
+        "moe.rule.residual": "detached",
+    }
     recipe = tiny.config(**changes, **{"mesh.expert": 2, "optim.lr": 7e-5})
     how = {"n_copy": 0, "n_zero": 3, "dtype": "bfloat16"}
     c = interop.upcycle(ROOT / "llama", tmp_path / "run", recipe, **how, **SILENT)
     e = c.moe
     assert (e.n_ffn, e.n_const, e.n_copy, e.n_zero) == (recipe.moe.n_ffn, 5, 0, 3)
-    assert (e.tau, e.bias_rate, e.residual) == (0.5, 0.02, "detached")
+    assert (e.rule.tau, e.rule.bias_rate, e.rule.residual) == (0.5, 0.02, "detached")
     assert (c.optim, c.mesh, c.data.seq_len) == (recipe.optim, recipe.mesh, 32)
     assert (c.model.dtype, c.model.head_width, c.model.tied_embeddings) == ("bfloat16", 10, True)
     assert read_config(tmp_path / "run") == c
@@ -260,21 +272,21 @@ def test_the_same_seed_draws_the_same(tmp_path):
     [
         {"model.head_dim": 6},
         {"model.qk_norm": "head", "model.num_kv_heads": 2},
-        {"model.qk_norm": "full", "model.num_kv_heads": 2, "moe.bias_rate": 0.1},
+        {"model.qk_norm": "full", "model.num_kv_heads": 2, "moe.rule.bias_rate": 0.1},
     ],
 )
 def test_parameters_are_counted_and_have_a_place_on_the_mesh(changes):
     config = tiny.config(**changes)
     model = model_lib.build(config)
-    shapes = jax.eval_shape(lambda: model_lib.init(model, jax.random.key(0)))
+    shapes = jax.eval_shape(model.init, jax.random.key(0))
     total = sum(leaf.size for leaf in jax.tree.leaves(shapes))
     assert flops.parameters(config).total == total
-    mesh_lib.specs(shapes)
+    mesh_lib.specs(model.described)
 
 
 @pytest.mark.slow
 def test_training_from_there_is_the_same_on_every_mesh(tmp_path):
-    changes = {"data.seq_len": 16, "moe.bias_rate": 0.5, "moe.group_size": 16}
+    changes = {"data.seq_len": 16, "moe.rule.bias_rate": 0.5, "moe.group_size": 16}
     recipe = tiny.config(**changes)
     c = interop.upcycle(ROOT / "qwen3_moe", tmp_path / "run", recipe, **POOL, **SILENT)
     params = jax.device_get(moepp_jax.load(tmp_path / "run").params)
@@ -283,9 +295,10 @@ def test_training_from_there_is_the_same_on_every_mesh(tmp_path):
     for axes in ({"data": 1}, {"data": 1, "fsdp": 2, "expert": 2}):
         config = c.replace("mesh", **axes)
         mesh = mesh_lib.make_mesh(config, jax.devices()[: 1 if len(axes) == 1 else 4])
-        laid = jax.device_put(params, mesh_lib.shardings(params, mesh))
-        state = state_lib.state_of(laid, config, mesh)
-        step = state_lib.make_train_step(config, mesh)
+        laid = jax.device_put(params, mesh_lib.shardings(model_lib.describe(config), mesh))
+        parts = state_lib.assemble(config, mesh)
+        state = state_lib.state_of(laid, parts)
+        step = state_lib.make_train_step(parts)
         placed = jax.device_put(batch, mesh_lib.batch_sharding(mesh))
         for _ in range(2):
             state, metrics = step(state, placed)
@@ -378,8 +391,8 @@ def test_settings_that_do_not_fit(tmp_path):
     source = checkpoint(tmp_path / "source")
     refused(source, tmp_path, "source: n_ffn = 4 must be 6, the experts that it has", n_ffn=4)
     refused(source, tmp_path, "config.moe.n_const = -1 must be at least 0", n_const=-1)
-    refused(source, tmp_path, "config.moe.tau = 2.0 must be greater than 0", tau=2.0)
-    refused(source, tmp_path, "config.moe.bias_rate = -1.0 must be", bias_rate=-1.0)
+    refused(source, tmp_path, "config.moe.rule.tau = 2.0 must be greater than 0", tau=2.0)
+    refused(source, tmp_path, "config.moe.rule.bias_rate = -1.0 must be", bias_rate=-1.0)
     refused(source, tmp_path, "source: bias_rate = 0 must be greater than 0", bias_rate=0.0)
     with pytest.raises(TypeError, match="no setting n_cnst: there are n_ffn, n_const"):
         interop.upcycle(source, tmp_path / "run", n_cnst=1)
@@ -456,14 +469,14 @@ def test_bin_files(tmp_path):
     [
         {},
         {"model.head_dim": 6, "model.num_kv_heads": 2, "model.tied_embeddings": True},
-        {"moe.gate": "softmax_selected", "model.rope_scaling": 2.0, "moe.top_k": 3},
+        {"moe.rule.gate": "softmax_selected", "model.rope_scaling": 2.0, "moe.rule.top_k": 3},
     ],
 )
 def test_transformers_loads_a_mixtral_of_ours(tmp_path, changes):
     import torch
     from transformers import MixtralForCausalLM
 
-    vanilla = {f"moe.{name}": 0 for name in POOL} | {"moe.residual": "none"}
+    vanilla = {f"moe.{name}": 0 for name in POOL} | {"moe.rule.residual": "none"}
     config = tiny.config(**vanilla | changes, **{"data.dir": str(tmp_path / "data")})
     run = tiny.run_folder(tmp_path / "run", config)
     interop.to_hf(run, tmp_path / "out", layout="mixtral", **SILENT)

@@ -66,7 +66,7 @@ def test_the_verdict(experts, loss, said):
 
 @pytest.mark.slow
 def test_the_sweep(tmp_path):
-    vanilla = {"moe.n_const": 0, "moe.n_copy": 0, "moe.n_zero": 0, "moe.residual": "none"}
+    vanilla = {"moe.n_const": 0, "moe.n_copy": 0, "moe.n_zero": 0, "moe.rule.residual": "none"}
     source, silent = tmp_path / "source", {"report": lambda line: None}
     config = tiny.config(**vanilla, **{"data.dir": str(tmp_path / "data")})
     train(config, source, **silent)

@@ -43,7 +43,7 @@ CHANGES = {
 
 
 def config(**changes) -> Config:
-    """The configuration with changes: config(**{"moe.tau": 0.5})."""
+    """The configuration with changes: config(**{"moe.rule.tau": 0.5})."""
     fields = base.get_config()
     fields.update_from_flattened_dict(CHANGES | changes)
     return Config.parse(fields)
@@ -83,6 +83,6 @@ def run_folder(folder: Path, c: Config, step: int = 3) -> Path:
     keep_tokenizer(folder, dataset.tokenizer)
     mesh = make_mesh(config(), jax.devices()[:1])
     with Checkpoints(folder, c.train.keep) as checkpoints:
-        checkpoints.save(step, state_lib.init_state(c, mesh))
+        checkpoints.save(step, state_lib.init_state(state_lib.assemble(c, mesh)))
         checkpoints.wait()
     return folder

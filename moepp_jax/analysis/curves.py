@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator, PercentFormatter
 
 from moepp_jax.metrics import read_metrics
-from moepp_jax.workdir import write_atomic
+from moepp_jax.storage import write_atomic
 
 
 def plot_curves(

@@ -7,7 +7,7 @@ from absl import flags
 from moepp_jax import compile
 from moepp_jax.commands import options
 from moepp_jax.compile import topology
-from moepp_jax.config import ConfigError
+from moepp_jax.errors import ConfigError
 
 for _name in ("config", "json"):
     flags.declare_key_flag(_name)

@@ -4,7 +4,8 @@ from absl import flags
 
 from moepp_jax import interop
 from moepp_jax.commands import options
-from moepp_jax.config import Config, ConfigError
+from moepp_jax.config import Config
+from moepp_jax.errors import ConfigError
 
 for _name in ("config", "step"):
     flags.declare_key_flag(_name)
@@ -22,8 +23,8 @@ _SETTINGS = {
     "n_const": flags.DEFINE_integer("n_const", None, "upcycle: constant experts"),
     "n_copy": flags.DEFINE_integer("n_copy", None, "upcycle: copy experts"),
     "n_zero": flags.DEFINE_integer("n_zero", None, "upcycle: zero experts"),
-    "tau": flags.DEFINE_float("tau", None, "upcycle: config.moe.tau"),
-    "bias_rate": flags.DEFINE_float("bias_rate", None, "upcycle: config.moe.bias_rate"),
+    "tau": flags.DEFINE_float("tau", None, "upcycle: config.moe.rule.tau"),
+    "bias_rate": flags.DEFINE_float("bias_rate", None, "upcycle: config.moe.rule.bias_rate"),
 }
 
 

@@ -10,9 +10,9 @@ from absl import flags
 
 from moepp_jax import data
 from moepp_jax.commands import options
-from moepp_jax.config import ConfigError
 from moepp_jax.data.estimate import estimate
 from moepp_jax.data.prepare import prepare_sources, verify
+from moepp_jax.errors import ConfigError
 from moepp_jax.harness import local
 
 flags.declare_key_flag("config")

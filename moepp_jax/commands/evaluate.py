@@ -8,7 +8,7 @@ from absl import flags
 
 from moepp_jax import evaluate, processes, progress, storage
 from moepp_jax.commands import devices, options
-from moepp_jax.config import ConfigError
+from moepp_jax.errors import ConfigError
 
 _BATCHES = flags.DEFINE_integer(
     "batches", 0, "so many batches of held-out text, always the same; 0 is all of it"

@@ -12,7 +12,7 @@ from absl import flags
 
 from moepp_jax import api, progress, workdir
 from moepp_jax.commands import options
-from moepp_jax.config import ConfigError
+from moepp_jax.errors import ConfigError
 
 for _name in ("workdir", "step", "config"):
     flags.declare_key_flag(_name)

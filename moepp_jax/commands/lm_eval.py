@@ -6,7 +6,7 @@ from absl import flags
 
 from moepp_jax import processes, storage
 from moepp_jax.commands import devices, options
-from moepp_jax.config import ConfigError
+from moepp_jax.errors import ConfigError
 from moepp_jax.harness import needed, suite
 
 for _name in ("workdir", "step", "config", "json"):

@@ -5,7 +5,8 @@ import sys
 from absl import flags
 
 from moepp_jax import cli, workdir
-from moepp_jax.config import Config, ConfigError
+from moepp_jax.config import Config
+from moepp_jax.errors import ConfigError
 
 CONFIG = cli.define_config()
 WORKDIR = flags.DEFINE_string("workdir", None, "folder of the run")

@@ -21,7 +21,7 @@ def described(config: Config, mesh: Mesh, topology: Topology) -> dict[str, Any]:
     """What is known before compiling."""
     total, active = flops.parameters(config)
     tokens = config.train.batch_size * config.data.seq_len
-    held = state.abstract_state(config, mesh)
+    held = state.assemble(config, mesh).abstract
     return {
         "topology": topology.text,
         "chip": topology.chip and topology.chip.kinds[0],

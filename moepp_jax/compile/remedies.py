@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterator
 
 from moepp_jax import flops
 from moepp_jax import mesh as mesh_lib
-from moepp_jax.config import Config, ConfigError
+from moepp_jax.config import Config
+from moepp_jax.errors import ConfigError
 
 _TRIES = 3
 _REMAT = ("none", "dots", "exchanged", "full")
@@ -83,18 +84,17 @@ def estimate(config: Config, sizes: tuple[int, int, int]) -> float:
     """Roughly the bytes that a chip needs, to know what is worth compiling."""
     m, e = config.model, config.moe
     data, fsdp, expert = sizes
-    total = flops.parameters(config).total
-    moe_layers = m.num_layers // m.moe_every
-    ffn = moe_layers * e.n_ffn * 3 * m.hidden_size * e.ffn_size
+    total = flops.count(config)
+    ffn = flops.count(config, lambda path, p: p.expert is not None)
     gradients = 1 if config.train.accumulate == 1 else 2
     held = 4 * (3 + gradients) * total / (fsdp * expert)  # parameters and two moments, float32
     layer = 2 * 2 * (ffn / expert + total - ffn) / m.num_layers  # two layers gathered, 2 bytes each
     rows = config.train.batch_size / config.train.accumulate / (data * fsdp * expert)
     tokens = rows * config.data.seq_len
     inside = tokens * (16 * m.hidden_size + 8 * config.data.seq_len * m.num_heads)
-    inside += tokens * 2 * e.top_k * 4 * e.ffn_size
+    inside += tokens * 2 * sum(e.rule.load) * 4 * e.ffn_size
     carried = 2 * m.hidden_size * tokens
-    exchanged = carried * (1 + 2 * e.gamma * e.top_k)
+    exchanged = carried * (1 + 2 * e.gamma * sum(e.rule.load))
     kept = {"full": carried, "exchanged": exchanged, "dots": 2 * exchanged, "none": inside}[m.remat]
     logits = 8 * rows * m.loss_chunk * m.vocab_size
     return held + layer + m.num_layers * kept + inside + logits

@@ -21,7 +21,8 @@ from moepp_jax import mesh as mesh_lib
 from moepp_jax import state, storage
 from moepp_jax.compile import findings, hlo, remedies, tables
 from moepp_jax.compile.topology import Topology, devices
-from moepp_jax.config import Config, ConfigError
+from moepp_jax.config import Config
+from moepp_jax.errors import ConfigError
 
 _TYPES = {name: jnp.int32 for name in ("tokens", "targets", "segments", "positions")}
 _TYPES |= {"loss_mask": jnp.float32}
@@ -117,9 +118,8 @@ def compile_step(config: Config, mesh: Mesh) -> jax.stages.Compiled:
     Raises:
       OutOfMemoryError: it does not fit.
     """
-    lowered = state.make_train_step(config, mesh).lower(
-        state.abstract_state(config, mesh), abstract_batch(config, mesh)
-    )
+    parts = state.assemble(config, mesh)
+    lowered = state.make_train_step(parts).lower(parts.abstract, abstract_batch(config, mesh))
     try:
         return lowered.compile()
     except jax.errors.JaxRuntimeError as error:

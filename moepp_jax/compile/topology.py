@@ -13,7 +13,7 @@ import jax
 from jax.experimental import topologies
 
 from moepp_jax.chips import CHIPS, Chip
-from moepp_jax.config import ConfigError
+from moepp_jax.errors import ConfigError
 
 EXAMPLES = "v5p:4x4x4, v5e:4x4, v6e:16x16, 2*v5p:4x4x4 for two slices, or cpu:8"
 _FORM = re.compile(r"(?:(\d+)\*)?(v5p|v5e|v6e):(\d+(?:x\d+)*)|cpu:(\d+)")

@@ -11,8 +11,6 @@ import numpy as np
 from moepp_jax import flops
 from moepp_jax.compile.hlo import Collective
 from moepp_jax.config import Config
-from moepp_jax.model import pool_of
-from moepp_jax.moe import capacity
 
 
 def collectives(config: Config, mesh_shape: Mapping[str, int]) -> list[Collective]:
@@ -23,12 +21,12 @@ def collectives(config: Config, mesh_shape: Mapping[str, int]) -> list[Collectiv
     MoE layer are exchanged four times: to the experts and back, forward and backward. FFN experts
     are gathered over the fsdp axis, all else over the expert axis and then over fsdp.
     """
-    m, e = config.model, config.moe
+    m = config.model
     _, fsdp, expert = (mesh_shape[axis] for axis in ("data", "fsdp", "expert"))
     width = jnp.dtype(m.dtype).itemsize
     moe_layers = m.num_layers // m.moe_every
-    ffn = moe_layers * e.n_ffn * 3 * m.hidden_size * e.ffn_size
-    rest = flops.parameters(config).total - ffn
+    ffn = flops.count(config, lambda path, p: p.expert is not None)
+    rest = flops.count(config) - ffn
     shard = (ffn + rest) / (fsdp * expert)
     rows = config.train.batch_size * config.data.seq_len / math.prod(mesh_shape.values())
     rows *= _rows_per_token(config)
@@ -72,8 +70,6 @@ def _groups(mesh_shape: Mapping[str, int], axis: str) -> np.ndarray:
 
 def _rows_per_token(config: Config) -> float:
     """Rows that are exchanged for each token: slots under capacity, choices without."""
-    e = config.moe
-    if e.dispatch != "capacity":
-        return flops.ffn_experts_at_balance(config)
-    slots = capacity(pool_of(e), e.tau, e.gamma, e.group_size, e.top_k)[0]
-    return e.n_ffn * slots / e.group_size
+    if config.moe.dispatch != "capacity":
+        return config.moe.rule.ffn_load
+    return flops.executed_ffn_experts(config)

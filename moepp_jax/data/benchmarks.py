@@ -16,9 +16,9 @@ from typing import Any
 
 from pyarrow import ipc
 
-from moepp_jax.config import ConfigError
 from moepp_jax.data import packages
 from moepp_jax.data.sources import Report
+from moepp_jax.errors import ConfigError
 from moepp_jax.storage import write_atomic
 
 Item = dict[str, Any]

@@ -12,13 +12,14 @@ from typing import Any
 
 import tensorflow_datasets as tfds
 
-from moepp_jax.config import ConfigError, DataConfig
+from moepp_jax.config import DataConfig
 from moepp_jax.data import records, storage, tfds_sets, work
 from moepp_jax.data.files import FilesCorpus
 from moepp_jax.data.packages import default_corpus
 from moepp_jax.data.records import SPLITS
 from moepp_jax.data.shards import Shard, ShardWriter, decode_bytes, shard_name
 from moepp_jax.data.sources import Corpus, Document, Part, Report
+from moepp_jax.errors import ConfigError
 
 # Raise it when the same documents would be stored or split in another way.
 FORMAT_VERSION = 2

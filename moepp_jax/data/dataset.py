@@ -9,12 +9,13 @@ from typing import NamedTuple
 
 import numpy as np
 
-from moepp_jax.config import Config, ConfigError
+from moepp_jax.config import Config
 from moepp_jax.data.mixture import Mixture
 from moepp_jax.data.packing import Batch, PackedRows
 from moepp_jax.data.prepare import Prepared
 from moepp_jax.data.reading import Rows, Training
 from moepp_jax.data.tokens import TokenDocuments
+from moepp_jax.errors import ConfigError
 
 _ALL = slice(None)
 

@@ -9,11 +9,12 @@ import time
 from datetime import timedelta
 from pathlib import Path
 
-from moepp_jax.config import Config, ConfigError
+from moepp_jax.config import Config
 from moepp_jax.data.corpus import open_corpus, text_folder
 from moepp_jax.data.prepare import load_tokenizer, tokenizer_file
 from moepp_jax.data.sources import Corpus, Report
 from moepp_jax.data.tokenizer import Tokenizer
+from moepp_jax.errors import ConfigError
 
 # Up to so many bytes of text a source are looked at, from so many places in it.
 _SAMPLE = 32_000_000

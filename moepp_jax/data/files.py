@@ -10,10 +10,10 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from moepp_jax.config import ConfigError
 from moepp_jax.data import readers
 from moepp_jax.data.sources import Document, Report
 from moepp_jax.data.storage import fingerprint
+from moepp_jax.errors import ConfigError
 
 # Raise it when the same files would give other documents.
 _READER_VERSION = 1

@@ -19,9 +19,9 @@ import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from moepp_jax.config import ConfigError
 from moepp_jax.data.sources import Document, Report, grouped, numbered
 from moepp_jax.data.storage import file_sha256, fingerprint
+from moepp_jax.errors import ConfigError
 
 # Raise it when the readers below change what they make of the packages.
 READER_VERSION = 1

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from moepp_jax.config import ConfigError
+from moepp_jax.errors import ConfigError
 
 # Rows that are decoded at once.
 _ROWS = 256

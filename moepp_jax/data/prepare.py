@@ -16,12 +16,13 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-from moepp_jax.config import Config, ConfigError, DataConfig
+from moepp_jax.config import Config, DataConfig
 from moepp_jax.data import records, storage
 from moepp_jax.data.corpus import Texts, open_corpus, prepare_text, text_folder
 from moepp_jax.data.sources import Corpus, Report
 from moepp_jax.data.tokenizer import TRAINER_VERSION, Tokenizer, interleaved
 from moepp_jax.data.tokens import prepare_tokens, tokens_folder
+from moepp_jax.errors import ConfigError
 from moepp_jax.storage import write_atomic
 
 

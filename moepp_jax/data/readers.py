@@ -12,9 +12,9 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
-from moepp_jax.config import ConfigError
 from moepp_jax.data import parquet
 from moepp_jax.data.sources import paragraphs
+from moepp_jax.errors import ConfigError
 
 COMPRESSED = (".gz", ".zst")
 _JSON = (".jsonl", ".json", ".ndjson")

@@ -11,12 +11,12 @@ from typing import NamedTuple
 import numpy as np
 from absl import flags
 
-from moepp_jax.config import ConfigError
 from moepp_jax.data import work
 from moepp_jax.data.mixture import Mixture
 from moepp_jax.data.packing import Batch, PackedRows
 from moepp_jax.data.shuffle import shuffled
 from moepp_jax.data.storage import DataError
+from moepp_jax.errors import ConfigError
 
 # The rows of a batch that are wanted: a slice, or their indices.
 Rows = slice | np.ndarray

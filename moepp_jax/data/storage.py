@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from moepp_jax.config import ConfigError
+from moepp_jax.errors import ConfigError
 
 DONE = "done"  # in a folder that is being made: what of it is there
 

@@ -16,9 +16,9 @@ from typing import Any
 import tensorflow_datasets as tfds
 from array_record.python.array_record_module import ArrayRecordReader
 
-from moepp_jax.config import ConfigError
 from moepp_jax.data.sources import Document, Report
 from moepp_jax.data.storage import DataError, fingerprint
+from moepp_jax.errors import ConfigError
 from moepp_jax.storage import AnyPath, is_local, open_path
 
 _READER_VERSION = 1

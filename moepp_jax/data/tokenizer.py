@@ -14,8 +14,8 @@ from typing import SupportsInt
 
 import sentencepiece
 
-from moepp_jax.config import ConfigError
 from moepp_jax.data.storage import publish
+from moepp_jax.errors import ConfigError
 from moepp_jax.storage import open_path
 
 # Raise it when `Tokenizer.train` would make another model of the same text.

@@ -25,9 +25,9 @@ from typing import Any, Protocol, runtime_checkable
 from rich import progress
 from rich.console import Console
 
-from moepp_jax.config import ConfigError
 from moepp_jax.data.sources import Report
 from moepp_jax.data.storage import DONE
+from moepp_jax.errors import ConfigError
 from moepp_jax.storage import write_atomic
 
 Advance = Callable[[int], None]

@@ -8,11 +8,12 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from moepp_jax import model as model_lib
-from moepp_jax.config import ConfigError, GenerateConfig
+from moepp_jax.config import GenerateConfig
+from moepp_jax.errors import ConfigError
 from moepp_jax.generation.batch import Batch
 from moepp_jax.generation.layers import Layers
 from moepp_jax.generation.programs import Programs, Speed
+from moepp_jax.model import LanguageModel
 
 # Called with a new token of its sequence; true ends it.
 Watch = Callable[[int], bool]
@@ -31,7 +32,7 @@ class Generator:
 
     def __init__(
         self,
-        model: model_lib.LanguageModel,
+        model: LanguageModel,
         params: dict[str, Any],
         mesh: Mesh | None = None,
         least_places: int = 256,
@@ -47,7 +48,7 @@ class Generator:
           use_up: the arrays of params are deleted when they are copied.
         """
         devices = jax.devices() if mesh is None else mesh.devices.flat
-        layers = Layers(model.config, model.moe, devices[0].platform, model.whole, model.axis)
+        layers = Layers(model, devices[0].platform)
         self._config = model.config
         self._programs = Programs(layers, params, mesh, use_up)
         self._least_places = least_places

@@ -9,7 +9,8 @@ Shapes: as in `model`, and M places of a cache.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -19,10 +20,11 @@ from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Bool, Float, Int
 
 from moepp_jax import mesh as mesh_lib
-from moepp_jax import model as model_lib
 from moepp_jax import moe as moe_lib
+from moepp_jax.block import Attend, Block, attend_to_each_other, rms_norm
 from moepp_jax.config import ModelConfig
-from moepp_jax.moe import kernels
+from moepp_jax.model import LanguageModel
+from moepp_jax.moe import Param, kernels, param
 from moepp_jax.moe.experts import one_swiglu
 
 Params = dict[str, Any]
@@ -41,52 +43,55 @@ class Cache(NamedTuple):
 
 def taken_apart(
     params: Params,
-    config: ModelConfig,
+    model: LanguageModel,
     experts: bool,
     mesh: Mesh | None = None,
     use_up: bool = False,
 ) -> Params:
-    """The parameters with a list of layers, each a tree of its own, in the dtype of arithmetic.
+    """The parameters with a list of layers, each a tree of its own, in the types of their use.
 
     Args:
       experts: the FFN experts of a layer become a list as well.
       mesh: over which the parameters are cut, and stay so.
       use_up: each array is deleted when its copy is there, so that one alone is ever held twice.
     """
-    dtype = jnp.dtype(config.dtype)
-    num_layers = config.num_layers // config.moe_every
+    dtype = jnp.dtype(model.config.dtype)
 
-    def made(key_path, leaf):
-        path = mesh_lib.path_of(key_path)
-        used_in = mesh_lib.used_in(path, dtype)
-        stacked, with_experts = path.startswith("layers/"), experts and "/ffn/" in path
-        if not stacked and leaf.dtype == used_in:
-            return leaf
+    def copied(leaf, p: Param, layers: int):
+        """The array, or a list of its layers, of which each is as described."""
 
-        def make(p):
-            p = p.astype(used_in)
-            if not stacked:
-                return p
-            return [list(p[i]) if with_experts else p[i] for i in range(num_layers)]
+        def make(leaf):
+            if not layers:
+                return param.used(p, leaf, dtype)
+            parts = [param.used(p, leaf[i], dtype) for i in range(layers)]
+            return [list(part) for part in parts] if experts and p.expert is not None else parts
 
-        spec = mesh_lib.spec_of(path, leaf.ndim - stacked)
-        sharding = None if mesh is None else NamedSharding(mesh, spec)
+        sharding = None if mesh is None else NamedSharding(mesh, mesh_lib.spec_of(p))
         copy = jax.block_until_ready(jax.jit(make, out_shardings=sharding)(leaf))
         if use_up:
             leaf.delete()
         return copy
 
-    copies = jax.tree_util.tree_map_with_path(made, params)
+    def outside(p, leaf):
+        same = leaf.dtype == jax.eval_shape(lambda a: param.used(p, a, dtype), leaf).dtype
+        return leaf if same else copied(leaf, p, 0)
+
+    described = {name: p for name, p in model.described.items() if name != "layers"}
+    apart = jax.tree.map(outside, described, {name: params[name] for name in described})
+    block = model.block.describe()
+    stacks = jax.tree.map(
+        lambda p, leaf: copied(leaf, p, model.num_blocks), block, params["layers"]
+    )
 
     def layer(i):
-        mine = jax.tree.map(lambda _, copy: copy[i], params["layers"], copies["layers"])
+        mine = jax.tree.map(lambda _, copy: copy[i], block, stacks)
         if experts:
             ffn = mine["moe"]["ffn"]
-            apart = [dict(zip(ffn, one, strict=True)) for one in zip(*ffn.values(), strict=True)]
-            mine["moe"]["ffn"] = apart
+            each = [dict(zip(ffn, one, strict=True)) for one in zip(*ffn.values(), strict=True)]
+            mine["moe"]["ffn"] = each
         return mine
 
-    return copies | {"layers": [layer(i) for i in range(num_layers)]}
+    return apart | {"layers": [layer(i) for i in range(model.num_blocks)]}
 
 
 class Work(NamedTuple):
@@ -105,15 +110,11 @@ class Work(NamedTuple):
     experts_read: Float[Array, ""]
 
 
-# (queries (B, L, H, W), keys, values (B, L, KV, W)) -> (answers (B, L, H, W), the cache)
-Attend = Callable[..., tuple[Array, Cache]]
-
-
 def into_new(mask_BLL: Bool[Array, "B L L"], places: int) -> Attend:
     """A prompt: its tokens see each other, and fill the first of `places` places."""
 
     def attend(q, k, v):
-        y, _ = model_lib.attend_to_each_other(mask_BLL)(q, k, v)
+        y, _ = attend_to_each_other(mask_BLL)(q, k, v)
         rest = [(0, 0), (0, places - k.shape[1]), (0, 0)]
         return y, Cache(*(jnp.pad(_by_head(a), rest) for a in (k, v)))
 
@@ -150,18 +151,18 @@ class Layers:
 
     Attributes:
       platform: of the device, which says how products are taken.
-      whole, axis: as of `model.LanguageModel`.
     """
 
-    config: ModelConfig
-    moe: moe_lib.MoE
+    model: LanguageModel
     platform: str
-    whole: Callable[[Any], Any] | None = None
-    axis: str | None = None
+
+    @property
+    def config(self) -> ModelConfig:
+        return self.model.config
 
     @property
     def experts_apart(self) -> bool:
-        return self.whole is None and kernels.experts_apart(self.platform)
+        return not self.model.sharded and kernels.experts_apart(self.platform)
 
     def __call__(
         self,
@@ -174,51 +175,39 @@ class Layers:
         Args:
           attends: for each layer.
         """
-        product = kernels.product(self.platform)
-        moe = self._moe_for(tokens_BL.size)
-        gather = self.whole or (lambda tree: tree)
-        outside = gather({name: p for name, p in params.items() if name != "layers"})
+        model, pool = self.model, self.model.rule.pool
+        block, of_block = self._block(tokens_BL.size), self.model.block.describe()
+        described = {name: p for name, p in model.described.items() if name != "layers"}
+        outside = model.whole(described, {name: params[name] for name in described})
         x = outside["embedding"][tokens_BL]
-        previous = jnp.zeros((*tokens_BL.shape, moe.pool.size), jnp.float32)
+        previous = jnp.zeros((*tokens_BL.shape, pool.size), jnp.float32)
         caches, attends = [], iter(attends)
         ffn_experts, experts_read = jnp.zeros(len(x)), jnp.zeros(())
         for mine in params["layers"]:
-            mine = gather(mine)
-            for i in range(self.config.moe_every):
-                last = i == self.config.moe_every - 1
-                prefix = "" if last else f"dense_{i}_"
-                h = self._norm(mine[prefix + "attention_norm"], x)
-                attention = model_lib.Attention(self.config, product)
-                h, cache = attention.apply(
-                    {"params": mine[prefix + "attention"]}, h, positions_BL, next(attends)
-                )
-                caches.append(cache)
-                x += h
-                h = self._norm(mine[prefix + "ffn_norm"], x)
-                if last:
-                    y, previous, stats = moe_lib.local(h, previous, mine["moe"], moe, self.axis)
-                    load_BE = stats.load[:, : moe.pool.n_ffn]
-                    ffn_experts += jnp.sum(load_BE, axis=1) * tokens_BL.shape[1]
-                    experts_read += jnp.sum(jnp.any(load_BE > 0, axis=0))
-                else:
-                    y = one_swiglu(product)(mine[prefix + "dense"], h)
-                x += y
-        hidden = self._norm(outside["final"], x[:, -1])
+            # Experts that lie apart are no tree like the description, and whole already.
+            mine = mine if self.experts_apart else model.whole(of_block, mine)
+            of_this = itertools.islice(attends, self.config.moe_every)
+            out = block(mine, x, previous, positions_BL, of_this)
+            x, previous = out.x, out.logits
+            caches += out.kept
+            load_BE = out.statistics.load[:, : pool.n_ffn]
+            ffn_experts += jnp.sum(load_BE, axis=1) * tokens_BL.shape[1]
+            experts_read += jnp.sum(jnp.any(load_BE > 0, axis=0))
+        hidden = rms_norm(outside["final"], x[:, -1], self.config.norm_eps)
         matrix = outside.get("output", outside["embedding"])
-        logits = product(hidden, matrix, jnp.float32)
+        logits = block.product(hidden, matrix, jnp.float32)
         return Work(logits, caches, ffn_experts, experts_read)
 
     def on_any_device(self, flags: Bool[Array, " B"]) -> Bool[Array, ""]:
         """Whether a flag is set, the same on all devices of the mesh."""
         here = jnp.any(flags)
-        return here if self.whole is None else jax.lax.pmax(here, mesh_lib.AXES)
+        return jax.lax.pmax(here, mesh_lib.AXES) if self.model.sharded else here
 
-    def _norm(self, params, x):
-        return model_lib.RMSNorm(self.config.norm_eps).apply({"params": params}, x)
-
-    def _moe_for(self, tokens: int) -> moe_lib.MoE:
-        """The layer that reads no expert which nobody chose; on a mesh, that of training."""
-        if self.whole is not None:
-            return self.moe
+    def _block(self, tokens: int) -> Block:
+        """The block that reads no expert which nobody chose; on a mesh, that of training."""
+        product = kernels.product(self.platform)
+        block = replace(self.model.block, product=product, dense=one_swiglu(product))
+        if self.model.sharded:
+            return block
         grouped = kernels.reading_chosen(self.platform, tokens)
-        return replace(self.moe, path=moe_lib.dropless(grouped))
+        return replace(block, moe=replace(block.moe, path=moe_lib.dropless(grouped)))

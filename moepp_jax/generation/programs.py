@@ -84,8 +84,7 @@ class Programs:
 
     @property
     def moe_layers(self) -> int:
-        config = self._layers.config
-        return config.num_layers // config.moe_every
+        return self._layers.model.num_blocks
 
     @property
     def devices(self) -> int:
@@ -123,7 +122,7 @@ class Programs:
             start = time.perf_counter()
             if self._mesh is not None:
                 specs = jax.tree.map(
-                    lambda s: mesh_lib.specs(self._params) if s is _PARAMS else s,
+                    lambda s: self._specs() if s is _PARAMS else s,
                     specs,
                     is_leaf=lambda s: s is _PARAMS or isinstance(s, P),
                 )
@@ -144,13 +143,19 @@ class Programs:
         made = jax.block_until_ready(self.compiled[name](*arguments))
         return made, time.perf_counter() - start
 
+    def _specs(self) -> Any:
+        """How the parameters that are taken apart lie on the mesh."""
+        model = self._layers.model
+        outside = mesh_lib.specs({n: p for n, p in model.described.items() if n != "layers"})
+        return outside | {"layers": [mesh_lib.specs(model.block.describe())] * model.num_blocks}
+
     def _own_params(self) -> Params:
         """The parameters as `Layers` wants them, made at the first use."""
         if not isinstance(self._params["layers"], list):
             start = time.perf_counter()
             layers = self._layers
             self._params = taken_apart(
-                self._params, layers.config, layers.experts_apart, self._mesh, self._use_up
+                self._params, layers.model, layers.experts_apart, self._mesh, self._use_up
             )
             self.speed.compile_seconds += time.perf_counter() - start
         return self._params

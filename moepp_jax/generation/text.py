@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from moepp_jax.config import ConfigError
 from moepp_jax.data import Tokenizer
+from moepp_jax.errors import ConfigError
 
 _BROKEN = "\N{REPLACEMENT CHARACTER}"  # what a byte is shown as that is no whole character
 _LONGEST = 3  # bytes of a character that lacks its last one

@@ -10,7 +10,7 @@ import importlib
 import sys
 
 from moepp_jax.checkpoint import CheckpointError
-from moepp_jax.config import ConfigError
+from moepp_jax.errors import ConfigError
 from moepp_jax.harness.needed import require
 
 

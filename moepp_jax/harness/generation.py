@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from moepp_jax.config import Config, ConfigError, GenerateConfig
+from moepp_jax.config import Config, GenerateConfig
 from moepp_jax.data import Tokenizer
+from moepp_jax.errors import ConfigError
 from moepp_jax.generation import Generator, Reader
 
 

@@ -19,16 +19,15 @@ from tqdm import tqdm
 
 from moepp_jax import mesh as mesh_lib
 from moepp_jax import model as model_lib
-from moepp_jax import state as state_lib
-from moepp_jax.checkpoint import Checkpoints
-from moepp_jax.config import Config, ConfigError
-from moepp_jax.data import Tokenizer
+from moepp_jax.config import Config
+from moepp_jax.errors import ConfigError
 from moepp_jax.generation import Generator
 from moepp_jax.harness.generation import generate_until, settings_of
 from moepp_jax.harness.requests import Pair, encode, encode_pairs, merged, row_of
 from moepp_jax.harness.scoring import Row, Scorer
 from moepp_jax.processes import is_first
-from moepp_jax.workdir import read_config, tokenizer_file
+from moepp_jax.run import open_run
+from moepp_jax.workdir import read_config
 
 # Rows of full length a device has in a batch unless one says otherwise.
 _ROWS = 4
@@ -92,18 +91,13 @@ class MoEPPJax(LM):
         super().__init__()
         if unknown := mesh.keys() - set(mesh_lib.AXES):
             raise ConfigError(f"moepp_jax has no argument {', '.join(sorted(unknown))}")
-        self._config = (config or read_config(workdir)).replace("mesh", **mesh)
-        file = tokenizer_file(workdir)
-        if not file.exists():
-            raise ConfigError(f"{file} is missing: benchmarks are texts, and need the tokenizer")
-        self._tokenizer = Tokenizer.load(file)
+        run = open_run(workdir, step, (config or read_config(workdir)).replace("mesh", **mesh))
+        self._config, self.step = run.config, run.step
+        self._tokenizer = run.tokenizer(required_for="benchmarks are texts, and need the tokenizer")
         self._bos = add_bos_token
         self.max_length = int(max_length or self._config.data.seq_len)
         self._mesh = mesh_lib.make_mesh(self._config)
-        abstract = state_lib.abstract_state(self._config, self._mesh)
-        with Checkpoints(workdir, self._config.train.keep) as checkpoints:
-            self.step = checkpoints.choose(step)
-            self._params = checkpoints.restore_params(self.step, abstract.params)
+        self._params = run.params(self._mesh)
         self._batch_size = _batch_size(batch_size, self._mesh.size)
         self._score = Scorer(
             self._config, self._mesh, self._params, self._batch_size, self.max_length

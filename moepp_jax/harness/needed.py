@@ -2,7 +2,7 @@
 
 import importlib.util
 
-from moepp_jax.config import ConfigError
+from moepp_jax.errors import ConfigError
 
 
 def is_installed(package: str) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import jax
@@ -52,7 +53,7 @@ class Score(NamedTuple):
 
 
 def next_tokens(
-    params: dict[str, Any],
+    w_VD: Float[Array, "V D"],
     hidden_BQD: Float[Array, "B Q D"],
     targets_BQ: Int[Array, "B Q"],
     chunk: int,
@@ -63,7 +64,7 @@ def next_tokens(
 
     def of_chunk(_, given):
         hidden, targets = given
-        z = vocabulary.logits(params, hidden)
+        z = vocabulary.logits(w_VD, hidden)
         at_target = jnp.take_along_axis(z, targets[..., None], axis=-1)[..., 0]
         return None, (at_target - jax.nn.logsumexp(z, axis=-1), jnp.argmax(z, axis=-1) == targets)
 
@@ -84,23 +85,23 @@ def make_score(config: Config, mesh: Mesh) -> Callable[[dict[str, Any], dict[str
     """
     config = config.replace("moe", exchange_buffer=0.0)
     # Groups of one token: the statistics are then each token's own, and padding can be left out.
-    model = model_lib.build(config, mesh, "dropless").clone(group_size=1)
+    model = model_lib.build(config, mesh, "dropless")
+    model = replace(model, block=replace(model.block, group_size=1))
 
     def on_device(params, batch):
-        params = model_lib.unite(model, params)
         tokens = batch["tokens"]
         B, L = tokens.shape
         positions = jnp.arange(L) + jnp.zeros_like(tokens)
         causal = positions[:, :, None] >= positions[:, None, :]
-        out = model.apply({"params": params}, tokens, positions, causal)
+        out = model(params, tokens, positions, causal)
         asked = jnp.take_along_axis(out.hidden, batch["places"][..., None], axis=1)
-        answers = next_tokens(params, asked, batch["targets"], config.model.loss_chunk)
+        answers = next_tokens(out.matrix, asked, batch["targets"], config.model.loss_chunk)
         kept = out.statistics.kept.reshape(-1, B, L, out.statistics.kept.shape[-1])
         real = (positions < batch["lengths"][:, None]).astype(kept.dtype)
         return Score(*answers, jnp.einsum("lbtn,bt->bln", kept, real))
 
     def score(params, batch):
-        specs = (mesh_lib.specs(params), mesh_lib.BATCH)
+        specs = (mesh_lib.specs(model.described), mesh_lib.BATCH)
         run = jax.shard_map(on_device, mesh=mesh, in_specs=specs, out_specs=mesh_lib.BATCH)
         return run(params, batch)
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from moepp_jax.config import ConfigError
+from moepp_jax.errors import ConfigError
 from moepp_jax.harness import tasks as tasks_lib
 from moepp_jax.harness.tasks import Task
 

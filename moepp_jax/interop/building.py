@@ -13,8 +13,6 @@ import jax
 import numpy as np
 from absl import logging
 
-from moepp_jax import mesh as mesh_lib
-from moepp_jax import model as model_lib
 from moepp_jax.checkpoint import Checkpoints
 from moepp_jax.config import Config
 from moepp_jax.data import Tokenizer
@@ -22,6 +20,9 @@ from moepp_jax.interop import safetensors_file, source, streams, targets
 from moepp_jax.interop.errors import ConversionError
 from moepp_jax.interop.fields import Groups
 from moepp_jax.interop.layout import EMBEDDING, HEAD, Place
+from moepp_jax.model import describe
+from moepp_jax.moe import Param
+from moepp_jax.moe.param import path_of
 from moepp_jax.workdir import open_workdir, tokenizer_file
 
 # What the work directory of a converted model remembers of where it came from.
@@ -75,7 +76,14 @@ def configuration(given: Config | None, changes: list[Groups]) -> Config:
     """The given configuration, by default that of configs/base.py, with groups' fields changed."""
     tree = given.to_dict() if given else _base()
     for change in changes:
-        tree |= {group: tree[group] | values for group, values in change.items()}
+        for group, values in change.items():
+            if group != "moe.rule":
+                tree[group] = tree[group] | values
+                continue
+            moe = tree["moe"]
+            # The options of another rule than the one that is wanted mean nothing to it.
+            rule = moe["rule"] if moe["rule"]["type"] == values.get("type", "moepp") else {}
+            tree["moe"] = moe | {"rule": rule | {"type": "moepp"} | values}
     return Config.parse(tree)
 
 
@@ -136,18 +144,12 @@ def read_record(workdir: Path) -> tuple[dict[str, Any], dict[str, str]]:
     return fields, types
 
 
-def abstract(config: Config) -> Any:
-    """Shapes of the model's parameters."""
-    model = model_lib.build(config, dispatch="dropless")
-    return jax.eval_shape(lambda: model_lib.init(model, jax.random.key(0)))
-
-
 def _streamed(config: Config, leaves: Mapping[str, Leaf]) -> Any:
-    def streamed(key_path, shape):
-        leaf = leaves[mesh_lib.path_of(key_path)]
-        return streams.Streamed(shape.shape, leaf.stacked, leaf.piece)
+    def streamed(key_path, p: Param):
+        leaf = leaves[path_of(key_path)]
+        return streams.Streamed(p.shape, leaf.stacked, leaf.piece)
 
-    return jax.tree_util.tree_map_with_path(streamed, abstract(config))
+    return jax.tree_util.tree_map_with_path(streamed, describe(config))
 
 
 def _base() -> dict[str, Any]:

@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from moepp_jax.checkpoint import Checkpoints
-from moepp_jax.config import Config, ConfigError
+from moepp_jax.config import Config
+from moepp_jax.errors import ConfigError
 from moepp_jax.interop import (
     building,
     families,
@@ -31,7 +31,8 @@ from moepp_jax.interop import (
 from moepp_jax.interop import fields as values
 from moepp_jax.interop.errors import ConversionError
 from moepp_jax.interop.layout import EMBEDDING, Places, layout, with_head
-from moepp_jax.workdir import read_config, tokenizer_file
+from moepp_jax.run import open_run
+from moepp_jax.workdir import tokenizer_file
 
 
 def from_hf(
@@ -144,7 +145,8 @@ def to_hf(
     folder, target = targets.local(workdir), targets.local(path)
     _require_one_of("dtype", dtype, (None, *safetensors_file.TYPES.values()))
     _require_one_of("layout", layout, tuple(LAYOUTS))
-    config = read_config(folder)
+    run = open_run(folder, step)
+    config = run.config
     original, types = building.read_record(folder)
     places, fields, caution = LAYOUTS[layout](config, original)
     places = with_head(places, types)
@@ -152,10 +154,7 @@ def to_hf(
     said = [name for name in ("torch_dtype", "dtype") if name in fields]
     if dtype is not None or (not said and fields != original):
         fields |= dict.fromkeys(said or ["torch_dtype"], dtype or tensors[EMBEDDING][0])
-    with Checkpoints(folder, config.train.keep) as checkpoints:
-        stored = streams.Stored(
-            checkpoints.params_folder(checkpoints.choose(step), building.abstract(config))
-        )
+    stored = streams.Stored(run.params_folder())
 
     def produce(name: str) -> np.ndarray:
         place, kind = places[name], tensors[name][0]

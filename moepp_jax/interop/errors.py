@@ -1,6 +1,6 @@
 """The one error of this room."""
 
-from moepp_jax.config import ConfigError
+from moepp_jax.errors import ConfigError
 
 
 class ConversionError(ConfigError):

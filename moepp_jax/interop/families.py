@@ -14,7 +14,7 @@ from moepp_jax.config import Config
 from moepp_jax.interop import fields as values
 from moepp_jax.interop.errors import ConversionError
 from moepp_jax.interop.fields import Fields, Groups
-from moepp_jax.interop.layout import Place, Places, around, place
+from moepp_jax.interop.layout import Ours, Place, Places, around
 
 # Fields that describe a model, with what a class takes for an absent one if its row says nothing.
 # None: such a field must be there.
@@ -165,15 +165,16 @@ def groups(family: Family, fields: Fields, dtype: str | None = None) -> Groups:
             "n_copy": 0,
             "n_zero": 0,
             "ffn_size": values.number(fields, family.width, int),
+            "input_scale": 1.0,
+        },
+        "moe.rule": {
+            "type": "moepp",
             "top_k": top_k,
             "router_layers": 1,
-            "logit_norm": False,
-            "logit_norm_std": 1.0,
+            "logit_norm": 0.0,
             "bias_rate": 0.0,
             "residual": "none",
-            "score": "softmax",
             "gate": "renormalise_nonzero" if renormalised else "raw",
-            "input_scale": 1.0,
         },
     }
 
@@ -191,31 +192,37 @@ def places(family: Family, config: Config, fused: bool = False) -> Places:
       fused: a layer's experts are in two tensors, as `transformers` 5 has them in memory and, asked
         for it, saves them; else every expert has its own, as published.
     """
-    D, E, F = config.model.hidden_size, config.moe.n_ffn, config.moe.ffn_size
+    ours, (gate, up, out) = Ours(config), family.matrices
     w_in, w_out, router = (f"layers/moe/{leaf}" for leaf in ("ffn/w_in", "ffn/w_out", "router/w"))
 
     def expert(prefix: str, block: int, i: int) -> Places:
-        halves, out = family.matrices[:2], family.matrices[2]
-        found = {f"{prefix}{out}.weight": place(w_out, (block, i), D, F)}
-        for half, name in enumerate(halves):
-            found[f"{prefix}{name}.weight"] = place(w_in, (block, i, half), F, D)
-        return found
+        return {
+            f"{prefix}{out}.weight": ours.place(w_out, block, i),
+            f"{prefix}{gate}.weight": ours.place(w_in, block, i, 0),
+            f"{prefix}{up}.weight": ours.place(w_in, block, i, 1),
+        }
 
     def moe(block: int) -> Places:
         if not family.experts:
             return expert(family.ffn, block, 0)
         if fused:
             return {
-                "mlp.gate.weight": place(router, (block,), E, D),
-                "mlp.experts.gate_up_proj": Place(w_in, (block,), (E, 2, F, D), (E, 2 * F, D)),
-                "mlp.experts.down_proj": place(w_out, (block,), E, D, F),
+                "mlp.gate.weight": _of_ffn(ours.place(router, block), config),
+                "mlp.experts.gate_up_proj": ours.place(w_in, block, merged=1),
+                "mlp.experts.down_proj": ours.place(w_out, block),
             }
-        found = {f"{family.ffn}gate.weight": place(router, (block,), E, D)}
-        for i in range(E):
+        found = {f"{family.ffn}gate.weight": _of_ffn(ours.place(router, block), config)}
+        for i in range(config.moe.n_ffn):
             found |= expert(f"{family.ffn}experts.{i}.", block, i)
         return found
 
-    return around(config, moe)
+    return around(config, ours, moe)
+
+
+def _of_ffn(router: Place, config: Config) -> Place:
+    """The rows that a vanilla pool has."""
+    shape = (config.moe.n_ffn, *router.shape[1:])
+    return router._replace(piece=shape, shape=shape)
 
 
 def are_fused(names: Iterable[str]) -> bool:

@@ -7,11 +7,11 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from moepp_jax.config import ConfigError
+from moepp_jax.errors import ConfigError
 from moepp_jax.interop.errors import ConversionError
 
 Fields = Mapping[str, Any]
-Groups = dict[str, dict[str, Any]]  # of a configuration: fields by group
+Groups = dict[str, dict[str, Any]]  # of a configuration: fields by group, "moe.rule" one of them
 
 _DTYPES = ("float32", "bfloat16", "float16")
 _ROPE = ("rope_scaling", "rope_parameters")  # the latter in `transformers` 5, with the base
@@ -29,7 +29,7 @@ _NAMES = {
     "model.norm_eps": "rms_norm_eps",
     "model.init_std": "initializer_range",
     "moe.ffn_size": "intermediate_size",
-    "moe.logit_norm_std": "moe_gate_norm_std",
+    "moe.rule.logit_norm": "moe_gate_norm_std",
     "data.seq_len": "max_position_embeddings",
 }
 
@@ -100,7 +100,7 @@ def _rope(fields: Fields, name: str, theta: float) -> tuple[float, float]:
 
 def in_their_words(error: ConfigError) -> str:
     """The message, with a config.json's names for the fields that are read from it."""
-    return re.sub(r"config\.(\w+\.\w+)", lambda found: _NAMES.get(found[1], found[0]), str(error))
+    return re.sub(r"config\.([\w.]*\w)", lambda found: _NAMES.get(found[1], found[0]), str(error))
 
 
 def rope_scaling(divisor: float) -> dict[str, Any] | None:

@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from moepp_jax import earlier
 from moepp_jax.config import Config
 from moepp_jax.interop import fields as values
 from moepp_jax.interop.errors import ConversionError
 from moepp_jax.interop.fields import Fields, Groups
+from moepp_jax.moe import rules
+from moepp_jax.moe.rules.moepp import MoEPPRule
 
 THEIRS, OURS = "MoE++", "moepp_jax"  # model_type
 
@@ -81,6 +84,10 @@ def groups(fields: Fields, dtype: str | None = None) -> Groups:
             f"head_dim = {fields['head_dim']} is not supported, only hidden_size / "
             f"num_attention_heads = {width}"
         )
+    if not got["moe_gate_norm_std"] > 0:
+        raise ConversionError(
+            f"moe_gate_norm_std = {got['moe_gate_norm_std']!r} must be greater than 0"
+        )
     theta, scaling = values.rope(fields, got["rope_theta"])
     mixtral = got["moe_use_mixtral_gating"]
     scaled = not (mixtral or got["moe_feature_no_mul_topk"])
@@ -105,15 +112,16 @@ def groups(fields: Fields, dtype: str | None = None) -> Groups:
             **_POOL,
             "n_ffn": _experts(fields, got["num_hidden_layers"]) - sum(_POOL.values()),
             "ffn_size": got["intermediate_size"],
+            "input_scale": 2.0 if scaled else 1.0,
+        },
+        "moe.rule": {
+            "type": "moepp",
             "top_k": 2,
             "router_layers": 2 if got["moe_2layer_gate"] else 1,
-            "logit_norm": got["moe_use_logits_norm"],
-            "logit_norm_std": got["moe_gate_norm_std"],
+            "logit_norm": got["moe_gate_norm_std"] if got["moe_use_logits_norm"] else 0.0,
             "bias_rate": 0.0,
             "residual": "logits",
-            "score": "softmax",
             "gate": "softmax_selected" if mixtral else "renormalise_nonzero",
-            "input_scale": 2.0 if scaled else 1.0,
         },
     }
 
@@ -161,6 +169,7 @@ def fields_of(config: Config, original: Fields) -> tuple[dict[str, Any], str | N
 def _plain(config: Config) -> dict[str, Any]:
     """What their names can say of a model."""
     m, e = config.model, config.moe
+    r = _moepp(config)
     return {
         "vocab_size": m.vocab_size,
         "hidden_size": m.hidden_size,
@@ -169,10 +178,10 @@ def _plain(config: Config) -> dict[str, Any]:
         "num_attention_heads": m.num_heads,
         "num_key_value_heads": m.num_kv_heads,
         "num_experts": [e.num_experts],
-        "moe_2layer_gate": e.router_layers == 2,
-        "moe_use_mixtral_gating": e.gate == "softmax_selected",
-        "moe_use_logits_norm": e.logit_norm,
-        "moe_gate_norm_std": e.logit_norm_std,
+        "moe_2layer_gate": r.router_layers == 2,
+        "moe_use_mixtral_gating": r.gate == "softmax_selected",
+        "moe_use_logits_norm": r.logit_norm > 0,
+        "moe_gate_norm_std": r.logit_norm or 1.0,
         "moe_feature_no_mul_topk": e.input_scale == 1.0,
         "initializer_range": m.init_std,
         "rms_norm_eps": m.norm_eps,
@@ -182,14 +191,22 @@ def _plain(config: Config) -> dict[str, Any]:
     }
 
 
+def _moepp(config: Config) -> MoEPPRule:
+    """The rule whose options their fields are; of a model of another rule they say nothing."""
+    rule = config.moe.rule
+    return rule if isinstance(rule, MoEPPRule) else MoEPPRule(pool=config.moe.pool)
+
+
 def _describe(fields: Fields, config: Config) -> bool:
     """Whether a config.json is one of this very model."""
     try:
         decided = groups(fields, config.model.dtype)
     except ConversionError:
         return False
+    tree = config.to_dict()
+    groups_of = {"model": tree["model"], "moe": tree["moe"], "moe.rule": tree["moe"]["rule"]}
     return all(
-        getattr(getattr(config, group), name, None) == value
+        groups_of[group].get(name) == value
         for group, wanted in decided.items()
         for name, value in wanted.items()
     )
@@ -203,16 +220,20 @@ def _beyond_theirs(config: Config) -> str | None:
             "their pool is always 2 constant, 1 copy and 1 zero expert, not "
             f"{e.n_const}, {e.n_copy} and {e.n_zero}"
         )
-    scales = (1.0,) if e.gate == "softmax_selected" else (1.0, 2.0)
+    kind = rules.fields_of(e.rule)["type"]
+    if kind != "moepp":
+        return f"their config.moe.rule.type is always 'moepp', not {kind!r}"
+    r = e.rule
+    scales = (1.0,) if r.gate == "softmax_selected" else (1.0, 2.0)
     beyond = values.first_beyond(
         (
             ("model.moe_every", m.moe_every, (1,)),
             ("model.head_dim", m.head_dim, (0, m.hidden_size // m.num_heads)),
             ("model.qk_norm", m.qk_norm, ("none",)),
-            ("moe.top_k", e.top_k, (2,)),
-            ("moe.bias_rate", e.bias_rate, (0.0,)),
-            ("moe.residual", e.residual, ("logits", "detached")),
-            ("moe.gate", e.gate, ("renormalise_nonzero", "softmax_selected")),
+            ("moe.rule.top_k", r.top_k, (2,)),
+            ("moe.rule.bias_rate", r.bias_rate, (0.0,)),
+            ("moe.rule.residual", r.residual, ("logits", "detached")),
+            ("moe.rule.gate", r.gate, ("renormalise_nonzero", "softmax_selected")),
             ("moe.input_scale", e.input_scale, scales),
         )
     )
@@ -225,7 +246,9 @@ def _ours(fields: Fields, dtype: str) -> Groups:
         isinstance(found.get(group), Mapping) for group in ("model", "moe")
     ):
         raise ConversionError(f"{OURS} = {found!r} must have the groups model and moe")
-    return {"model": dict(found["model"]) | {"dtype": dtype}, "moe": dict(found["moe"])}
+    moe = dict(found["moe"])
+    moe = moe if "rule" in moe else earlier.with_rule(moe)
+    return {"model": dict(found["model"]) | {"dtype": dtype}, "moe": moe}
 
 
 def require_agreement(fields: Fields, config: Config) -> None:

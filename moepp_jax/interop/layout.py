@@ -10,7 +10,11 @@ from __future__ import annotations
 from collections.abc import Callable, Container
 from typing import NamedTuple
 
+import jax
+
 from moepp_jax.config import Config
+from moepp_jax.model import describe
+from moepp_jax.moe.param import path_of
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
@@ -34,36 +38,67 @@ class Place(NamedTuple):
 Places = dict[str, Place]
 
 
+class Ours:
+    """Our parameters by path, as the model describes them; where a tensor lies in one."""
+
+    def __init__(self, config: Config):
+        described = jax.tree_util.tree_leaves_with_path(describe(config))
+        self._shapes = {path_of(path): p.shape for path, p in described}
+
+    def __contains__(self, leaf: str) -> bool:
+        return leaf in self._shapes
+
+    def under(self, prefix: str) -> list[str]:
+        """The parameters below a prefix."""
+        return [leaf for leaf in self._shapes if leaf.startswith(prefix)]
+
+    def place(self, leaf: str, *index: int, merged: int | None = None) -> Place:
+        """The place of a tensor that is stored as it is here.
+
+        Args:
+          merged: the tensor has this axis of the piece and the one behind it in one.
+        """
+        piece = self._shapes[leaf][len(index) :]
+        shape = piece
+        if merged is not None:
+            one = piece[merged] * piece[merged + 1]
+            shape = (*piece[:merged], one, *piece[merged + 2 :])
+        return Place(leaf, index, piece, shape)
+
+
 def layout(config: Config) -> Places:
     """Every tensor's name and place; together they are all of our parameters, each part once."""
-    e, D = config.moe, config.model.hidden_size
+    ours, pool = Ours(config), config.moe.pool
 
     def moe(block: int) -> Places:
-        gate, router, N = "mlp.moe.gate.", "layers/moe/router/", e.num_experts
         places = {}
-        if e.router_layers == 2:
-            places[f"{gate}wg.0.weight"] = place(f"{router}w_hidden", (block,), 8 * N, D)
-            places[f"{gate}wg.2.weight"] = place(f"{router}w_logits", (block,), N, 8 * N)
-        else:
-            places[f"{gate}wg.weight"] = place(f"{router}w", (block,), N, D)
-        if e.bias_rate:
-            places[f"{gate}bias"] = place(f"{router}bias", (block,), N)
-        if e.residual != "none":
-            places[f"{gate}gate_map.weight"] = place(f"{router}w_residual", (block,), N, N)
-        for i in range(e.n_ffn + e.n_const):
+        for leaf in ours.under(_ROUTER):
+            name = leaf.removeprefix(_ROUTER)
+            places[f"mlp.moe.gate.{_GATE.get(name, name)}"] = ours.place(leaf, block)
+        for i in range(pool.n_ffn + pool.n_const):
             expert = f"mlp.moe.experts.experts.{i}."
-            if i < e.n_ffn:
-                places |= _swiglu(expert, "layers/moe/ffn", (block, i), D, e.ffn_size)
+            if i < pool.n_ffn:
+                places |= _swiglu(ours, expert, "layers/moe/ffn", block, i)
             else:
-                index = (block, i - e.n_ffn)
-                places[f"{expert}constant"] = place("layers/moe/const/v", index, D)
-                places[f"{expert}wg.weight"] = place("layers/moe/const/w", index, 2, D)
+                at = (block, i - pool.n_ffn)
+                places[f"{expert}constant"] = ours.place("layers/moe/const/v", *at)
+                places[f"{expert}wg.weight"] = ours.place("layers/moe/const/w", *at)
         return places
 
     def dense(leaf: str, block: int) -> Places:
-        return _swiglu("mlp.", leaf, (block,), D, config.model.dense_ffn_size)
+        return _swiglu(ours, "mlp.", leaf, block)
 
-    return around(config, moe, dense)
+    return around(config, ours, moe, dense)
+
+
+_ROUTER = "layers/moe/router/"
+# What the authors call a router's parameters; others, a rule's state among them, keep their names.
+_GATE = {
+    "w": "wg.weight",
+    "w_hidden": "wg.0.weight",
+    "w_logits": "wg.2.weight",
+    "w_residual": "gate_map.weight",
+}
 
 
 def with_head(places: Places, names: Container[str]) -> Places:
@@ -73,6 +108,7 @@ def with_head(places: Places, names: Container[str]) -> Places:
 
 def around(
     config: Config,
+    ours: Ours,
     moe: Callable[[int], Places],
     dense: Callable[[str, int], Places] | None = None,
 ) -> Places:
@@ -83,42 +119,33 @@ def around(
       dense: leaf and block -> the same of a dense layer, where there are any.
     """
     m = config.model
-    D, V, W = m.hidden_size, m.vocab_size, m.head_width
-    heads = {"q": m.num_heads, "k": m.num_kv_heads, "v": m.num_kv_heads}
     places = {
-        EMBEDDING: place("embedding", (), V, D),
-        "model.norm.weight": place("final/norm", (), D),
+        EMBEDDING: ours.place("embedding"),
+        "model.norm.weight": ours.place("final/norm"),
     }
-    if not m.tied_embeddings:
-        places[HEAD] = place("output", (), V, D)
+    if "output" in ours:
+        places[HEAD] = ours.place("output")
     for i in range(m.num_layers):
         block, j = divmod(i, m.moe_every)
         is_dense = j < m.moe_every - 1
         leaf = f"layers/dense_{j}_" if is_dense else "layers/"
         layer = {
-            "input_layernorm.weight": place(f"{leaf}attention_norm/norm", (block,), D),
-            "post_attention_layernorm.weight": place(f"{leaf}ffn_norm/norm", (block,), D),
-            "self_attn.o_proj.weight": place(f"{leaf}attention/o", (block,), D, m.num_heads * W),
+            "input_layernorm.weight": ours.place(f"{leaf}attention_norm/norm", block),
+            "post_attention_layernorm.weight": ours.place(f"{leaf}ffn_norm/norm", block),
         }
-        for name, H in heads.items():
-            part = f"{leaf}attention/{name}"
-            layer[f"self_attn.{name}_proj.weight"] = place(part, (block,), H * W, D)
-            if name != "v" and m.qk_norm != "none":
-                width = W if m.qk_norm == "head" else H * W
-                layer[f"self_attn.{name}_norm.weight"] = place(f"{part}_norm/norm", (block,), width)
+        for name in ("q", "k", "v", "o"):
+            layer[f"self_attn.{name}_proj.weight"] = ours.place(f"{leaf}attention/{name}", block)
+            norm = f"{leaf}attention/{name}_norm/norm"
+            if norm in ours:
+                layer[f"self_attn.{name}_norm.weight"] = ours.place(norm, block)
         layer |= dense(f"{leaf}dense", block) if is_dense else moe(block)
         places |= {f"model.layers.{i}.{name}": at for name, at in layer.items()}
     return places
 
 
-def place(leaf: str, index: tuple[int, ...], *shape: int) -> Place:
-    """The place of a tensor that is stored as it is here."""
-    return Place(leaf, index, shape, shape)
-
-
-def _swiglu(name: str, leaf: str, index: tuple[int, ...], D: int, F: int) -> Places:
+def _swiglu(ours: Ours, name: str, leaf: str, *index: int) -> Places:
     """The SiLU half and the linear half are one matrix there, a stack of two here."""
     return {
-        f"{name}up_proj.weight": Place(f"{leaf}/w_in", index, (2, F, D), (2 * F, D)),
-        f"{name}down_proj.weight": place(f"{leaf}/w_out", index, D, F),
+        f"{name}up_proj.weight": ours.place(f"{leaf}/w_in", *index, merged=0),
+        f"{name}down_proj.weight": ours.place(f"{leaf}/w_out", *index),
     }

@@ -9,7 +9,7 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
-from moepp_jax.config import ConfigError
+from moepp_jax.errors import ConfigError
 from moepp_jax.interop.errors import ConversionError
 from moepp_jax.storage import is_local, open_path
 

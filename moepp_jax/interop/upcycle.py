@@ -2,7 +2,7 @@
 
 FFN experts are the source's, or copies of its one FFN. Zero-computation experts get a bias on their
 logits so low that none is chosen, and gating residuals are zero. Training then moves the biases
-(`config.moe.bias_rate`) until tokens go where tau wants them.
+(`config.moe.rule.bias_rate`) until tokens go where tau wants them.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from moepp_jax.config import Config, ConfigError
+from moepp_jax.config import Config
+from moepp_jax.errors import ConfigError
 from moepp_jax.interop import building, families, source, targets
 from moepp_jax.interop import fields as values
 from moepp_jax.interop.building import Leaf
@@ -23,11 +24,13 @@ from moepp_jax.interop.errors import ConversionError
 from moepp_jax.interop.families import Family
 from moepp_jax.interop.fields import Fields, Groups
 from moepp_jax.interop.layout import with_head
-from moepp_jax.moe.bias import NEVER
+from moepp_jax.moe.rules import fields_of
+from moepp_jax.moe.rules.moepp import NEVER, MoEPPRule
 
 POOL = ("n_const", "n_copy", "n_zero")
-# Fields of config.moe that a caller may set.
-SETTINGS = ("n_ffn", *POOL, "tau", "bias_rate")
+# What a caller may set: fields of config.moe, and options of its rule.
+OPTIONS = ("tau", "bias_rate")
+SETTINGS = ("n_ffn", *POOL, *OPTIONS)
 # Logits a step where nobody says it: some 300 steps until zero-computation experts are chosen.
 BIAS_RATE = 0.1
 
@@ -74,7 +77,9 @@ def upcycle(
     named = building.tokenizer_of(target, file, required=tokenizer is not None)
     recipe = _recipe(fields, config)
     try:
-        decided["moe"] |= _pool(family, decided["moe"]["n_ffn"], recipe, settings)
+        pool, rule = _pool(family, decided["moe"]["n_ffn"], recipe, settings)
+        decided["moe"] |= pool
+        decided["moe.rule"] |= rule
         config = building.configuration(recipe, [decided, named])
     except ConfigError as error:
         raise ConversionError(f"{folder}: {values.in_their_words(error)}") from error
@@ -122,12 +127,14 @@ def _recipe(fields: Fields, given: Config | None) -> Config:
 
 def _pool(
     family: Family, n_ffn: int, recipe: Config, settings: Mapping[str, Any]
-) -> dict[str, Any]:
-    """The fields of config.moe in which the model is to be another than its source."""
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """In what the model is to be another than its source: fields of config.moe, and of its rule."""
     if unknown := settings.keys() - set(SETTINGS):
         raise TypeError(f"no setting {', '.join(sorted(unknown))}: there are {', '.join(SETTINGS)}")
     given = {name: value for name, value in settings.items() if value is not None}
-    moe = {name: given.get(name, getattr(recipe.moe, name)) for name in SETTINGS}
+    rules = MoEPPRule.options() | _options(recipe)
+    moe = {name: given.get(name, getattr(recipe.moe, name)) for name in ("n_ffn", *POOL)}
+    rule = {name: given.get(name, rules[name]) for name in OPTIONS}
     if family.experts:
         if given.get("n_ffn", n_ffn) != n_ffn:
             raise ConversionError(
@@ -136,20 +143,26 @@ def _pool(
             )
         moe["n_ffn"] = n_ffn
     else:
-        moe["top_k"] = recipe.moe.top_k
+        rule["top_k"] = rules["top_k"]
     if any(moe[name] for name in POOL):
         if given.get("bias_rate") == 0:
             raise ConversionError(
                 "bias_rate = 0 must be greater than 0: without biases the new experts are chosen "
                 "from the first step on"
             )
-        moe["residual"] = recipe.moe.residual
-        moe["bias_rate"] = moe["bias_rate"] or BIAS_RATE
+        rule["residual"] = rules["residual"]
+        rule["bias_rate"] = rule["bias_rate"] or BIAS_RATE
     else:
-        moe["bias_rate"] = 0.0
+        rule["bias_rate"] = 0.0
     # The new experts serve nobody at first: with capacities the others would drop what they leave.
     moe["dispatch"] = moe["eval_dispatch"] = "dropless"
-    return moe
+    return moe, rule
+
+
+def _options(recipe: Config) -> dict[str, Any]:
+    """Those of a recipe's rule, if it is the one that upcycled models have."""
+    fields = fields_of(recipe.moe.rule)
+    return fields if fields.pop("type") == "moepp" else {}
 
 
 def _grown(leaves: Mapping[str, Leaf], family: Family, config: Config) -> dict[str, Leaf]:
@@ -163,9 +176,9 @@ def _grown(leaves: Mapping[str, Leaf], family: Family, config: Config) -> dict[s
     else:
         grown |= {name: _copied(leaf) for name, leaf in leaves.items() if name.startswith(_FFN)}
         grown[rows] = _drawn(seed, rows, m.init_std, N, D)
-    if e.residual != "none":
+    if e.rule.residual != "none":
         grown[f"{_ROUTER}w_residual"] = _always(np.zeros((N, N), np.float32))
-    if e.bias_rate:
+    if e.rule.bias_rate:
         grown[f"{_ROUTER}bias"] = _always(np.where(np.arange(N) < e.n_ffn, 0.0, NEVER))
     if J:
         grown[f"{_CONST}w"] = _drawn(seed, f"{_CONST}w", m.init_std, J, 2, D)

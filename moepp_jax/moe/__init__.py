@@ -9,43 +9,46 @@ The letters of the shapes, here and wherever a name ends in them (`x_GSD`):
   N  experts of all kinds, in this order: E FFN, J constant, copy, zero
   E  FFN experts
   J  constant experts
-  K  experts that a token chooses
+  K  experts that a token can choose; expert N is an unused choice
   C  slots that one FFN expert has for one group
   F  width of an FFN expert
   R  rows of a buffer of tokens on their way to the FFN experts
 
-Data flows one way: router.route -> dispatch -> experts -> dispatch.combine, and on an expert axis
+Data flows one way: rule.route -> dispatch -> experts -> dispatch.combine, and on an expert axis
 the experts are reached by `exchange` (fixed slots) or `transfer` (as many rows as there are).
 `layer.local` composes them for the tokens of one device; `layer.sharded` runs that under shard_map
-on a mesh; `layer.MoEPP` is the Flax module. What varies between models is a function chosen when
-the `layer.MoE` is built, never a flag tested in traced code.
+on a mesh. What varies between models is the `Rule` and a function for each other choice, given when
+the `layer.MoE` is built, never a flag tested in traced code. `rules` holds one rule a file.
 """
 
-from moepp_jax.moe import bias
+from moepp_jax.moe import rules
 from moepp_jax.moe.dispatch import capacity
 from moepp_jax.moe.experts import Pool, swiglu
 from moepp_jax.moe.grouped import Blocked, ragged_swiglu
-from moepp_jax.moe.layer import MoE, MoEPP, init, local, sharded
+from moepp_jax.moe.layer import MoE, describe, local, sharded
 from moepp_jax.moe.losses import Statistics, heterogeneous_balance, summarise
+from moepp_jax.moe.param import Param, init
 from moepp_jax.moe.paths import dropless, with_capacity
-from moepp_jax.moe.router import Router, Routing, route
+from moepp_jax.moe.rule import Loss, Routing, Rule, RuleError
 
 __all__ = [
     "Blocked",
+    "Loss",
     "MoE",
-    "MoEPP",
+    "Param",
     "Pool",
-    "Router",
     "Routing",
+    "Rule",
+    "RuleError",
     "Statistics",
-    "bias",
     "capacity",
+    "describe",
     "dropless",
     "heterogeneous_balance",
     "init",
     "local",
     "ragged_swiglu",
-    "route",
+    "rules",
     "sharded",
     "summarise",
     "swiglu",

@@ -4,6 +4,7 @@ An assignment is one of a token's K choices; assignment t K + k is choice k of t
 """
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -11,29 +12,22 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from moepp_jax.moe.experts import Pool
 
+def capacity(load: Sequence[float], gamma: float, tokens: int) -> tuple[int, ...]:
+    """Slots that each of the N experts has for a group: ceil(gamma load_i S), the rule's load.
 
-def capacity(pool: Pool, tau: float, gamma: float, tokens: int, top_k: int) -> tuple[int, ...]:
-    """Slots that each of the N experts has for a group: the heterogeneous capacity (eq. 8).
-
-    C_FFN = ceil(gamma tau A / (tau N_FFN + N_ZC)) and C_ZC = ceil(gamma A / (tau N_FFN + N_ZC))
-    with A = K S assignments in the group (GShard's convention; with the A = S that the paper
-    writes, K = 2 would drop at least 45 % of all assignments). No expert is given more than S,
-    since a token chooses an expert once.
+    Of MoE++ that is the heterogeneous capacity (eq. 8), C_FFN = ceil(gamma tau A / (tau N_FFN +
+    N_ZC)) and C_ZC = ceil(gamma A / (tau N_FFN + N_ZC)), with A = K S assignments in the group
+    (GShard's convention; with the A = S that the paper writes, K = 2 would drop at least 45 % of
+    all assignments). No expert is given more than S, since a token chooses an expert once.
 
     Args:
-      tau: weight of an FFN expert relative to a zero-computation expert, in (0, 1].
+      load: share of the tokens that each expert has at balance (`Rule.load`).
       gamma: capacity factor, > 0.
       tokens: S, tokens of a group.
-      top_k: K.
     """
-    share = gamma * top_k * tokens / (tau * pool.n_ffn + pool.n_zero_computation)
     # A product such as 1.1 * 10 must not gain a slot from its last bit.
-    ffn, zero_computation = (
-        min(max(math.ceil(round(s, 6)), 1), tokens) for s in (tau * share, share)
-    )
-    return (ffn,) * pool.n_ffn + (zero_computation,) * pool.n_zero_computation
+    return tuple(min(max(math.ceil(round(gamma * f * tokens, 6)), 1), tokens) for f in load)
 
 
 class Plan(NamedTuple):
@@ -56,9 +50,12 @@ def queue(experts_GSK: Int[Array, "G S K"], num_experts: int) -> Int[Array, "G S
 
 
 def assign(experts_GSK: Int[Array, "G S K"], capacity_N: tuple[int, ...]) -> Plan:
-    """Gives the assignments their slots; those past an expert's capacity are dropped."""
+    """Gives the assignments their slots; those past an expert's capacity are dropped.
+
+    An unused choice is one of expert N, which has no room.
+    """
     slot = queue(experts_GSK, len(capacity_N))
-    room = jnp.asarray(np.array(capacity_N, np.int32))[experts_GSK]
+    room = jnp.asarray(np.array([*capacity_N, 0], np.int32))[experts_GSK]
     return Plan(slot, slot < room)
 
 
@@ -93,12 +90,12 @@ def capacity_rows(experts_GSK: Int[Array, "G S K"], plan: Plan, n_ffn: int, slot
 def sorted_rows(experts_TK: Int[Array, "T K"], n_ffn: int) -> tuple[Rows, Int[Array, " E"]]:
     """Rows sorted by expert, then token, with no gaps; and how many each FFN expert has.
 
-    Experts from n_ffn on get no row. The buffer has T K rows, the most there can be.
+    Experts from n_ffn on get no row. The buffer has T min(K, E) rows, the most there can be.
     """
     place = queue(experts_TK[None], n_ffn)[0]
     counts_E = jnp.sum(experts_TK[..., None] == jnp.arange(n_ffn), axis=(0, 1), dtype=jnp.int32)
     starts_E = jnp.cumsum(counts_E) - counts_E
-    size = experts_TK.size
+    size = len(experts_TK) * min(experts_TK.shape[1], n_ffn)
     is_ffn = experts_TK < n_ffn
     row = jnp.where(is_ffn, starts_E[jnp.where(is_ffn, experts_TK, 0)] + place, size)
     return _rows(row, size), counts_E

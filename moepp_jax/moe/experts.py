@@ -18,6 +18,10 @@ class Pool(NamedTuple):
     n_copy: int = 0
     n_zero: int = 0
 
+    def __str__(self) -> str:
+        counts = zip(self, ("FFN", "constant", "copy", "zero"), strict=True)
+        return " + ".join(f"{count} {kind}" for count, kind in counts)
+
     @property
     def n_zero_computation(self) -> int:
         return self.n_const + self.n_copy + self.n_zero

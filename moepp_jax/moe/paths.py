@@ -1,7 +1,7 @@
 """The two ways of a token to its FFN experts and back: fixed capacity, or dropless.
 
-A path is a function (x, experts, gates, params of the FFN experts, pool, axis) -> (what the FFN
-experts add to the output, which assignments were kept).
+A path is a function (x, routing, params of the FFN experts, rule, axis) -> (what the FFN experts
+add to the output, which assignments were kept).
 """
 
 import functools
@@ -14,19 +14,19 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float
 
 from moepp_jax.moe import dispatch, exchange, transfer
-from moepp_jax.moe.experts import Pool, swiglu
+from moepp_jax.moe.experts import swiglu
 from moepp_jax.moe.grouped import Blocked
+from moepp_jax.moe.rule import Routing, Rule
 
 Path = Callable[..., tuple[Float[Array, "G S D"], Bool[Array, "G S K"]]]
 
 
 def with_capacity(
-    tau: float,
     gamma: float,
     expert: Callable = swiglu,
     exchanged: Callable = exchange.by_expert,
 ) -> Path:
-    """Every expert has a fixed number of slots a group (eq. 8); what does not fit is dropped.
+    """Every expert has slots for gamma times its load at balance; what does not fit is dropped.
 
     A dropped assignment adds nothing, and the gates of the kept ones stay as they were. Capacity
     holds for zero-computation experts too, though nothing of theirs is put into a buffer.
@@ -37,15 +37,16 @@ def with_capacity(
         `exchange.by_device`.
     """
 
-    def path(x_GSD, experts_GSK, gates_GSK, params, pool: Pool, axis: str | None):
+    def path(x_GSD, routing: Routing, params, rule: Rule, axis: str | None):
         G, S, D = x_GSD.shape
-        K = experts_GSK.shape[-1]
-        capacity_N = dispatch.capacity(pool, tau, gamma, S, K)
-        plan = dispatch.assign(experts_GSK, capacity_N)
-        rows = dispatch.capacity_rows(experts_GSK, plan, pool.n_ffn, capacity_N[0])
-        buffer = dispatch.gather(x_GSD.reshape(G * S, D), rows).reshape(pool.n_ffn, -1, D)
+        n_ffn = rule.pool.n_ffn
+        capacity_N = dispatch.capacity(rule.load, gamma, S)
+        plan = dispatch.assign(routing.experts, capacity_N)
+        slots = max(capacity_N[:n_ffn])
+        rows = dispatch.capacity_rows(routing.experts, plan, n_ffn, slots)
+        buffer = dispatch.gather(x_GSD.reshape(G * S, D), rows).reshape(n_ffn, -1, D)
         y = exchanged(expert, params, buffer, axis)
-        y = dispatch.combine(y.reshape(-1, D), gates_GSK.reshape(G * S, K), rows)
+        y = dispatch.combine(y.reshape(-1, D), routing.gates.reshape(G * S, -1), rows)
         return y.reshape(G, S, D), plan.kept
 
     return path
@@ -67,7 +68,7 @@ def dropless(
       grouped: a grouped function of `grouped.py`; by default `Blocked(swiglu)`.
       moved: how rows cross the expert axis: `transfer.ragged`, or `transfer.dense`.
       buffer: rows that a device has room for, in units of T K: 1 is what it receives if all
-        assignments go to FFN experts, evenly. By default there is room for the worst case.
+        choices go to FFN experts, evenly. By default there is room for the worst case.
 
     Raises:
       ValueError: `buffer` is not positive.
@@ -76,11 +77,11 @@ def dropless(
     if buffer is not None and buffer <= 0:
         raise ValueError(f"buffer = {buffer} leaves no room for a row: give a number above 0")
 
-    def path(x_GSD, experts_GSK, gates_GSK, params, pool: Pool, axis: str | None):
+    def path(x_GSD, routing: Routing, params, rule: Rule, axis: str | None):
         G, S, D = x_GSD.shape
-        K = experts_GSK.shape[-1]
-        experts_TK = experts_GSK.reshape(G * S, K)
-        kept_TK = jnp.ones_like(experts_TK, dtype=bool)
+        K, pool = rule.most, rule.pool
+        experts_TK = routing.experts.reshape(G * S, K)
+        kept_TK = experts_TK < pool.size
         work = functools.partial(grouped, params)
         if axis is not None:
             devices = jax.lax.axis_size(axis)
@@ -88,12 +89,12 @@ def dropless(
             if buffer is not None:
                 room = min(worst, math.ceil(buffer * experts_TK.size))
             if room < worst:
-                kept_TK = transfer.admitted(experts_TK, pool.n_ffn, room, axis)
+                kept_TK &= transfer.admitted(experts_TK, pool.n_ffn, room, axis)
             work = _elsewhere(work, moved, room, axis)
         served_TK = jnp.where(kept_TK, experts_TK, pool.n_ffn)
         rows, counts_E = dispatch.sorted_rows(served_TK, pool.n_ffn)
         y_RD = work(dispatch.gather(x_GSD.reshape(G * S, D), rows), counts_E)
-        y_TD = dispatch.combine(y_RD, gates_GSK.reshape(G * S, K), rows)
+        y_TD = dispatch.combine(y_RD, routing.gates.reshape(G * S, K), rows)
         return y_TD.reshape(G, S, D), kept_TK.reshape(G, S, K)
 
     return path

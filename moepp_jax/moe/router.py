@@ -1,45 +1,21 @@
-"""Which experts a token visits, and with what weight: the pathway-aware router, in float32.
+"""What rules share: logits of tokens, choices among experts and gates of the chosen, in float32.
 
-A `Router` is seven functions, one for each decision that routing rules of the literature make
-differently. A new rule is a new function of the same signature; `route` stays as it is.
+Each is a small function; `Router` is the rule that makes logits of them, with the options that can
+be crossed with any choice of experts: projection, gating residual, logit normalisation, z-loss.
 """
 
+import dataclasses
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from moepp_jax.moe.losses import Statistics
+from moepp_jax.moe.param import Param
 from moepp_jax.moe.products import tokens_first
-
-Params = Mapping[str, Float[Array, "..."]]
-
-
-class Routing(NamedTuple):
-    """What the router decided for every token.
-
-    Attributes:
-      logits: raw logits with the gating residual in them; the next layer's router reads these.
-      probs: scores over all experts (softmax), for losses and statistics.
-      experts: the chosen experts, best first; the K of one token are distinct.
-      gates: their weights in the layer's output, 0 for a chosen zero expert where the rule says so.
-    """
-
-    logits: Float[Array, "G S N"]
-    probs: Float[Array, "G S N"]
-    experts: Int[Array, "G S K"]
-    gates: Float[Array, "G S K"]
-
-
-class Chosen(NamedTuple):
-    """What a gate rule may look at: logits, probabilities and zero-expert mask of the chosen K."""
-
-    logits: Float[Array, "G S K"]
-    probs: Float[Array, "G S K"]
-    is_zero: Bool[Array, "G S K"]
-
+from moepp_jax.moe.rule import Loss, Params, Rule, RuleError, option
 
 # Projections: x W, the paper's G_1.
 
@@ -70,143 +46,180 @@ def no_residual(own, previous, p: Params) -> Float[Array, "G S N"]:
     return own
 
 
-# Logit normalisation.
+RESIDUALS = {"logits": add_logits, "detached": add_detached, "none": no_residual}
 
 
-def as_they_are(logits: Float[Array, "G S N"]) -> Float[Array, "G S N"]:
-    return logits
-
-
-def divided_by_deviation(std: float) -> Callable[[Float[Array, "G S N"]], Float[Array, "G S N"]]:
+def divided_by_deviation(logits: Float[Array, "G S N"], std: float) -> Float[Array, "G S N"]:
     """Divides by (the unbiased standard deviation over the experts / std); the mean stays."""
-
-    def normalise(logits):
-        variance = jnp.var(logits, axis=-1, ddof=1, keepdims=True)
-        return logits * (std * jax.lax.rsqrt(variance + 1e-12))  # equal logits stay finite
-
-    return normalise
+    variance = jnp.var(logits, axis=-1, ddof=1, keepdims=True)
+    return logits * (std * jax.lax.rsqrt(variance + 1e-12))  # equal logits stay finite
 
 
-# Bias: added to what is scored, and to nothing else. A rule moves it (`bias`), not the gradient.
+# Choices.
 
 
-def no_bias(logits: Float[Array, "G S N"], p: Params) -> Float[Array, "G S N"]:
-    return logits
-
-
-def add_bias(logits: Float[Array, "G S N"], p: Params) -> Float[Array, "G S N"]:
-    """One number an expert, of all tokens: p["bias"] (N,)."""
-    return logits + jax.lax.stop_gradient(p["bias"])
-
-
-# Scores over all experts.
-
-
-def softmax(logits: Float[Array, "G S N"]) -> Float[Array, "G S N"]:
-    return jax.nn.softmax(logits, axis=-1)
-
-
-# Selection.
-
-
-def top_k(k: int) -> Callable[[Float[Array, "G S N"]], Int[Array, "G S K"]]:
+def top_k(scores: Float[Array, "G S N"], k: int) -> Int[Array, "G S K"]:
     """The k best scores; of equal ones, the expert with the lower number."""
+    return jax.lax.top_k(scores, k)[1]
 
-    def select(scores):
-        return jax.lax.top_k(scores, k)[1]
 
-    return select
+def chosen_where(chosen_GSN: Bool[Array, "G S N"], scores, most: int) -> Int[Array, "G S K"]:
+    """Those experts of a token that are chosen, best score first, as far as `most`; then N."""
+    N = scores.shape[-1]
+    best = top_k(jnp.where(chosen_GSN, scores, -jnp.inf), most)
+    return jnp.where(at_chosen(chosen_GSN, best), best, N)
+
+
+def at_chosen(values_GSN: Array, experts_GSK: Int[Array, "G S K"]) -> Array:
+    """The values of the chosen experts, 0 (or False) for an unused choice.
+
+    A masked sum over N reads them: its gradient needs no scatter.
+    """
+    one_hot = experts_GSK[..., None] == jnp.arange(values_GSN.shape[-1])
+    masked = jnp.where(one_hot, values_GSN[..., None, :], 0)
+    return jnp.any(masked, axis=-1) if values_GSN.dtype == bool else jnp.sum(masked, axis=-1)
 
 
 # Gates.
 
 
+class Chosen(NamedTuple):
+    """What a gate rule may look at, of each choice; a choice that is not used has no scores.
+
+    Attributes:
+      logits: those that were scored.
+      scores: of `Routing`.
+      used: whether it is a choice at all.
+      is_zero: whether it is a zero expert.
+    """
+
+    logits: Float[Array, "G S K"]
+    scores: Float[Array, "G S K"]
+    used: Bool[Array, "G S K"]
+    is_zero: Bool[Array, "G S K"]
+
+
 def raw(chosen: Chosen) -> Float[Array, "G S K"]:
-    """The probabilities as they are (eq. 1)."""
-    return chosen.probs
+    """The scores as they are (eq. 1)."""
+    return chosen.scores
 
 
 def renormalise_all(chosen: Chosen) -> Float[Array, "G S K"]:
-    """The probabilities over their sum."""
-    return _over_sum(chosen.probs)
+    """The scores over their sum."""
+    return over_sum(chosen.scores)
 
 
 def renormalise_nonzero(chosen: Chosen) -> Float[Array, "G S K"]:
-    """Zero experts weigh 0, the others' probabilities are divided by their sum (authors' code).
+    """Zero experts weigh 0, the others' scores are divided by their sum (authors' code).
 
     So an FFN expert chosen beside a zero expert weighs 1. All gates are 0 where only zero experts
     were chosen.
     """
-    return _over_sum(jnp.where(chosen.is_zero, 0.0, chosen.probs))
+    return over_sum(jnp.where(chosen.is_zero, 0.0, chosen.scores))
 
 
 def softmax_selected(chosen: Chosen) -> Float[Array, "G S K"]:
     """Softmax over the chosen logits; a zero expert's share is lost (Mixtral's gating)."""
-    return jax.nn.softmax(chosen.logits, axis=-1)
+    return jax.nn.softmax(chosen.logits, axis=-1, where=chosen.used)
 
 
-@dataclass(frozen=True)
-class Router:
-    """The decisions of a router, each a function of this module or of the caller's.
-
-    Attributes:
-      select: scores (G, S, N) -> experts (G, S, K).
-      project: (x, params) -> own logits (G, S, N).
-      residual: (own logits, previous layer's logits, params) -> logits.
-      normalise: logits -> logits; the residual handed on is the one before.
-      bias: (normalised logits, params) -> logits that are scored.
-      score: logits -> probabilities over all experts.
-      gate: Chosen -> gates (G, S, K).
-    """
-
-    select: Callable
-    project: Callable = linear
-    residual: Callable = add_logits
-    normalise: Callable = as_they_are
-    bias: Callable = no_bias
-    score: Callable = softmax
-    gate: Callable = renormalise_nonzero
+GATES: Mapping[str, Callable[[Chosen], Float[Array, "G S K"]]] = {
+    "raw": raw,
+    "renormalise_all": renormalise_all,
+    "renormalise_nonzero": renormalise_nonzero,
+    "softmax_selected": softmax_selected,
+}
 
 
-def route(
-    x_GSD: Float[Array, "G S D"],
-    previous_GSN: Float[Array, "G S N"],
-    params: Params,
-    router: Router,
-    first_zero: int,
-) -> Routing:
-    """Routes every token (paper, section 3.2).
+def gates_of(how: str, logits_GSN, scores_GSN, experts_GSK, first_zero: int):
+    """Gates of the chosen experts, by one of GATES.
 
     Args:
-      x_GSD: the layer's input, any float type; the arithmetic here is float32.
-      previous_GSN: raw logits of the MoE layer before, zeros for the first.
-      params: "w" (N, D); for the two-layer gate "w_hidden" (8 N, D) and "w_logits" (N, 8 N); with a
-        gating residual "w_residual" (N, N), with a bias "bias" (N,).
       first_zero: experts from this number on are zero experts.
     """
-    own = router.project(x_GSD.astype(jnp.float32), params)
-    logits = router.residual(own, previous_GSN.astype(jnp.float32), params)
-    scored = router.bias(router.normalise(logits), params)
-    probs = router.score(scored)
-    experts = router.select(probs)
-    # A masked sum over N reads the chosen values: its gradient needs no scatter.
-    one_hot = experts[..., None] == jnp.arange(probs.shape[-1])
-
-    def at_chosen(values):
-        return jnp.sum(jnp.where(one_hot, values[..., None, :], 0.0), axis=-1)
-
-    chosen = Chosen(at_chosen(scored), at_chosen(probs), experts >= first_zero)
-    return Routing(logits, probs, experts, router.gate(chosen))
+    N = scores_GSN.shape[-1]
+    used = experts_GSK < N
+    is_zero = (experts_GSK >= first_zero) & used
+    values = (at_chosen(values, experts_GSK) for values in (logits_GSN, scores_GSN))
+    return jnp.where(used, GATES[how](Chosen(*values, used, is_zero)), 0.0)
 
 
-def _product(x, w):
-    """x W^T at full float32 precision, which accelerators do not give by default."""
-    return tokens_first(x, w.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST)
-
-
-def _over_sum(weights):
+def over_sum(weights: Float[Array, "*B K"]) -> Float[Array, "*B K"]:
+    """Weights over their sum; all 0 where they are."""
     # Over the largest first, which changes nothing but keeps tiny ones' gradients finite.
     largest = jax.lax.stop_gradient(jnp.max(weights, axis=-1, keepdims=True))
     weights = weights / jnp.where(largest > 0, largest, 1.0)
     total = jnp.sum(weights, axis=-1, keepdims=True)
     return weights / jnp.where(total > 0, total, 1.0)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Router(Rule):
+    """Rules that start from logits: W x, the gating residual, and what is divided out of them."""
+
+    router_layers: int = option(1, choices=(1, 2))  # 1 matrix, or 2 with tanh between, 8 N wide
+    residual: str = option("none", choices=tuple(RESIDUALS))  # gating residual (eq. 6)
+    logit_norm: float = option(0.0, at_least=0)  # standard deviation given to the logits; 0: none
+    z_weight: float = option(0.0, at_least=0)  # of the z-loss, mean over the layers
+
+    def check(self) -> None:
+        self.require(
+            not self.logit_norm or self.pool.size > 1,
+            "logit_norm",
+            "needs at least two experts: one logit has no standard deviation",
+        )
+
+    def params(self, width: int, std: float) -> dict[str, Param]:
+        N = self.pool.size
+        gate = {"w": Param((N, width), std, cut=1, float32=True)}
+        if self.router_layers == 2:
+            gate = {
+                "w_hidden": Param((8 * N, width), std, cut=1, float32=True),
+                "w_logits": Param((N, 8 * N), std, float32=True),
+            }
+        if self.residual != "none":
+            gate["w_residual"] = Param((N, N), std, float32=True)
+        return gate
+
+    def logits(self, x_GSD, previous_GSN, params: Params) -> Float[Array, "G S N"]:
+        """The layer's logits with the residual in them."""
+        project = two_layer if self.router_layers == 2 else linear
+        own = project(x_GSD.astype(jnp.float32), params)
+        return RESIDUALS[self.residual](own, previous_GSN.astype(jnp.float32), params)
+
+    def normalised(self, logits: Float[Array, "G S N"]) -> Float[Array, "G S N"]:
+        return divided_by_deviation(logits, self.logit_norm) if self.logit_norm else logits
+
+    def losses(self, stats: Statistics, state: Params) -> dict[str, Loss]:
+        """The z-loss: keeps logits small, and tells how large they are at any weight."""
+        return {"z_loss": Loss(stats.z, self.z_weight)}
+
+
+def require_top_k(rule: Rule, top_k: int) -> None:
+    """Refuses more choices than there are experts."""
+    rule.require(
+        top_k <= rule.pool.size,
+        "top_k",
+        f"is more than the {rule.pool.size} experts there are ({rule.pool}): choose fewer a token",
+    )
+
+
+def require_kinds(rule: Rule, *kinds: str) -> None:
+    """Refuses a pool that has none of these kinds beside its FFN experts, or has another one.
+
+    Args:
+      kinds: of "n_const", "n_copy" and "n_zero"; none: FFN experts alone.
+    """
+    counts = rule.pool._asdict()
+    others = [name for name in counts if name not in ("n_ffn", *kinds)]
+    if any(counts[name] for name in others) or (kinds and not any(counts[k] for k in kinds)):
+        wanted = f"{' or '.join(kinds)} to at least 1, " if kinds else ""
+        raise RuleError(
+            f"type: {type(rule).__name__} is not for a pool of {rule.pool}: set {wanted}"
+            f"{' and '.join(others)} to 0"
+        )
+
+
+def _product(x, w):
+    """x W^T at full float32 precision, which accelerators do not give by default."""
+    return tokens_first(x, w.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST)

@@ -16,38 +16,34 @@ from tests.oracle import Spec
 
 D, F = 16, 12
 
-GATES = {
-    "raw": router.raw,
-    "renormalise_all": router.renormalise_all,
-    "renormalise_nonzero": router.renormalise_nonzero,
-    "softmax_selected": router.softmax_selected,
-}
+GATES = tuple(router.GATES)
 DROPLESS = {"blocked": moe.Blocked(moe.swiglu, block=3), "ragged": moe.ragged_swiglu}
 EXCHANGED = {"capacity": exchange.by_expert, "by device": exchange.by_device}
 PATHS = ("capacity", *DROPLESS)
 
 
-def layer(spec: Spec, path: str = "capacity", gate=None) -> moe.MoE:
+def rule(spec: Spec) -> moe.Rule:
+    """The package's routing rule of a spec."""
+    return moe.rules.make(
+        "moepp",
+        moe.Pool(spec.n_ffn, spec.n_const, spec.n_copy, spec.n_zero),
+        top_k=spec.top_k,
+        tau=spec.tau,
+        router_layers=2 if spec.two_layer else 1,
+        residual="logits" if spec.residual else "none",
+        logit_norm=spec.logit_std or 0.0,
+        gate=spec.gate,
+    )
+
+
+def layer(spec: Spec, path: str = "capacity") -> moe.MoE:
     """The package's layer of a spec; capacity with no gamma has room for every assignment."""
     if path in EXCHANGED:
-        chosen = moe.with_capacity(spec.tau, spec.gamma or 1e3, exchanged=EXCHANGED[path])
+        chosen = moe.with_capacity(spec.gamma or 1e3, exchanged=EXCHANGED[path])
     else:
         assert spec.gamma is None, "a dropless path has no capacity"
         chosen = moe.dropless(DROPLESS[path])
-    return moe.MoE(
-        moe.Pool(spec.n_ffn, spec.n_const, spec.n_copy, spec.n_zero),
-        moe.Router(
-            select=router.top_k(spec.top_k),
-            project=router.two_layer if spec.two_layer else router.linear,
-            residual=router.add_logits if spec.residual else router.no_residual,
-            normalise=router.divided_by_deviation(spec.logit_std)
-            if spec.logit_std
-            else router.as_they_are,
-            gate=gate or GATES[spec.gate],
-        ),
-        chosen,
-        spec.input_scale,
-    )
+    return moe.MoE(rule(spec), chosen, spec.input_scale)
 
 
 def params(spec: Spec, seed: int = 0) -> dict:

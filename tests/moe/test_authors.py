@@ -4,6 +4,7 @@ Their router logits must give their choices and gates, in the package and in the
 an attention written here, their hidden states must give whole layers.
 """
 
+import dataclasses
 import functools
 import json
 from pathlib import Path
@@ -15,7 +16,6 @@ import pytest
 from safetensors.numpy import load_file
 
 from moepp_jax import moe
-from moepp_jax.moe import router
 from tests import oracle
 from tests.moe import cases
 from tests.oracle import Spec
@@ -124,16 +124,10 @@ def test_choices_and_gates(name):
     _, spec, want = checkpoint(name)
     logits = want["router_logits"]
     N = logits.shape[-1]
-    rules = cases.layer(spec)
     own = {"w": jnp.eye(N)}  # the residual is in these logits already
-    as_given = moe.Router(
-        rules.router.select,
-        residual=router.no_residual,
-        normalise=rules.router.normalise,
-        gate=rules.router.gate,
-    )
+    as_given = cases.rule(dataclasses.replace(spec, residual=False, two_layer=False))
     x = jnp.asarray(logits.reshape(-1, 24, N))
-    r = moe.route(x, jnp.zeros_like(x), own, as_given, rules.pool.first_zero)
+    r = as_given.route(x, jnp.zeros_like(x), own)
     experts = np.asarray(r.experts)
     selected = want["selected"].reshape(-1, 24, N)
     gates = want["gates"].reshape(-1, 24, N)
@@ -145,7 +139,7 @@ def test_choices_and_gates(name):
     assert zeros.any(), "the data must hold tokens that choose the zero expert"
     assert (gates[..., -spec.n_zero :][zeros] > 0).all() == (spec.gate == "softmax_selected")
 
-    plain = Spec(*rules.pool, gate=spec.gate, logit_std=spec.logit_std, residual=False)
+    plain = Spec(*as_given.pool, gate=spec.gate, logit_std=spec.logit_std, residual=False)
     for g, s in np.ndindex(x.shape[:2]):
         _, _, chosen, gate = oracle.route(plain, np.float64(x[g, s]), None, {"w": np.eye(N)})
         np.testing.assert_array_equal(np.flatnonzero(selected[g, s]), sorted(chosen))

@@ -10,7 +10,6 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from moepp_jax import moe
-from moepp_jax.moe import router
 from tests import oracle
 from tests.oracle import Spec
 
@@ -26,6 +25,7 @@ from tests.oracle import Spec
 #     2    .1  .2  .6  .1      copy       no, it has served two
 #                              FFN 1      yes, the first
 POOL = moe.Pool(2, 0, 1, 1)
+RULE = moe.rules.make("moepp", POOL, top_k=2, tau=0.5, gate="raw", residual="none")
 PROBS = np.array([[0.5, 0.1, 0.3, 0.1], [0.3, 0.1, 0.5, 0.1], [0.1, 0.2, 0.6, 0.1]])
 # A shift of a token's logits changes no probability; log-sum-exp becomes 1, 0, -2.
 LOGITS = np.log(PROBS) + np.array([[1.0], [0.0], [-2.0]])
@@ -37,9 +37,8 @@ def table():
         return params[:, None, None] * x_EBD
 
     layer = moe.MoE(
-        POOL,
-        moe.Router(router.top_k(2), gate=router.raw, residual=router.no_residual),
-        moe.with_capacity(0.5, 1.0, multiply),
+        RULE,
+        moe.with_capacity(1.0, multiply),
     )
     params = {"router": {"w": jnp.eye(4)}, "ffn": jnp.array([2.0, 3.0])}
     x = jnp.asarray(LOGITS, jnp.float32)[None]
@@ -47,7 +46,7 @@ def table():
 
 
 def test_slots():
-    assert moe.capacity(POOL, tau=0.5, gamma=1.0, tokens=3, top_k=2) == (1, 1, 2, 2)
+    assert moe.capacity(RULE.load, gamma=1.0, tokens=3) == (1, 1, 2, 2)
 
 
 def test_output_with_drops(table):
@@ -108,6 +107,11 @@ FFN_PER_TOKEN = {
 }
 
 
+def slots(pool, tau, gamma, tokens, top_k):
+    rule = moe.rules.make("moepp", pool, top_k=min(top_k, pool.size), tau=tau)
+    return moe.capacity(rule.load, gamma, tokens)
+
+
 @pytest.mark.parametrize("pool", FFN_PER_TOKEN, ids=lambda p: f"{p.n_ffn}+{p.n_zero_computation}")
 def test_cost_table(pool):
     """FFN slots over a vanilla model's, in groups so long that rounding up is not seen."""
@@ -115,8 +119,8 @@ def test_cost_table(pool):
     vanilla = moe.Pool(pool.n_ffn)
     for tau, per_token in zip(TAUS, FFN_PER_TOKEN[pool], strict=True):
         for gamma in (1.0, 1.1):
-            ours = moe.capacity(pool, tau, gamma, length, top_k)[: pool.n_ffn]
-            theirs = moe.capacity(vanilla, 1.0, gamma, length, top_k)
+            ours = slots(pool, tau, gamma, length, top_k)[: pool.n_ffn]
+            theirs = slots(vanilla, 1.0, gamma, length, top_k)
             ratio = sum(ours) / sum(theirs)
             assert math.isclose(top_k * ratio, per_token, abs_tol=6e-4), (tau, gamma)
 
@@ -134,10 +138,11 @@ def test_cost_table(pool):
 )
 def test_capacity_is_exact(n_ffn, others, tau, gamma, tokens, top_k):
     """Rounded up from the exact fraction: no slot is gained or lost to floating point."""
-    spec = Spec(n_ffn, *others, top_k=top_k, tau=float(tau), gamma=float(gamma))
-    got = moe.capacity(moe.Pool(n_ffn, *others), spec.tau, spec.gamma, tokens, top_k)
+    pool = moe.Pool(n_ffn, *others)
+    spec = Spec(*pool, top_k=min(top_k, pool.size), tau=float(tau), gamma=float(gamma))
+    got = slots(pool, spec.tau, spec.gamma, tokens, top_k)
     assert got == tuple(oracle.capacity(spec, i, tokens) for i in range(len(spec.kinds)))
 
 
 def test_an_expert_always_has_a_slot():
-    assert min(moe.capacity(moe.Pool(8, 2, 1, 1), 1e-7, 1.0, tokens=1, top_k=1)) == 1
+    assert min(slots(moe.Pool(8, 2, 1, 1), 1e-7, 1.0, tokens=1, top_k=1)) == 1

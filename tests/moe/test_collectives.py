@@ -110,8 +110,7 @@ def test_less_is_exchanged_as_tau_falls():
         text = program(spec, "capacity", mesh, groups=4, size=size)
         found = moved(text, "all-to-all")
         assert len(found) == 4 and len(set(found)) == 1
-        pool = moe.Pool(n_ffn, spec.n_const, spec.n_copy, spec.n_zero)
-        slots = moe.capacity(pool, spec.tau, gamma, size, 2)[0]
+        slots = moe.capacity(cases.rule(spec).load, gamma, size)[0]
         assert 0 <= found[0] - n_ffn * slots * cases.D < n_ffn * dispatch.TILE * cases.D
         return found[0], slots
 

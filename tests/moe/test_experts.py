@@ -115,7 +115,7 @@ def test_swiglu():
 
 
 EXPERTS_IN_PATHS = {
-    "capacity": lambda expert: moe.with_capacity(0.75, 1.1, expert),
+    "capacity": lambda expert: moe.with_capacity(1.1, expert),
     "dropless": lambda expert: moe.dropless(moe.Blocked(expert, block=4)),
 }
 
@@ -131,7 +131,7 @@ def test_types_may_differ(path, expert, finer):
     """Each gradient is of its argument's type, bfloat16 against float32 either way."""
     spec = Spec(E, 1, 1, 1)
     plain = cases.layer(spec)
-    layer = moe.MoE(plain.pool, plain.router, EXPERTS_IN_PATHS[path](expert))
+    layer = moe.MoE(plain.rule, EXPERTS_IN_PATHS[path](expert))
     p, x, previous = jax.tree.map(jnp.asarray, cases.case(spec))
     if finer == "tokens":
         p["ffn"] = jax.tree.map(lambda a: a.astype(jnp.bfloat16), p["ffn"])
@@ -152,20 +152,21 @@ def test_experts_of_ones_own(path):
     p, x, previous = cases.case(spec)
     p = p | {"ffn": gelu_params(np.random.default_rng(0))}
     p, x, previous = jax.tree.map(jnp.asarray, (p, x, previous))
-    pool, rules = cases.layer(spec).pool, cases.layer(spec).router
+    rule = cases.rule(spec)
+    pool = rule.pool
     if path == "capacity":
-        slots = moe.capacity(pool, 0.75, 0.6, x.shape[1], 2)
-        layer = moe.MoE(pool, rules, moe.with_capacity(0.75, 0.6, gelu_mlp))
+        slots = moe.capacity(rule.load, 0.6, x.shape[1])
+        layer = moe.MoE(rule, moe.with_capacity(0.6, gelu_mlp))
     else:
         slots = (x.shape[1],) * pool.size
-        layer = moe.MoE(pool, rules, moe.dropless(moe.Blocked(gelu_mlp, block=3)))
+        layer = moe.MoE(rule, moe.dropless(moe.Blocked(gelu_mlp, block=3)))
 
     def ours(p, x):
         y, _, stats = moe.local(x, previous, p, layer)
         return jnp.sum(jnp.sin(y)), (y, stats.load - stats.kept)
 
     def naive(p, x):
-        r = moe.route(x, previous, p["router"], rules, pool.first_zero)
+        r = rule.route(x, previous, p["router"])
         kept = dispatch.assign(r.experts, slots).kept
         y_ETD = gelu_mlp(p["ffn"], jnp.broadcast_to(x.reshape(1, -1, D), (E, x.size // D, D)))
         one_hot = (r.experts[..., None] == jnp.arange(E)) & kept[..., None]

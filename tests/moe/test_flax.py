@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moepp_jax import moe
+from moepp_jax import linen, moe
 from tests.moe import cases
 from tests.moe.test_meshes import mesh_of
 from tests.oracle import Spec
@@ -23,10 +23,10 @@ SPECS = {
 def test_parameters(spec):
     """Those that the oracle wants, matrices of the given deviation and constants N(0, 1)."""
     layer = cases.layer(spec)
-    params = moe.init(jax.random.key(0), layer, D, F, std=0.03)
+    params = moe.init(jax.random.key(0), moe.describe(layer.rule, D, F, std=0.03))
     N = len(spec.kinds)
     x, previous = jnp.zeros((B, L, D)), jnp.zeros((B, L, N))
-    module = moe.MoEPP(layer, F, S, init_std=0.03)
+    module = linen.MoEPP(layer, F, S, init_std=0.03)
     declared = jax.eval_shape(module.init, jax.random.key(0), x, previous)["params"]
     wanted = jax.tree.map(np.shape, cases.params(spec))
     assert jax.tree.map(jnp.shape, params) == jax.tree.map(jnp.shape, declared) == wanted
@@ -41,7 +41,7 @@ def test_equals_local(mesh):
     spec = Spec(4, 2, 1, 1, gamma=0.6)
     layer = cases.layer(spec)
     p, x, previous = cases.case(spec, groups=B * L // S, size=S)
-    module = moe.MoEPP(layer, F, S, mesh=mesh and mesh_of(mesh))
+    module = linen.MoEPP(layer, F, S, mesh=mesh and mesh_of(mesh))
     y, logits, stats = jax.jit(module.apply)(
         {"params": p}, x.reshape(B, L, D), previous.reshape(B, L, -1)
     )
@@ -56,7 +56,7 @@ def test_equals_local(mesh):
 def test_computes_in_its_dtype():
     spec = SPECS["all kinds"]
     p, x, previous = cases.case(spec, groups=B, size=L)
-    module = moe.MoEPP(cases.layer(spec), F, S, dtype=jnp.bfloat16)
+    module = linen.MoEPP(cases.layer(spec), F, S, dtype=jnp.bfloat16)
     y, logits, _ = jax.eval_shape(
         module.apply, {"params": p}, jnp.asarray(x, jnp.bfloat16), jnp.asarray(previous)
     )
@@ -68,4 +68,4 @@ def test_a_group_never_spans_two_sequences():
     layer = cases.layer(SPECS["all kinds"])
     x, previous = jnp.zeros((4, 6, D)), jnp.zeros((4, 6, 8))
     with pytest.raises(ValueError, match=r"8.*6"):
-        jax.eval_shape(moe.MoEPP(layer, F, S).init, jax.random.key(0), x, previous)
+        jax.eval_shape(linen.MoEPP(layer, F, S).init, jax.random.key(0), x, previous)

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 from moepp_jax import moe
-from moepp_jax.moe import router
 from tests import oracle
 from tests.moe import cases
 from tests.oracle import Spec
@@ -44,17 +43,16 @@ def test_every_gate_rule(pool, top_k, path, gamma):
     spec = Spec(*pool, top_k=top_k, gamma=gamma)
     p, x, previous = cases.case(spec)
 
+    specs = [dataclasses.replace(spec, gate=name) for name in cases.GATES]
+
     @jax.jit
-    def run(rule, x, previous, p):
-        def gate(chosen):  # one compilation for the four rules
-            return jax.lax.switch(rule, list(cases.GATES.values()), chosen)
+    def run(x, previous, p):  # one compilation for the four rules
+        return [moe.local(x, previous, p, cases.layer(spec, path)) for spec in specs]
 
-        return moe.local(x, previous, p, cases.layer(spec, path, gate))
-
-    for rule, name in enumerate(cases.GATES):
-        want = oracle.layer(dataclasses.replace(spec, gate=name), x, previous, p)
+    for spec, got in zip(specs, run(x, previous, p), strict=True):
+        want = oracle.layer(spec, x, previous, p)
         assert want.kept.all() == (gamma is None), "the case must drop where it says so"
-        compare(run(rule, x, previous, p), want)
+        compare(got, want)
 
 
 OPTIONS = {
@@ -134,9 +132,7 @@ def test_detached_residual():
     spec = Spec(4, 1, 1, 1)
     p, x, previous = cases.case(spec)
     layer = cases.layer(spec)
-    detached = dataclasses.replace(
-        layer, router=dataclasses.replace(layer.router, residual=router.add_detached)
-    )
+    detached = dataclasses.replace(layer, rule=dataclasses.replace(layer.rule, residual="detached"))
 
     def total(previous, p, layer):
         y, logits, _ = moe.local(jnp.asarray(x), previous, p, layer)
@@ -164,7 +160,7 @@ def test_double_precision(path):
     layer = cases.layer(spec, path)
     with jax.enable_x64(True):
         doubles = jax.tree.map(lambda a: jnp.asarray(a, jnp.float64), (x, previous, p))
-        r = moe.route(*doubles[:2], doubles[2]["router"], layer.router, layer.pool.first_zero)
+        r = layer.rule.route(*doubles[:2], doubles[2]["router"])
         y, _, _ = jax.jit(lambda *a: moe.local(*a, layer))(*doubles)
         assert y.dtype == jnp.float64
     chosen = np.asarray(r.experts), np.float64(r.gates)

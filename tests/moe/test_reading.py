@@ -28,8 +28,12 @@ def apart(ffn):
 @functools.cache
 def path_for(tokens: int, platform: str = "cpu"):
     path = moe.dropless(kernels.reading_chosen(platform, tokens))
-    pool = cases.layer(SPEC, "blocked").pool
-    return jax.jit(lambda x, e, g, ffn: path(x, e, g, ffn, pool, None)[0])
+    rule = cases.rule(SPEC)
+
+    def served(x, experts, gates, ffn):
+        return path(x, moe.Routing(experts, gates, None, None), ffn, rule, None)[0]
+
+    return jax.jit(served)
 
 
 @functools.cache

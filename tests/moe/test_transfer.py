@@ -169,7 +169,7 @@ def test_admission_is_causal():
 def layer_of(buffer, moved):
     layer = cases.layer(SPEC)
     path = moe.dropless(moe.Blocked(moe.swiglu, block=3), moved, buffer)
-    return moe.MoE(layer.pool, layer.router, path)
+    return moe.MoE(layer.rule, path)
 
 
 def skewed():
@@ -195,15 +195,15 @@ def test_a_bound_drops_and_says_so(ragged, moved, mesh):
         return jnp.sum(weights * y), (y, stats)
 
     gradients, (y, stats) = jax.jit(jax.grad(ours, (0, 1), has_aux=True))(p, x)
-    r = moe.route(x, previous, p["router"], layer.router, layer.pool.first_zero)
+    r = layer.rule.route(x, previous, p["router"])
     kept = np.concatenate([admit(r.experts, mesh, part) for part in range(mesh[0])])
     assert 0.05 < 1 - kept.mean() < 0.6
     kept = jnp.asarray(kept)
 
     def naive(p, x):
-        r = moe.route(x, previous, p["router"], layer.router, layer.pool.first_zero)
+        r = layer.rule.route(x, previous, p["router"])
         gates = jnp.where(kept, r.gates, 0.0)
-        y, _ = layer.path(x, r.experts, gates, p["ffn"], layer.pool, None)
+        y, _ = layer.path(x, r._replace(gates=gates), p["ffn"], layer.rule, None)
         y += moe.experts.zero_computation(x, r.experts, gates, kept, p["const"], layer.pool)
         return jnp.sum(weights * y), y
 

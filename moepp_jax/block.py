@@ -1,0 +1,212 @@
+"""What the model repeats: RMSNorm, rotary attention and MoE++ in pre-norm layers, as functions.
+
+Training scans over blocks, generation walks through them with a cache: both run this one. What a
+part is made of is described beside what it computes.
+
+Shapes: B sequences, L tokens, D width, H query heads and KV key heads of width W; the letters of
+`moepp_jax.moe` besides.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from moepp_jax import moe as moe_lib
+from moepp_jax.config import ModelConfig
+from moepp_jax.moe import Param
+from moepp_jax.moe.products import tokens_first
+
+Params = dict[str, Any]
+
+# (queries (B, L, H, W), keys, values (B, L, KV, W)) -> (answers (B, L, H, W), what it keeps)
+Attend = Callable[..., tuple[Float[Array, "B L H W"], Any]]
+
+
+def describe_norm(width: int, cut: bool = True) -> Params:
+    return {"norm": Param((width,), mean=1.0, cut=0 if cut else None, decay=False, float32=True)}
+
+
+def rms_norm(params: Params, x: Float[Array, "*B D"], eps: float) -> Float[Array, "*B D"]:
+    """x / rms(x) * scale, in float32."""
+    y = x.astype(jnp.float32)
+    y *= jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + eps)
+    return (y * params["norm"]).astype(x.dtype)
+
+
+def rotate(
+    x_BLHW: Float[Array, "B L H W"], positions_BL: Int[Array, "B L"], theta: float, scaling: float
+) -> Float[Array, "B L H W"]:
+    """Rotary position embedding, rotate-half convention: pairs are (i, i + W/2).
+
+    Positions are divided by `scaling`.
+    """
+    W = x_BLHW.shape[-1]
+    frequency = theta ** (-jnp.arange(0, W, 2, dtype=jnp.float32) / W)
+    angle = positions_BL[..., None, None].astype(jnp.float32) / scaling * frequency
+    sin, cos = jnp.sin(angle), jnp.cos(angle)
+    a, b = jnp.split(x_BLHW.astype(jnp.float32), 2, axis=-1)
+    rotated = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
+    return rotated.astype(x_BLHW.dtype)
+
+
+def describe_attention(c: ModelConfig) -> Params:
+    """Matrices as (H W, D), and norms of queries and keys, whose width need not divide."""
+    D, W, std = c.hidden_size, c.head_width, c.init_std
+    heads = {"q": c.num_heads, "k": c.num_kv_heads, "v": c.num_kv_heads}
+    described = {name: Param((H * W, D), std, cut=0) for name, H in heads.items()}
+    described["o"] = Param((D, c.num_heads * W), std, cut=0)
+    if c.qk_norm != "none":
+        for name in ("q", "k"):
+            width = W if c.qk_norm == "head" else heads[name] * W
+            described[f"{name}_norm"] = describe_norm(width, cut=False)
+    return described
+
+
+def attention(
+    c: ModelConfig,
+    params: Params,
+    x_BLD: Float[Array, "B L D"],
+    positions_BL: Int[Array, "B L"],
+    attend: Attend,
+    product: Callable = tokens_first,
+) -> tuple[Float[Array, "B L D"], Any]:
+    """Multi-head or grouped-query attention with rotary positions, and normalised queries and keys.
+
+    What is attended to is the affair of `attend`; what it keeps is handed on.
+
+    Args:
+      product: (x (B, L, D), w (F, D)) -> x W^T.
+    """
+    B, L, _ = x_BLD.shape
+    W = c.head_width
+
+    def placed(name, heads):
+        rows = product(x_BLD, params[name])
+        if c.qk_norm == "head":
+            rows = rows.reshape(B, L, heads, W)
+        if c.qk_norm != "none":
+            rows = rms_norm(params[f"{name}_norm"], rows, c.norm_eps)
+        return rotate(rows.reshape(B, L, heads, W), positions_BL, c.rope_theta, c.rope_scaling)
+
+    q, k = placed("q", c.num_heads), placed("k", c.num_kv_heads)
+    v = product(x_BLD, params["v"]).reshape(B, L, c.num_kv_heads, W)
+    y, kept = attend(q, k, v)
+    return product(y.reshape(B, L, -1), params["o"]), kept
+
+
+def attend_to_each_other(mask_BLL: Bool[Array, "B L L"]) -> Attend:
+    """The tokens see each other where the mask says so; nothing is kept."""
+
+    def attend(q, k, v):
+        return jax.nn.dot_product_attention(q, k, v, mask=mask_BLL[:, None]), None
+
+    return attend
+
+
+def describe_dense(c: ModelConfig) -> Params:
+    D, F, std = c.hidden_size, c.dense_ffn_size, c.init_std
+    return {"w_in": Param((2, F, D), std, cut=1), "w_out": Param((D, F), std, cut=0)}
+
+
+def dense(params: Params, x_BLD: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
+    """One SwiGLU for all tokens: an expert function with a single expert."""
+    params = jax.tree.map(lambda p: p[None], params)
+    return moe_lib.swiglu(params, x_BLD.reshape(1, -1, x_BLD.shape[-1])).reshape(x_BLD.shape)
+
+
+class BlockOutput(NamedTuple):
+    """What a block computes.
+
+    Attributes:
+      x: the residual stream.
+      logits: the router's, for the next block.
+      statistics: of the MoE layer's routing, leading axis the groups.
+      states: the input of every layer.
+      kept: of every layer, what its `attend` keeps.
+    """
+
+    x: Float[Array, "B L D"]
+    logits: Float[Array, "B L N"]
+    statistics: moe_lib.Statistics
+    states: list[Float[Array, "B L D"]]
+    kept: list[Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Block:
+    """moe_every - 1 dense layers, then one MoE++ layer.
+
+    Attributes:
+      ffn_size: F, of the FFN experts.
+      group_size: S, tokens that share a capacity; None, for dropless dispatch, is the sequence.
+      axis: mesh axis over which the FFN experts are sharded.
+      product, dense: how matrices and dense FFNs are computed.
+    """
+
+    config: ModelConfig
+    moe: moe_lib.MoE
+    ffn_size: int
+    group_size: int | None = None
+    axis: str | None = None
+    product: Callable = tokens_first
+    dense: Callable = dense
+
+    @property
+    def prefixes(self) -> list[str]:
+        """Of the layers' parameters; the last layer is the MoE++ one."""
+        return [f"dense_{i}_" for i in range(self.config.moe_every - 1)] + [""]
+
+    def describe(self) -> Params:
+        """The block's parameters."""
+        c, described = self.config, {}
+        for prefix in self.prefixes:
+            described[f"{prefix}attention"] = describe_attention(c)
+            described[f"{prefix}attention_norm"] = describe_norm(c.hidden_size)
+            described[f"{prefix}ffn_norm"] = describe_norm(c.hidden_size)
+            if prefix:
+                described[f"{prefix}dense"] = describe_dense(c)
+        layer = moe_lib.describe(self.moe.rule, c.hidden_size, self.ffn_size, c.init_std)
+        return described | {"moe": layer}
+
+    def __call__(
+        self,
+        params: Params,
+        x: Float[Array, "B L D"],
+        previous_BLN: Float[Array, "B L N"],
+        positions_BL: Int[Array, "B L"],
+        attends: Iterator[Attend] | Sequence[Attend],
+    ) -> BlockOutput:
+        """
+        Args:
+          params: of `describe`, each in the type in which it is used.
+          attends: one for each layer.
+        """
+        states, kept = [], []
+        for prefix, attend in zip(self.prefixes, attends, strict=False):
+            states.append(x)
+            h = self._norm(params[f"{prefix}attention_norm"], x)
+            y, held = attention(
+                self.config, params[f"{prefix}attention"], h, positions_BL, attend, self.product
+            )
+            kept.append(held)
+            x += y
+            h = self._norm(params[f"{prefix}ffn_norm"], x)
+            if prefix:
+                x += self.dense(params[f"{prefix}dense"], h)
+        y, logits, statistics = self._moe(params["moe"], h, previous_BLN)
+        return BlockOutput(x + y, logits, statistics, states, kept)
+
+    def _moe(self, params, x_BLD, previous_BLN):
+        size = self.group_size or x_BLD.shape[1]
+        grouped = (a.reshape(-1, size, a.shape[-1]) for a in (x_BLD, previous_BLN))
+        y, logits, statistics = moe_lib.local(*grouped, params, self.moe, self.axis)
+        return y.reshape(x_BLD.shape), logits.reshape(previous_BLN.shape), statistics
+
+    def _norm(self, params, x):
+        return rms_norm(params, x, self.config.norm_eps)
