@@ -1,0 +1,28 @@
+"""Null experts with one logit: a token has its best FFN experts that pass it, 2 at most.
+
+    python -m moepp_jax.main train --config=configs/routing/tied_null.py --workdir=runs/tied_null
+
+Expected: 1.23 FFN experts a token (rho = 8 / 13), the default job having 1.2, from 0 to 2 each; a
+balance loss near 1.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import tiny
+
+
+def get_config() -> ConfigDict:
+    c = tiny.get_config()
+    c.moe.update(n_ffn=8, n_const=0, n_copy=0, n_zero=5, dispatch="dropless")
+    c.moe.rule = ConfigDict(
+        dict(
+            type="tied_null",
+            top_k=2,
+            balance_weight=2e-2,
+            router_layers=1,
+            residual="none",
+            logit_norm=0.0,
+            z_weight=1e-3,
+        )
+    )
+    return c
