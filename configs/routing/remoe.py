@@ -1,0 +1,30 @@
+"""ReMoE: ReLU routing, made sparse by an L1 penalty whose coefficient follows the sparsity.
+
+    python -m moepp_jax.main train --config=configs/routing/remoe.py --workdir=runs/remoe
+
+Expected: about half of the 8 FFN experts a token at first, so slow steps; when the coefficient has
+grown, after a hundred steps or more, about 2 a token, as the default job's vanilla twin has.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import tiny
+
+
+def get_config() -> ConfigDict:
+    c = tiny.get_config()
+    c.moe.update(n_ffn=8, n_const=0, n_copy=0, n_zero=0, dispatch="dropless")
+    c.moe.rule = ConfigDict(
+        dict(
+            type="remoe",
+            top_k=2,
+            max_experts=0,
+            lambda_start=1e-8,
+            alpha=1.2,
+            router_layers=1,
+            residual="none",
+            logit_norm=0.0,
+            z_weight=0.0,
+        )
+    )
+    return c
