@@ -39,7 +39,12 @@ def get_config() -> ConfigDict:
     e.n_zero = 1  # (n_const, n_copy, n_zero) = (0, 0, 0) is the vanilla MoE
     e.ffn_size = 2048  # F, width of one FFN expert
     e.gamma = 1.1  # gamma, the capacity factor: slots are gamma times the rule's load at balance
-    e.group_size = 2048  # S, consecutive tokens of one sequence that share a capacity
+    # S, tokens that share a capacity: a part of a sequence, or several whole sequences of a device,
+    # to which slots are given position by position.
+    e.group_size = 2048
+    # Slots that an expert may give out ahead of a budget that grows with the position in the
+    # sequence; -1: there is no such budget, the first tokens may take all slots.
+    e.budget_slack = -1
     e.dispatch = "capacity"  # in training: "capacity" (drops) or "dropless" (exact)
     e.eval_dispatch = "dropless"  # in evaluation; generation is always dropless
     # Dropless on an expert axis: rows that a device can be sent, in units of the K T that its own

@@ -108,7 +108,7 @@ def time_layers(configs: dict[str, Config], folders: dict[str, Path]) -> dict[st
 
 
 def layer_case(config: Config, folder: Path) -> timing.Case:
-    layer = model_lib.moe_of(config.moe, config.moe.dispatch, jax.default_backend())
+    layer = model_lib.moe_of(config, config.moe.dispatch, jax.default_backend())
     params = moepp_jax.load(folder, config.train.steps).params["layers"]["moe"]
     params = jax.tree.map(lambda p: p[0], params)
     S = config.moe.group_size

@@ -56,6 +56,7 @@ class MoEConfig:
     rule: Rule
     gamma: float
     group_size: int
+    budget_slack: int
     dispatch: str
     eval_dispatch: str
     exchange_buffer: float
@@ -303,6 +304,7 @@ _AT_LEAST = {
     "model.loss_chunk": 1,
     "moe.ffn_size": 1,
     "moe.group_size": 1,
+    "moe.budget_slack": -1,
     "moe.exchange_buffer": 0,
     "data.seq_len": 2,
     "data.worker_processes": 0,
@@ -385,9 +387,10 @@ def _check(c: Config) -> None:
         f"must divide config.model.num_layers = {m.num_layers}",
     )
     require(
-        c.data.seq_len % e.group_size == 0,
+        c.data.seq_len % e.group_size == 0 or e.group_size % c.data.seq_len == 0,
         "moe.group_size",
-        f"must divide config.data.seq_len = {c.data.seq_len}: a group never spans two sequences",
+        f"must divide config.data.seq_len = {c.data.seq_len}, or be a multiple of it: a group is a "
+        "part of a sequence, or several whole ones",
     )
     require(
         c.data.seq_len % min(m.loss_chunk, c.data.seq_len) == 0,

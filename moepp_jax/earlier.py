@@ -15,6 +15,7 @@ _LATER = {
     "model.qk_norm": "none",
     "model.rope_scaling": 1.0,
     "moe.exchange_buffer": 0.0,
+    "moe.budget_slack": -1,
     "moe.rule.bias_rate": 0.0,
     "data.tfds_dir": "",
     "data.worker_processes": 0,

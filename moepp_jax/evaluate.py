@@ -36,8 +36,10 @@ def make_evaluate(
     The batches hold the rows of this process; the metrics are of all, and alike in all processes.
 
     The metrics: eval_loss (nats a target), eval_perplexity, eval_tokens (targets),
-    eval_ffn_experts_per_token, eval_drop_rate, and by layer eval_load (share of the tokens that
-    choose each expert), eval_ffn_experts_per_token_by_layer and eval_router_entropy_by_layer.
+    eval_ffn_experts_per_token, eval_drop_rate, and that by eighth of the sequences and by kind of
+    expert (FFN, constant, copy, zero) as eval_drop_rate_by_part and eval_drop_rate_by_kind; and by
+    layer eval_load (share of the tokens that choose each expert),
+    eval_ffn_experts_per_token_by_layer and eval_router_entropy_by_layer.
     Routing is averaged over the real tokens' groups; padding rows do not count.
     """
     model, pool = parts.evaluated, parts.evaluated.rule.pool
@@ -82,6 +84,8 @@ def make_evaluate(
             "eval_tokens": int(total["targets"]),
             "eval_ffn_experts_per_token": float(by_layer["ffn_experts_per_token"].mean()),
             "eval_drop_rate": float(by_layer["drop_rate"].mean()),
+            "eval_drop_rate_by_part": by_layer["drop_rate_by_part"].mean(axis=0),
+            "eval_drop_rate_by_kind": by_layer["drop_rate_by_kind"].mean(axis=0),
             "eval_load": stats.load,
             "eval_ffn_experts_per_token_by_layer": by_layer["ffn_experts_per_token"],
             "eval_router_entropy_by_layer": by_layer["router_entropy"],

@@ -22,7 +22,7 @@ class MoEPP(nn.Module):
     Attributes:
       moe: what is computed.
       ffn_size: F.
-      group_size: S, tokens that share a capacity; divides L.
+      group_size: S, tokens that share a capacity: divides L, or is moe.sequences times L.
       mesh: run under a shard_map on it, or on this device if None.
       axis: inside the caller's own shard_map, the mesh axis over which the FFN experts are sharded;
         their parameters are then this device's.
@@ -52,9 +52,11 @@ class MoEPP(nn.Module):
 
         params = {group: self.param(group, initial, group) for group in described}
         params = {g: param.used(described[g], params[g], self.dtype) for g in described}
-        if x_BLD.shape[1] % self.group_size:
+        L, several = x_BLD.shape[1], self.moe.sequences
+        if self.group_size != several * L if several > 1 else L % self.group_size:
             raise ValueError(
-                f"groups of {self.group_size} tokens do not divide sequences of {x_BLD.shape[1]}"
+                f"groups of {self.group_size} tokens do not divide sequences of {L}, nor are they "
+                f"moe.sequences = {several} of them"
             )
         x_GSD = x_BLD.reshape(-1, self.group_size, D)
         previous_GSN = previous_BLN.reshape(-1, self.group_size, N)

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
+import numpy as np
 
 from moepp_jax import flops
 from moepp_jax.config import Config
@@ -42,6 +43,7 @@ class Log:
         self._step = step
         self._since = time.perf_counter()
         self._waited = 0.0
+        self._warned = False
 
     def waited_for(self, batches: Iterator) -> Iterator:
         """The batches; the time that each takes to come is noted as waiting for data."""
@@ -66,11 +68,11 @@ class Log:
             return
         step, metrics = self._pending
         self._pending = None
-        values = {name: float(v) for name, v in jax.device_get(metrics).items()}
+        values = {name: np.asarray(v).tolist() for name, v in jax.device_get(metrics).items()}
         self._write(step, values)
         require_finite(step, values)
 
-    def _write(self, step: int, values: dict[str, float]) -> None:
+    def _write(self, step: int, values: dict[str, Any]) -> None:
         if self._writer is None:
             return
         now = time.perf_counter()
@@ -91,6 +93,10 @@ class Log:
             values["mfu"] = mfu
         self._writer.write(step, **values)
         self._progress.update(step, **values)
+        said = _starving(values["drop_rate"], values.get("drop_rate_by_part", []))
+        if said and not self._warned:
+            self._progress.message(f"step {step}: {said}")
+            self._warned = True
 
     def held_out(self, step: int, values: dict[str, Any]) -> None:
         """Writes the row of an evaluation."""
@@ -110,6 +116,18 @@ class Log:
         start = time.perf_counter()
         yield
         self._since += time.perf_counter() - start
+
+
+def _starving(mean: float, by_part: list[float]) -> str | None:
+    """What to say when a part of the sequences loses much more of its choices than the others."""
+    worst = max(by_part, default=0.0)
+    if worst < max(0.05, 2.5 * mean):
+        return None
+    part = by_part.index(worst) + 1
+    return (
+        f"part {part} of {len(by_part)} of the sequences loses {worst:.0%} of its experts, and the "
+        f"mean is {mean:.0%}: raise config.moe.group_size or config.moe.gamma, or train dropless"
+    )
 
 
 def _held_out_line(step: int, held_out: dict[str, Any]) -> str:

@@ -60,6 +60,13 @@ def mesh_shape(config: Config, num_devices: int) -> tuple[int, int, int]:
             f"config.train.accumulate = {config.train.accumulate} parts gives {part} sequences, "
             f"which must be a multiple of the {num_devices} devices"
         )
+    sequences = max(1, config.moe.group_size // config.data.seq_len)
+    if config.moe.dispatch == "capacity" and part // num_devices % sequences:
+        raise ConfigError(
+            f"config.moe.group_size = {config.moe.group_size} is {sequences} sequences, and of a "
+            f"part of the batch each of the {num_devices} devices has {part // num_devices}, which "
+            "must be a multiple of that"
+        )
     return tuple(sizes)
 
 

@@ -1,9 +1,11 @@
 """What a run measured: one JSON object a line in metrics.jsonl, and TensorBoard events beside it.
 
 A training row has step, loss, balance_loss, z_loss, grad_norm, lr, tokens (seen so far),
-tokens_per_s, ffn_experts_per_token, drop_rate (a share), seconds, data_wait (the share of the time
-since the row before in which the loop waited for batches) and, of each source of text, tokens/NAME
-and epochs/NAME so far; a row of an evaluation has step, eval_loss and what else was measured.
+tokens_per_s, ffn_experts_per_token, drop_rate (a share; also drop_rate_by_part, of each eighth of
+the sequences, and drop_rate_by_kind, of FFN, constant, copy and zero experts), router_entropy,
+seconds, data_wait (the share of the time since the row before in which the loop waited for
+batches) and, of each source of text, tokens/NAME and epochs/NAME so far; a row of an evaluation has
+step, eval_loss and what else was measured. A rule may have other losses than these.
 Numbers that are not finite have no form in JSON: they stand as null in metrics.jsonl (and as they
 are in TensorBoard).
 """

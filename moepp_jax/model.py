@@ -18,7 +18,7 @@ from moepp_jax import mesh as mesh_lib
 from moepp_jax import moe as moe_lib
 from moepp_jax import vocabulary
 from moepp_jax.block import Block, attend_to_each_other, describe_norm, rms_norm
-from moepp_jax.config import Config, ModelConfig, MoEConfig
+from moepp_jax.config import Config, ModelConfig
 from moepp_jax.moe import Param, Rule, kernels, param
 from moepp_jax.moe.rule import require_sound
 
@@ -169,15 +169,18 @@ def describe(config: Config) -> dict[str, Any]:
     return build(config).described
 
 
-def moe_of(c: MoEConfig, dispatch: str, platform: str) -> moe_lib.MoE:
+def moe_of(config: Config, dispatch: str, platform: str) -> moe_lib.MoE:
     """The layer that a configuration asks for, with the kernels and exchange of the platform."""
+    c, sequences = config.moe, 1
     if dispatch == "capacity":
-        path = moe_lib.with_capacity(c.gamma, exchanged=kernels.exchanged(platform))
+        slack = None if c.budget_slack < 0 else c.budget_slack
+        path = moe_lib.with_capacity(c.gamma, exchanged=kernels.exchanged(platform), slack=slack)
+        sequences = max(1, c.group_size // config.data.seq_len)
     else:
         path = moe_lib.dropless(
             kernels.grouped_function(platform), kernels.move(platform), c.exchange_buffer or None
         )
-    return moe_lib.MoE(c.rule, path, c.input_scale)
+    return moe_lib.MoE(c.rule, path, c.input_scale, sequences)
 
 
 def build(config: Config, mesh: Mesh | None = None, dispatch: str | None = None) -> LanguageModel:
@@ -196,7 +199,7 @@ def build(config: Config, mesh: Mesh | None = None, dispatch: str | None = None)
     _require_sound(config.moe.rule)
     block = Block(
         config.model,
-        moe_of(config.moe, dispatch, platform),
+        moe_of(config, dispatch, platform),
         ffn_size=config.moe.ffn_size,
         group_size=config.moe.group_size if dispatch == "capacity" else None,
         axis="expert" if mesh is not None and mesh.shape["expert"] > 1 else None,

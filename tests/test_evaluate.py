@@ -112,6 +112,10 @@ def assert_close(actual, expected):
 def test_capacity_can_be_evaluated_too_and_drops():
     got = evaluated(dispatch="capacity")
     assert got["eval_drop_rate"] > 0.03
+    # The first eighth drops least, and all eight together what the mean says, weighed by choices.
+    by_part = got["eval_drop_rate_by_part"]
+    assert by_part.shape == (8,) and by_part[0] == by_part.min() < by_part.max()
+    assert got["eval_drop_rate_by_kind"].shape == (4,)
     # What is dropped is not served, but was asked for.
     np.testing.assert_allclose(got["eval_load"].sum(axis=1), 2.0, rtol=1e-6)
     asked = got["eval_load"][:, : tiny.config().moe.n_ffn].sum(axis=1)

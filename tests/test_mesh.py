@@ -62,6 +62,11 @@ def test_the_open_axis_takes_the_rest(axes, devices, expected):
         ),
         (
             (8, 1, 1),
+            {"train.batch_size": 24, "moe.group_size": 64},
+            r"config.moe.group_size = 64 is 2 sequences, and of a part .* 8 devices has 3, which",
+        ),
+        (
+            (8, 1, 1),
             {"train.batch_size": 8, "train.accumulate": 2},
             r"config.train.batch_size = 8 in config.train.accumulate = 2 parts gives 4 sequences",
         ),

@@ -3,13 +3,14 @@
 import io
 import json
 import math
+import re
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from rich.console import Console
 
-from moepp_jax import progress
+from moepp_jax import log, progress
 from moepp_jax.errors import ConfigError
 from moepp_jax.metrics import MetricsWriter, read_metrics
 from moepp_jax.progress import Progress
@@ -132,3 +133,19 @@ def test_on_a_terminal_an_interrupt_gives_the_cursor_back():
     assert "train" in output and "250/500" in output and "loss 2.000" in output
     assert "saved" in output
     assert output.rfind("\x1b[?25h") > output.rfind("\x1b[?25l") >= 0
+
+
+@pytest.mark.parametrize(
+    ("mean", "by_part", "said"),
+    [
+        (0.02, [0.02] * 8, None),
+        (0.2, [0.2] * 7 + [0.4], None),  # twice the mean is not much more
+        (0.01, [0.0] * 7 + [0.04], None),  # little is lost anywhere
+        (0.1, [0.05] * 7 + [0.45], "part 8 of 8 of the sequences loses 45% .* the mean is 10%"),
+        (0.1, [0.3] + [0.07] * 7, "part 1 of 8 .* raise config.moe.group_size or"),
+        (0.0, [], None),
+    ],
+)
+def test_a_part_of_the_sequences_that_starves_is_told(mean, by_part, said):
+    line = log._starving(mean, by_part)
+    assert (line is None) if said is None else re.match(said, line)

@@ -73,6 +73,24 @@ def test_every_mesh_takes_the_same_step(axes, dispatch):
     assert all(distance > 0 for distance in jax.tree.leaves(moved))
 
 
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_sequences_that_share_slots_are_the_same_on_every_mesh(accumulate):
+    """Two of a device's; of every second one where the batch has two parts."""
+    shared = {"moe.group_size": 64, "train.batch_size": 16, "train.accumulate": accumulate}
+    expected, expected_metrics = stepped((1, 1, 1), "capacity", **shared)
+    assert expected_metrics["drop_rate"] > 0.03
+    apart = stepped((1, 1, 1), "capacity", **shared | {"moe.group_size": 32})[1]
+    assert expected_metrics["drop_rate"] < apart["drop_rate"]
+    axes = (1, 2, 2)
+    state, metrics = stepped(axes, "capacity", **shared)
+    close(metrics, expected_metrics)
+    close(state.params, expected.params)
+    *_, step = case(axes, "capacity", **shared)
+    *_, alone = case(axes, "capacity", **shared | {"moe.group_size": 32})
+    kinds, without = (sorted(k for k, *_ in collectives(s.as_text())) for s in (step, alone))
+    assert kinds == without, "sharing slots moves nothing between devices"
+
+
 @pytest.mark.parametrize("remat", ["dots", "exchanged", "full"])
 def test_what_backward_computes_again_changes_nothing_but_memory_and_traffic(remat):
     """Only "full" sends the tokens to their experts and back again in backward."""

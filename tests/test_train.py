@@ -29,6 +29,7 @@ from tests import tiny
 
 # What every training row holds; others may join them.
 ROW = {"step", "loss", "balance_loss", "z_loss", "grad_norm", "lr", "tokens", "tokens_per_s"}
+ROW |= {"drop_rate_by_part", "drop_rate_by_kind", "router_entropy"}
 ROW |= {"ffn_experts_per_token", "drop_rate", "seconds", "data_wait", "tokens/text", "epochs/text"}
 
 

@@ -28,11 +28,13 @@ class MoE:
       rule: how tokens choose and weigh experts.
       path: how tokens reach the FFN experts: `paths.with_capacity` or `paths.dropless`.
       input_scale: multiplies what all experts read, not what the router reads.
+      sequences: n, whole sequences of a group of tokens, one after the other, that share slots.
     """
 
     rule: Rule
     path: Path
     input_scale: float = 1.0
+    sequences: int = 1
 
     @property
     def pool(self) -> Pool:
@@ -89,9 +91,9 @@ def local(
     router = {n: jax.lax.stop_gradient(p) if n in state else p for n, p in params["router"].items()}
     r = moe.rule.route(x_GSD, previous_GSN, router)
     x_GSD = x_GSD * jnp.asarray(moe.input_scale, x_GSD.dtype)
-    y, kept = moe.path(x_GSD, r, params["ffn"], moe.rule, axis)
+    y, kept = moe.path(x_GSD, r, params["ffn"], moe.rule, axis, moe.sequences)
     y += zero_computation(x_GSD, r.experts, r.gates, kept, params.get("const", {}), moe.pool)
-    return y, r.logits, losses.statistics(r, kept, moe.rule.measure(r))
+    return y, r.logits, losses.statistics(r, kept, moe.rule.measure(r), moe.sequences)
 
 
 def sharded(

@@ -5,9 +5,13 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from moepp_jax.moe.experts import Pool
+
+# Parts of a sequence by which drops are told.
+PARTS = 8
 
 
 class Statistics(NamedTuple):
@@ -19,6 +23,8 @@ class Statistics(NamedTuple):
       prob: mean score of expert i: P_i.
       entropy: of the scores over their sum, nats.
       z: squared log-sum-exp of the logits.
+      asked: choices a token of the group by the eighth of its sequences in which they are.
+      served: of these, those that were served.
       own: what the rule measures beside, by name.
     """
 
@@ -27,17 +33,25 @@ class Statistics(NamedTuple):
     prob: Float[Array, "*G N"]
     entropy: Float[Array, "*G"]
     z: Float[Array, "*G"]
+    asked: Float[Array, "*G 8"]
+    served: Float[Array, "*G 8"]
     own: dict[str, Any]
 
 
-def statistics(routing, kept_GSK, own: dict[str, Any]) -> Statistics:
+def statistics(routing, kept_GSK, own: dict[str, Any], sequences: int = 1) -> Statistics:
     """
     Args:
       routing: a `rule.Routing`.
       own: what the rule measured.
+      sequences: of a group.
     """
     one_hot = routing.experts[..., None] == jnp.arange(routing.scores.shape[-1])
     tokens = routing.experts.shape[1]
+    positions = tokens // sequences
+    part = np.tile(np.arange(positions) * PARTS // positions, sequences)
+    in_part = np.float32(part[:, None] == np.arange(PARTS)) / tokens
+    asked_GS = jnp.sum(routing.experts < routing.scores.shape[-1], axis=-1, dtype=jnp.float32)
+    served_GS = jnp.sum(kept_GSK, axis=-1, dtype=jnp.float32)
     tiny = jnp.finfo(jnp.float32).tiny
     p = routing.scores / jnp.maximum(jnp.sum(routing.scores, axis=-1, keepdims=True), tiny)
     plogp = p * jnp.log(jnp.maximum(p, tiny))
@@ -47,6 +61,8 @@ def statistics(routing, kept_GSK, own: dict[str, Any]) -> Statistics:
         prob=jnp.mean(routing.scores, axis=1),
         entropy=-jnp.mean(jnp.sum(plogp, axis=-1), axis=1),
         z=jnp.mean(jnp.square(jax.nn.logsumexp(routing.logits, axis=-1)), axis=1),
+        asked=asked_GS @ in_part,
+        served=served_GS @ in_part,
         own=own,
     )
 
@@ -74,11 +90,26 @@ def heterogeneous_balance(
     return weighted_balance(load_N, prob_N, [1.0] * pool.n_ffn + [tau] * pool.n_zero_computation)
 
 
-def summarise(stats: Statistics, pool: Pool) -> dict[str, Float[Array, "*L"]]:
-    """Drop rate (share of all assignments), FFN experts that served a token, router entropy."""
-    kept = jnp.sum(stats.kept, axis=-1)
+def summarise(stats: Statistics, pool: Pool) -> dict[str, Float[Array, "..."]]:
+    """What is looked at of a layer's routing.
+
+    drop_rate: share of the choices that were dropped; drop_rate_by_part: of each eighth of the
+    sequences, in order; drop_rate_by_kind: of FFN, constant, copy and zero experts; 0 where nothing
+    is chosen. ffn_experts_per_token: that served a token. router_entropy: nats.
+    """
+    ends = list(np.cumsum(pool)[:-1])
+    kinds = [
+        jnp.stack([jnp.sum(a, axis=-1) for a in jnp.split(by_expert, ends, axis=-1)], axis=-1)
+        for by_expert in (stats.load, stats.kept)
+    ]
     return {
-        "drop_rate": 1.0 - kept / jnp.sum(stats.load, axis=-1),
+        "drop_rate": _missing(jnp.sum(stats.load, axis=-1), jnp.sum(stats.kept, axis=-1)),
+        "drop_rate_by_part": _missing(stats.asked, stats.served),
+        "drop_rate_by_kind": _missing(*kinds),
         "ffn_experts_per_token": jnp.sum(stats.kept[..., : pool.n_ffn], axis=-1),
         "router_entropy": stats.entropy,
     }
+
+
+def _missing(asked, served):
+    return 1.0 - jnp.where(asked > 0, served / jnp.maximum(asked, jnp.finfo(jnp.float32).tiny), 1.0)

@@ -1,7 +1,7 @@
 """The two ways of a token to its FFN experts and back: fixed capacity, or dropless.
 
-A path is a function (x, routing, params of the FFN experts, rule, axis) -> (what the FFN experts
-add to the output, which assignments were kept).
+A path is a function (x, routing, params of the FFN experts, rule, axis, sequences of a group) ->
+(what the FFN experts add to the output, which assignments were kept).
 """
 
 import functools
@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float
 
@@ -25,6 +26,7 @@ def with_capacity(
     gamma: float,
     expert: Callable = swiglu,
     exchanged: Callable = exchange.by_expert,
+    slack: int | None = None,
 ) -> Path:
     """Every expert has slots for gamma times its load at balance; what does not fit is dropped.
 
@@ -35,14 +37,18 @@ def with_capacity(
       expert: (params stacked over E, rows (E, B, D)) -> rows (E, B, D).
       exchanged: (expert, params, rows (E, B, D), axis) -> rows (E, B, D): `exchange.by_expert` or
         `exchange.by_device`.
+      slack: slots that may be given out ahead of a budget that grows with the position, see
+        `dispatch.budget`; None: all may be given out at any position.
     """
 
-    def path(x_GSD, routing: Routing, params, rule: Rule, axis: str | None):
+    def path(x_GSD, routing: Routing, params, rule: Rule, axis: str | None, sequences: int = 1):
         G, S, D = x_GSD.shape
         n_ffn = rule.pool.n_ffn
-        capacity_N = dispatch.capacity(rule.load, gamma, S)
-        plan = dispatch.assign(routing.experts, capacity_N)
-        slots = max(capacity_N[:n_ffn])
+        room = np.array(dispatch.capacity(rule.load, gamma, S))
+        slots = int(max(room[:n_ffn]))
+        if slack is not None:
+            room = dispatch.budget(rule.load, gamma, S // sequences, sequences, slack)
+        plan = dispatch.assign(routing.experts, room, sequences)
         rows = dispatch.capacity_rows(routing.experts, plan, n_ffn, slots)
         buffer = dispatch.gather(x_GSD.reshape(G * S, D), rows).reshape(n_ffn, -1, D)
         y = exchanged(expert, params, buffer, axis)
@@ -77,7 +83,7 @@ def dropless(
     if buffer is not None and buffer <= 0:
         raise ValueError(f"buffer = {buffer} leaves no room for a row: give a number above 0")
 
-    def path(x_GSD, routing: Routing, params, rule: Rule, axis: str | None):
+    def path(x_GSD, routing: Routing, params, rule: Rule, axis: str | None, sequences: int = 1):
         G, S, D = x_GSD.shape
         K, pool = rule.most, rule.pool
         experts_TK = routing.experts.reshape(G * S, K)

@@ -60,7 +60,7 @@ def test_the_wanted_load_is_where_the_balance_loss_balances():
 
 def test_biases_move_towards_the_wanted_load_and_ffn_experts_have_none():
     load = jnp.array([[0.9, 0.1, 0.25, 0.75], [0.0, 2.0, 0.5, 0.0], [0.0, 0.0, 2.0, 0.0]])
-    stats = moe.Statistics(load, load, load, None, None, {})
+    stats = moe.Statistics(load, load, load, *[None] * 4, {})
     half = rule(top_k=1, tau=1e-9)  # two zero-computation experts share one choice: 1/2 each
     moved = half.update({"bias": jnp.ones((3, 4))}, stats)["bias"]
     expected = [[1, 1, 1.1, 0.9], [1, 1, 1, 1.2], [1, 1, 0.8, 1.2]]

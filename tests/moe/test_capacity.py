@@ -10,6 +10,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from moepp_jax import moe
+from moepp_jax.moe import losses
 from tests import oracle
 from tests.oracle import Spec
 
@@ -73,6 +74,27 @@ def test_summary(table):
     # 2 of 6 assignments dropped; FFN 0 served one token and FFN 1 another.
     np.testing.assert_allclose(summary["drop_rate"], 2 / 6, rtol=1e-6)
     np.testing.assert_allclose(summary["ffn_experts_per_token"], 2 / 3, rtol=1e-6)
+
+
+def test_drops_by_part_and_kind(table):
+    """Three tokens in eight parts: parts 0, 2 and 5 have one each, of 2 choices."""
+    *_, stats = table
+    np.testing.assert_allclose(stats.asked[0] * 3, [2, 0, 2, 0, 0, 2, 0, 0], rtol=1e-6)
+    np.testing.assert_allclose(stats.served[0] * 3, [2, 0, 1, 0, 0, 1, 0, 0], rtol=1e-6)
+    summary = moe.summarise(jax.tree.map(lambda s: s.mean(0), stats), POOL)
+    np.testing.assert_allclose(summary["drop_rate_by_part"], [0, 0, 0.5, 0, 0, 0.5, 0, 0])
+    # FFN: token 1's choice of expert 0, of three; no constants; copy: one of three; zero: unasked.
+    np.testing.assert_allclose(summary["drop_rate_by_kind"], [1 / 3, 0, 1 / 3, 0], rtol=1e-6)
+
+
+def test_parts_are_of_each_sequence():
+    """Two sequences of 8 tokens in a group: all choices of both first tokens are in part 0."""
+    experts = jnp.zeros((1, 16, 1), jnp.int32)
+    kept = jnp.arange(16)[None, :, None] % 8 != 3
+    ones = jnp.ones((1, 16, 2))
+    stats = losses.statistics(moe.Routing(experts, ones[..., :1], ones, ones), kept, {}, 2)
+    np.testing.assert_allclose(stats.asked[0], np.full(8, 1 / 8))
+    np.testing.assert_allclose(stats.served[0], np.where(np.arange(8) == 3, 0, 1 / 8))
 
 
 def test_balance_loss(table):

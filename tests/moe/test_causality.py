@@ -12,12 +12,15 @@ from tests.moe import cases
 from tests.oracle import Spec
 
 SPEC = Spec(4, 1, 1, 1, gamma=0.4, top_k=2)
+# (sequences of a group, slots ahead of a budget that grows, None without one)
+SHARED = [(1, None), (2, None), (1, 1), (2, 2)]
 
 
 @functools.cache
-def two_layers():
+def two_layers(sequences=1, slack=None):
     """Two layers, residual connections and the router's gating residual between them."""
-    layer = cases.layer(SPEC)
+    path = moe.with_capacity(SPEC.gamma, slack=slack)
+    layer = moe.MoE(cases.rule(SPEC), path, sequences=sequences)
     params = [jax.tree.map(jnp.asarray, cases.params(SPEC, seed)) for seed in (0, 1)]
 
     @jax.jit
@@ -32,14 +35,22 @@ def two_layers():
     return run
 
 
+@pytest.mark.parametrize("sequences, slack", SHARED)
 @pytest.mark.parametrize("t", [1, 2, 7, 12, 15])
-def test_editing_the_future_leaves_the_past(t):
+def test_editing_the_future_leaves_the_past(t, sequences, slack):
+    """Of every sequence, in whatever groups they are: `x` has two of 16 tokens."""
+
+    def run(x, previous):
+        grouped = (a.reshape(-1, 16 * sequences, a.shape[-1]) for a in (x, previous))
+        y, logits, drops = two_layers(sequences, slack)(*grouped)
+        return y.reshape(x.shape), logits.reshape(previous.shape), drops
+
     _, x, previous = cases.case(SPEC)
     _, other_x, other_previous = cases.case(SPEC, groups=4)
     edited_x, edited_previous = np.array(x), np.array(previous)
     edited_x[:, t:], edited_previous[:, t:] = other_x[2:, t:], other_previous[2:, t:]
-    before = two_layers()(x, previous)
-    after = two_layers()(edited_x, edited_previous)
+    before = run(x, previous)
+    after = run(edited_x, edited_previous)
     assert np.min(before[2]) > 0.25, "the test is of a layer that drops"
     for b, a in zip(before[:2], after[:2], strict=True):
         np.testing.assert_array_equal(a[:, :t], b[:, :t])

@@ -1,5 +1,7 @@
 """The Flax module and `init`: the parameters of `local`, and nothing else beside it."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -64,8 +66,13 @@ def test_computes_in_its_dtype():
 
 
 def test_a_group_never_spans_two_sequences():
-    """4 sequences of 6 tokens would make 3 groups of 8."""
+    """4 sequences of 6 tokens would make 3 groups of 8. Unless it holds whole ones."""
     layer = cases.layer(SPECS["all kinds"])
     x, previous = jnp.zeros((4, 6, D)), jnp.zeros((4, 6, 8))
     with pytest.raises(ValueError, match=r"8.*6"):
         jax.eval_shape(linen.MoEPP(layer, F, S).init, jax.random.key(0), x, previous)
+    two = dataclasses.replace(layer, sequences=2)
+    with pytest.raises(ValueError, match=r"6.*6.*moe.sequences = 2"):
+        jax.eval_shape(linen.MoEPP(two, F, 6).init, jax.random.key(0), x, previous)
+    shapes = jax.eval_shape(linen.MoEPP(two, F, 12).init, jax.random.key(0), x, previous)
+    assert shapes["params"].keys() == {"router", "ffn", "const"}
