@@ -4,7 +4,7 @@ An assignment is one of a token's K choices; assignment t K + k is choice k of t
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -126,10 +126,15 @@ class Rows(NamedTuple):
     """A buffer's two sides: which assignment fills each row, and which row each assignment has.
 
     An empty row names assignment T K, an assignment without a row names row R.
+
+    Attributes:
+      few: how many rows are filled, the first ones, if that can be few of them: then what is moved
+        follows it. None: all rows are gone through.
     """
 
     assignment: Int[Array, " R"]
     row: Int[Array, "T K"]
+    few: Int[Array, ""] | None = None
 
 
 # A TPU keeps rows in tiles of eight: an expert's rows that do not fill theirs are copied to be
@@ -150,10 +155,15 @@ def capacity_rows(experts_GSK: Int[Array, "G S K"], plan: Plan, n_ffn: int, slot
     return _rows(row.reshape(G * S, K), n_ffn * of_expert)
 
 
-def sorted_rows(experts_TK: Int[Array, "T K"], n_ffn: int) -> tuple[Rows, Int[Array, " E"]]:
+def sorted_rows(
+    experts_TK: Int[Array, "T K"], n_ffn: int, few: bool = False
+) -> tuple[Rows, Int[Array, " E"]]:
     """Rows sorted by expert, then token, with no gaps; and how many each FFN expert has.
 
     Experts from n_ffn on get no row. The buffer has T min(K, E) rows, the most there can be.
+
+    Args:
+      few: whether the rows that are filled can be few of these.
     """
     place = queue(experts_TK[None], n_ffn)[0]
     counts_E = jnp.sum(experts_TK[..., None] == jnp.arange(n_ffn), axis=(0, 1), dtype=jnp.int32)
@@ -161,7 +171,8 @@ def sorted_rows(experts_TK: Int[Array, "T K"], n_ffn: int) -> tuple[Rows, Int[Ar
     size = len(experts_TK) * min(experts_TK.shape[1], n_ffn)
     is_ffn = experts_TK < n_ffn
     row = jnp.where(is_ffn, starts_E[jnp.where(is_ffn, experts_TK, 0)] + place, size)
-    return _rows(row, size), counts_E
+    rows = _rows(row, size)
+    return (rows._replace(few=jnp.sum(counts_E)) if few else rows), counts_E
 
 
 def _rows(row_TK: Int[Array, "T K"], size: int) -> Rows:
@@ -177,7 +188,7 @@ def gather(x_TD: Float[Array, "T D"], rows: Rows) -> Float[Array, "R D"]:
 
     The gradient is a gather too: each token sums the rows that its assignments have.
     """
-    return x_TD[_token(rows)]
+    return _by_row(lambda at: x_TD[_token(rows, at)], x_TD, rows)
 
 
 def _gather_fwd(x_TD, rows):
@@ -212,14 +223,16 @@ def _combine_bwd(saved, d_TD):
     filled = rows.assignment < gates_TK.size
     gate_R = gates_TK.reshape(-1)[jnp.where(filled, rows.assignment, 0)]
     gate_R = jnp.where(filled, gate_R, 0.0)
-    d_y = (gate_R[:, None] * d_TD[_token(rows)]).astype(y_RD.dtype)
+    d_y = _by_row(lambda at: gate_R[at][:, None] * d_TD[_token(rows, at)], y_RD, rows)
     has_row = rows.row < y_RD.shape[0]
-    products = [
-        jnp.sum(d_TD.astype(jnp.float32) * y_RD[_clip(rows.row[:, k], y_RD)], axis=-1)
-        for k in range(gates_TK.shape[1])
-    ]
-    d_gates = jnp.where(has_row, jnp.stack(products, axis=1), 0.0).astype(gates_TK.dtype)
-    return d_y, d_gates, None
+
+    def with_product(k, products):
+        product = jnp.sum(d_TD.astype(jnp.float32) * y_RD[_clip(rows.row[:, k], y_RD)], axis=-1)
+        return jax.lax.dynamic_update_index_in_dim(products, product, k, axis=1)
+
+    wide = jnp.promote_types(jnp.float32, y_RD.dtype)
+    products = _over_choices(with_product, jnp.zeros(gates_TK.shape, wide), rows)
+    return d_y, jnp.where(has_row, products, 0.0).astype(gates_TK.dtype), None
 
 
 combine.defvjp(_combine_fwd, _combine_bwd)
@@ -227,19 +240,57 @@ combine.defvjp(_combine_fwd, _combine_bwd)
 
 def _weighted_sum(y_RD, weights_TK, rows: Rows):
     has_row = rows.row < y_RD.shape[0]
+
     # One term for each choice, so that no (T, K, D) intermediate is made.
-    terms = [
-        jnp.where(
-            has_row[:, k, None], weights_TK[:, k, None] * y_RD[_clip(rows.row[:, k], y_RD)], 0
-        )
-        for k in range(weights_TK.shape[1])
-    ]
-    return sum(terms).astype(y_RD.dtype)
+    def term(k):
+        taken = weights_TK[:, k, None] * y_RD[_clip(rows.row[:, k], y_RD)]
+        return jnp.where(has_row[:, k, None], taken, 0)
+
+    dtype = jnp.promote_types(weights_TK.dtype, y_RD.dtype)
+    zeros = jnp.zeros((len(weights_TK), y_RD.shape[1]), dtype)
+    return _over_choices(lambda k, total: total + term(k), zeros, rows).astype(y_RD.dtype)
 
 
-def _token(rows: Rows):
+def _over_choices(step: Callable, start: Array, rows: Rows) -> Array:
+    """step(k, value so far) for every k; of few rows, up to the last k that any token has."""
+    K = rows.row.shape[1]
+    if rows.few is None:
+        for k in range(K):
+            start = step(k, start)
+        return start
+    has_row = jnp.any(rows.row < len(rows.assignment), axis=0)
+    last = jnp.max(jnp.where(has_row, jnp.arange(1, K + 1), 0))
+    return jax.lax.fori_loop(0, last, step, _varying(start, rows))
+
+
+# Rows that are gone through at once where few of a buffer's are filled.
+_BLOCK = 1024
+
+
+def _by_row(value: Callable, like_BD: Array, rows: Rows) -> Float[Array, "R D"]:
+    """value(row numbers) of all rows, in the type of `like`; of few, block by block, else 0."""
+    R = len(rows.assignment)
+    if rows.few is None:
+        return value(slice(None)).astype(like_BD.dtype)
+    block = min(_BLOCK, R)
+
+    def put(b, done):
+        start = jnp.minimum(b * block, R - block)
+        made = value(start + jnp.arange(block)).astype(like_BD.dtype)
+        return jax.lax.dynamic_update_slice_in_dim(done, made, start, axis=0)
+
+    zeros = _varying(jnp.zeros((R, like_BD.shape[1]), like_BD.dtype), rows)
+    return jax.lax.fori_loop(0, (rows.few + block - 1) // block, put, zeros)
+
+
+def _varying(zeros: Array, rows: Rows) -> Array:
+    """Zeros that vary over the mesh as the rows do: shard_map asks that of what a loop carries."""
+    return zeros + (rows.few * 0).astype(zeros.dtype)
+
+
+def _token(rows: Rows, at):
     T, K = rows.row.shape
-    return jnp.minimum(rows.assignment // K, T - 1)
+    return jnp.minimum(rows.assignment[at] // K, T - 1)
 
 
 def _clip(row, y_RD):

@@ -33,9 +33,9 @@ class Statistics(NamedTuple):
     prob: Float[Array, "*G N"]
     entropy: Float[Array, "*G"]
     z: Float[Array, "*G"]
-    asked: Float[Array, "*G 8"]
-    served: Float[Array, "*G 8"]
-    own: dict[str, Any]
+    asked: Float[Array, "*G 8"] | None = None
+    served: Float[Array, "*G 8"] | None = None
+    own: dict[str, Any] = {}  # noqa: RUF012 (nobody writes into it)
 
 
 def statistics(routing, kept_GSK, own: dict[str, Any], sequences: int = 1) -> Statistics:

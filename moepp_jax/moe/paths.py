@@ -98,7 +98,8 @@ def dropless(
                 kept_TK &= transfer.admitted(experts_TK, pool.n_ffn, room, axis)
             work = _elsewhere(work, moved, room, axis)
         served_TK = jnp.where(kept_TK, experts_TK, pool.n_ffn)
-        rows, counts_E = dispatch.sorted_rows(served_TK, pool.n_ffn)
+        few = 2 * sum(rule.load) < K  # a rule that leaves most choices unused
+        rows, counts_E = dispatch.sorted_rows(served_TK, pool.n_ffn, few)
         y_RD = work(dispatch.gather(x_GSD.reshape(G * S, D), rows), counts_E)
         y_TD = dispatch.combine(y_RD, routing.gates.reshape(G * S, K), rows)
         return y_TD.reshape(G, S, D), kept_TK.reshape(G, S, K)

@@ -255,3 +255,29 @@ def test_combine_sums_in_float32():
     out = dispatch.combine(y, jnp.ones((1, 3)), rows)
     assert out.dtype == jnp.bfloat16
     assert float(out[0, 0]) == 258
+
+
+@pytest.mark.parametrize("block", [4, 1024])
+@given(seed=st.integers(0, 2**32 - 1), share=st.sampled_from([0.0, 0.1, 0.4, 1.0]))
+@settings(max_examples=15, deadline=None)
+def test_few_rows_move_as_all_do(block, seed, share):
+    """Values and gradients of loops over the rows there are, and those of all at once."""
+    T, K, N = 12, 5, 6
+    rng = np.random.default_rng(seed)
+    experts = np.argsort(rng.random((T, N)), axis=-1)[:, :K].astype(np.int32)
+    experts = jnp.asarray(np.where(rng.random((T, K)) < share, experts, N))
+    x, d = (jnp.asarray(rng.normal(size=(T, D)), jnp.float32) for _ in range(2))
+    gates = jnp.asarray(rng.random((T, K)), jnp.float32)
+
+    def out(x, gates, few):
+        rows, counts = dispatch.sorted_rows(experts, 4, few)
+        y = dispatch.gather(x, rows)
+        filled = jnp.arange(len(y)) < counts.sum()
+        y = jnp.where(filled[:, None], y**2, 0)  # what experts make of empty rows is not read
+        return jnp.sum(d * dispatch.combine(y, gates, rows))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dispatch, "_BLOCK", block)
+        got = jax.jit(jax.value_and_grad(lambda *a: out(*a, True), (0, 1)))(x, gates)
+    want = jax.jit(jax.value_and_grad(lambda *a: out(*a, False), (0, 1)))(x, gates)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), got, want)
