@@ -42,9 +42,6 @@ def get_config() -> ConfigDict:
     # S, tokens that share a capacity: a part of a sequence, or several whole sequences of a device,
     # to which slots are given position by position.
     e.group_size = 2048
-    # Slots that an expert may give out ahead of a budget that grows with the position in the
-    # sequence; -1: there is no such budget, the first tokens may take all slots.
-    e.budget_slack = -1
     e.dispatch = "capacity"  # in training: "capacity" (drops) or "dropless" (exact)
     e.eval_dispatch = "dropless"  # in evaluation; generation is always dropless
     # Dropless on an expert axis: rows that a device can be sent, in units of the K T that its own
@@ -77,7 +74,9 @@ def get_config() -> ConfigDict:
     d.worker_processes = 0  # that read batches ahead; 0: threads of the process that trains do
 
     c.optim = o = ConfigDict()
-    o.lr = 5e-4  # maximum; the cosine ends at lr * final_lr_ratio
+    o.lr = 5e-4  # maximum; cosine, linear and a final decay end at lr * final_lr_ratio
+    o.schedule = "cosine"  # after the warm-up: "cosine", "linear", or "constant" with decay_steps
+    o.decay_steps = 0  # last steps of a "constant" one, in which it falls linearly; 0: none
     o.final_lr_ratio = 0.1
     o.initial_lr = 1e-7  # where the linear warm-up starts
     o.warmup_steps = 2000
@@ -89,6 +88,7 @@ def get_config() -> ConfigDict:
 
     c.train = t = ConfigDict()
     t.steps = 23_842  # 100 B tokens in batches of 4 M
+    t.first_batch = 0  # batch of the first step; a parent's steps: its text goes on (--init_from)
     t.batch_size = 2048  # sequences an optimizer step
     t.accumulate = 1  # parts that the batch is worked through in
     t.log_every = 10  # steps

@@ -23,7 +23,9 @@ def get_config(variant: str = "moepp") -> ConfigDict:
         init_std=0.06,
         dtype="float32",
     )
-    c.moe.update(ffn_size=384, group_size=256)
+    # Dropless: models so young send their experts very unequal loads, and what is dropped of them
+    # bends a comparison (docs/ARCHITECTURE.md, "Fair comparisons").
+    c.moe.update(ffn_size=384, dispatch="dropless", group_size=8 * 256)
     c.data.seq_len = 256
     c.optim.update(lr=3e-3, warmup_steps=50)
     c.train.update(

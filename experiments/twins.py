@@ -111,7 +111,7 @@ def layer_case(config: Config, folder: Path) -> timing.Case:
     layer = model_lib.moe_of(config, config.moe.dispatch, jax.default_backend())
     params = moepp_jax.load(folder, config.train.steps).params["layers"]["moe"]
     params = jax.tree.map(lambda p: p[0], params)
-    S = config.moe.group_size
+    S = config.data.seq_len
     G = tokens(config) // S
     x = jax.random.normal(jax.random.key(0), (G, S, config.model.hidden_size))
     previous = jnp.zeros((G, S, config.moe.num_experts))

@@ -56,7 +56,6 @@ class MoEConfig:
     rule: Rule
     gamma: float
     group_size: int
-    budget_slack: int
     dispatch: str
     eval_dispatch: str
     exchange_buffer: float
@@ -105,6 +104,8 @@ class DataConfig:
 @dataclasses.dataclass(frozen=True)
 class OptimConfig:
     lr: float
+    schedule: str
+    decay_steps: int
     final_lr_ratio: float
     initial_lr: float
     warmup_steps: int
@@ -118,6 +119,7 @@ class OptimConfig:
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
     steps: int
+    first_batch: int
     batch_size: int
     accumulate: int
     log_every: int
@@ -289,6 +291,7 @@ _CHOICES = {
     "model.remat": ("none", "dots", "exchanged", "full"),
     "moe.dispatch": ("capacity", "dropless"),
     "moe.eval_dispatch": ("capacity", "dropless"),
+    "optim.schedule": ("cosine", "linear", "constant"),
 }
 
 # The smallest value that each of these fields may have.
@@ -304,14 +307,15 @@ _AT_LEAST = {
     "model.loss_chunk": 1,
     "moe.ffn_size": 1,
     "moe.group_size": 1,
-    "moe.budget_slack": -1,
     "moe.exchange_buffer": 0,
     "data.seq_len": 2,
     "data.worker_processes": 0,
     "optim.initial_lr": 0,
+    "optim.decay_steps": 0,
     "optim.warmup_steps": 0,
     "optim.weight_decay": 0,
     "train.steps": 1,
+    "train.first_batch": 0,
     "train.batch_size": 1,
     "train.accumulate": 1,
     "train.log_every": 1,
@@ -366,6 +370,18 @@ def _check(c: Config) -> None:
     for name in ("optim.beta1", "optim.beta2", "generate.min_p"):
         require(0 <= value(name) < 1, name, "must be at least 0 and less than 1")
     require(0 <= c.optim.final_lr_ratio <= 1, "optim.final_lr_ratio", "must be from 0 to 1")
+    o = c.optim
+    require(
+        o.decay_steps == 0 or o.schedule == "constant",
+        "optim.decay_steps",
+        f"is of config.optim.schedule = 'constant', and it is {o.schedule!r}: set it to 0",
+    )
+    require(
+        o.schedule != "constant" or o.warmup_steps + o.decay_steps <= t.steps,
+        "optim.decay_steps",
+        f"and config.optim.warmup_steps = {o.warmup_steps} must fit into config.train.steps = "
+        f"{t.steps}: lower one of them",
+    )
     require(
         m.head_dim > 0 or m.hidden_size % m.num_heads == 0,
         "model.num_heads",

@@ -15,10 +15,12 @@ _LATER = {
     "model.qk_norm": "none",
     "model.rope_scaling": 1.0,
     "moe.exchange_buffer": 0.0,
-    "moe.budget_slack": -1,
     "moe.rule.bias_rate": 0.0,
     "data.tfds_dir": "",
     "data.worker_processes": 0,
+    "optim.schedule": "cosine",
+    "optim.decay_steps": 0,
+    "train.first_batch": 0,
     "generate.min_p": 0.0,
     "generate.repetition_penalty": 1.0,
 }

@@ -173,8 +173,7 @@ def moe_of(config: Config, dispatch: str, platform: str) -> moe_lib.MoE:
     """The layer that a configuration asks for, with the kernels and exchange of the platform."""
     c, sequences = config.moe, 1
     if dispatch == "capacity":
-        slack = None if c.budget_slack < 0 else c.budget_slack
-        path = moe_lib.with_capacity(c.gamma, exchanged=kernels.exchanged(platform), slack=slack)
+        path = moe_lib.with_capacity(c.gamma, exchanged=kernels.exchanged(platform))
         sequences = max(1, c.group_size // config.data.seq_len)
     else:
         path = moe_lib.dropless(

@@ -101,6 +101,7 @@ WRONG = [
     ("model.remat", "all", "must be one of 'none', 'dots', 'exchanged', 'full'"),
     ("moe.dispatch", "dropfull", "must be one of 'capacity', 'dropless'"),
     ("moe.eval_dispatch", "", "must be one of 'capacity', 'dropless'"),
+    ("optim.schedule", "wsd", "must be one of 'cosine', 'linear', 'constant'"),
     ("moe.rule.gate", "softmax", "must be one of 'raw', 'renormalise_all'"),
     ("moe.rule.residual", "probs", "must be one of 'logits', 'detached', 'none'"),
     ("moe.rule.router_layers", 3, "must be one of 1, 2"),
@@ -114,7 +115,9 @@ WRONG = [
     ("optim.beta1", 1.0, "must be at least 0 and less than 1"),
     ("optim.beta2", -0.5, "must be at least 0 and less than 1"),
     ("optim.final_lr_ratio", 1.5, "must be from 0 to 1"),
+    ("optim.decay_steps", -1, "must be at least 0"),
     ("train.steps", 0, "must be at least 1"),
+    ("train.first_batch", -1, "must be at least 0"),
     ("train.keep", 0, "must be at least 1"),
     ("generate.temperature", -1.0, "must be at least 0"),
     ("generate.top_p", 0.0, "must be greater than 0 and at most 1"),
@@ -131,7 +134,6 @@ WRONG = [
     ),
     ("moe.group_size", 12, "must divide config.data.seq_len = 32, or be a multiple of it"),
     ("moe.group_size", 48, "must divide config.data.seq_len = 32, or be a multiple of it"),
-    ("moe.budget_slack", -2, "must be at least -1"),
     ("model.loss_chunk", 12, "must divide config.data.seq_len = 32"),
     ("model.num_heads", 3, "must divide config.model.hidden_size = 32"),
     ("model.num_heads", 32, "makes heads 1 wide, and rotary positions need an even width"),
@@ -139,6 +141,7 @@ WRONG = [
     ("model.num_kv_heads", 8, "must divide config.model.num_heads = 4"),
     ("model.moe_every", 3, "must divide config.model.num_layers = 2"),
     ("train.accumulate", 3, "must divide config.train.batch_size = 8"),
+    ("optim.decay_steps", 3, "is of config.optim.schedule = 'constant', and it is 'cosine': set"),
     ("mesh.expert", 3, "must divide the FFN experts, config.moe.n_ffn = 8"),
 ]
 
@@ -147,6 +150,16 @@ WRONG = [
 def test_a_wrong_value_is_named_with_its_remedy(name, value, remedy):
     said = refused(fields(**{name: value}))
     assert said.startswith(f"config.{name} = {value!r} ") and remedy in said
+
+
+def test_warm_up_and_decay_fit_into_the_steps():
+    wsd = {"optim.schedule": "constant", "optim.warmup_steps": 2, "train.steps": 6}
+    Config.parse(fields(**wsd, **{"optim.decay_steps": 4}))
+    said = refused(fields(**wsd, **{"optim.decay_steps": 5}))
+    assert said.startswith(
+        "config.optim.decay_steps = 5 and config.optim.warmup_steps = 2 must fit"
+    )
+    assert "into config.train.steps = 6: lower one of them" in said
 
 
 def test_one_expert_has_no_deviation_to_divide_by():

@@ -30,20 +30,6 @@ def capacity(load: Sequence[float], gamma: float, tokens: int) -> tuple[int, ...
     return tuple(min(max(math.ceil(round(gamma * f * tokens, 6)), 1), tokens) for f in load)
 
 
-def budget(
-    load: Sequence[float], gamma: float, positions: int, sequences: int, slack: int
-) -> Int[np.ndarray, "P N"]:
-    """How many slots each expert may have given out by each position of a group's sequences.
-
-    gamma load_i n (t + 1) rounded up, plus slack, for position t of n sequences, and never more
-    than the capacity: an expert that is asked for more than its share early on turns tokens away
-    there, and has slots left for late ones.
-    """
-    share = gamma * np.outer(np.arange(1, positions + 1), load) * sequences
-    slots = np.array(capacity(load, gamma, positions * sequences))
-    return np.minimum(np.ceil(np.round(share, 6)) + slack, slots).astype(np.int32)
-
-
 class Plan(NamedTuple):
     """Place of every assignment in its expert's queue, and whether there was room for it."""
 
@@ -57,63 +43,28 @@ def queue(experts_GSK: Int[Array, "G S K"], num_experts: int) -> Int[Array, "G S
     Queues are in token order, all choices of a token before those of the next: a later token never
     takes an earlier one's place, so the layer stays causal when it drops.
     """
-    before_GSN = _before(_chosen(experts_GSK, num_experts))
-    return _of_choices(before_GSN, experts_GSK)
+    one_hot = experts_GSK[..., None] == jnp.arange(num_experts)
+    chosen_GSN = jnp.any(one_hot, axis=2).astype(jnp.int32)
+    before_GSN = jnp.cumsum(chosen_GSN, axis=1) - chosen_GSN
+    return jnp.sum(jnp.where(one_hot, before_GSN[:, :, None, :], 0), axis=-1)
 
 
-def assign(
-    experts_GSK: Int[Array, "G S K"],
-    room: Sequence[int] | np.ndarray,
-    sequences: int = 1,
-) -> Plan:
-    """Gives the assignments their slots; those for which there is no room are dropped.
+def assign(experts_GSK: Int[Array, "G S K"], capacity_N: Sequence[int], sequences: int = 1) -> Plan:
+    """Gives the assignments their slots; those past an expert's capacity are dropped.
 
     Slots are given position by position across the sequences of a group, so a token can lose its
     place to another sequence's of the same position or an earlier one, and never to a later token.
 
     Args:
-      room: (N,), slots of each expert; or (P, N), how many it may have given out by a position,
-        which grows with it. An unused choice is one of expert N, which has none.
+      capacity_N: slots of each expert. An unused choice is one of expert N, which has none.
       sequences: n, that a group holds, one after the other.
     """
-    room = np.asarray(room)
     if sequences > 1:
-        by_position = _swapped(experts_GSK, sequences)
-        plan = assign(by_position, np.repeat(room, sequences, axis=0) if room.ndim > 1 else room)
+        plan = assign(_swapped(experts_GSK, sequences), capacity_N)
         return Plan(*(_swapped(a, a.shape[1] // sequences) for a in plan))
-    used = experts_GSK < room.shape[-1]
-    if room.ndim == 1:
-        slot = queue(experts_GSK, len(room))
-        return Plan(slot, used & (slot < _of_expert(room, experts_GSK)))
-    # Served so far is min(what was served before + what is asked for here, the room here), of
-    # which this is the closed form: no token has to wait for the one before it.
-    chosen_GSN = _chosen(experts_GSK, room.shape[1])
-    asked_GSN = jnp.cumsum(chosen_GSN, axis=1)
-    missing_GSN = jax.lax.cummin(jnp.minimum(room - asked_GSN, 0), axis=1)
-    served_GSN = asked_GSN + missing_GSN
-    before_GSN = jnp.pad(served_GSN[:, :-1], [(0, 0), (1, 0), (0, 0)])
-    slot = _of_choices(before_GSN, experts_GSK)
-    return Plan(slot, used & (_of_choices(served_GSN, experts_GSK) > slot))
-
-
-def _chosen(experts_GSK, num_experts: int) -> Int[Array, "G S N"]:
-    one_hot = experts_GSK[..., None] == jnp.arange(num_experts)
-    return jnp.any(one_hot, axis=2).astype(jnp.int32)
-
-
-def _before(counts_GSN) -> Int[Array, "G S N"]:
-    """The sum over all earlier tokens."""
-    return jnp.cumsum(counts_GSN, axis=1) - counts_GSN
-
-
-def _of_choices(values_GSN, experts_GSK) -> Int[Array, "G S K"]:
-    """Each choice's value, 0 for an unused one."""
-    one_hot = experts_GSK[..., None] == jnp.arange(values_GSN.shape[-1])
-    return jnp.sum(jnp.where(one_hot, values_GSN[:, :, None, :], 0), axis=-1)
-
-
-def _of_expert(values_N, experts_GSK) -> Int[Array, "G S K"]:
-    return jnp.asarray(np.append(values_N, 0).astype(np.int32))[experts_GSK]
+    slot = queue(experts_GSK, len(capacity_N))
+    room = jnp.asarray(np.array([*capacity_N, 0], np.int32))[experts_GSK]
+    return Plan(slot, slot < room)
 
 
 def _swapped(a_GSK: Array, runs: int) -> Array:

@@ -10,7 +10,6 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float
 
@@ -26,7 +25,6 @@ def with_capacity(
     gamma: float,
     expert: Callable = swiglu,
     exchanged: Callable = exchange.by_expert,
-    slack: int | None = None,
 ) -> Path:
     """Every expert has slots for gamma times its load at balance; what does not fit is dropped.
 
@@ -37,18 +35,14 @@ def with_capacity(
       expert: (params stacked over E, rows (E, B, D)) -> rows (E, B, D).
       exchanged: (expert, params, rows (E, B, D), axis) -> rows (E, B, D): `exchange.by_expert` or
         `exchange.by_device`.
-      slack: slots that may be given out ahead of a budget that grows with the position, see
-        `dispatch.budget`; None: all may be given out at any position.
     """
 
     def path(x_GSD, routing: Routing, params, rule: Rule, axis: str | None, sequences: int = 1):
         G, S, D = x_GSD.shape
         n_ffn = rule.pool.n_ffn
-        room = np.array(dispatch.capacity(rule.load, gamma, S))
-        slots = int(max(room[:n_ffn]))
-        if slack is not None:
-            room = dispatch.budget(rule.load, gamma, S // sequences, sequences, slack)
-        plan = dispatch.assign(routing.experts, room, sequences)
+        capacity_N = dispatch.capacity(rule.load, gamma, S)
+        plan = dispatch.assign(routing.experts, capacity_N, sequences)
+        slots = max(capacity_N[:n_ffn])
         rows = dispatch.capacity_rows(routing.experts, plan, n_ffn, slots)
         buffer = dispatch.gather(x_GSD.reshape(G * S, D), rows).reshape(n_ffn, -1, D)
         y = exchanged(expert, params, buffer, axis)
