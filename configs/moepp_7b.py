@@ -2,7 +2,8 @@
 
     python -m moepp_jax.main train --config=configs/moepp_7b.py:/corpora --workdir=gs://.../moepp_7b
 
-`/corpora` is where the paper's text is: configs/data/paper_mixture.py says what belongs there.
+`/corpora` is where the paper's text is: configs/data/paper_mixture.py says what belongs there. The
+paper's 1T tokens are configs/moepp_7b_1t.py and then configs/moepp_7b_1t_final.py.
 
 Expected (paper, table 3): 53.1 on average over nine tasks, its vanilla twin 52.3.
 """

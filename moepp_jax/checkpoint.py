@@ -153,6 +153,16 @@ class Checkpoints:
         shapes = _meta(self._folder / str(step))["shapes"]
         return not any(name.startswith("rest/") for name in shapes)
 
+    def checksum(self, step: int | None) -> str:
+        """One checksum of all that was saved at a step.
+
+        Raises:
+          CheckpointError: the step is not there, or what it says of itself is damaged.
+        """
+        self._require_there(step)
+        self._require_intact(step, ["meta"])
+        return checksums.of_all(self._folder / str(step))
+
     def params_folder(self, step: int | None, abstract_params: Any) -> AnyPath:
         """Where a step's parameters lie, if they are intact. Raises as `restore` does."""
         self._verify(step, {"params": to_state_dict(abstract_params)})
@@ -187,14 +197,17 @@ class Checkpoints:
             raise self._error(step, f"cannot be read: {said}") from error
 
     def _verify(self, step: int | None, items: dict[str, Any]) -> None:
+        self._require_there(step)
+        self._require_intact(step, ["meta"])
+        self._require_shapes(step, items)
+        self._require_intact(step, items)
+
+    def _require_there(self, step: int | None) -> None:
         self.wait()
         if not self.steps():
             raise CheckpointError(f"there is no checkpoint in {self._folder}: training writes them")
         if step not in self.steps():
             raise self._error(step, "is not there")
-        self._require_intact(step, ["meta"])
-        self._require_shapes(step, items)
-        self._require_intact(step, items)
 
     def _require_intact(self, step: int, items: Iterable[str]) -> None:
         damage = self._damage(step, items)

@@ -33,6 +33,12 @@ def damage(folder: AnyPath, items: Collection[str]) -> str | None:
     return None
 
 
+def of_all(folder: AnyPath) -> str:
+    """One checksum of all that was summed up; empty without checksums."""
+    file = folder / _FILE
+    return hashlib.sha256(file.read_bytes()).hexdigest() if file.exists() else ""
+
+
 def _sha256(files: Sequence[AnyPath]) -> list[str | None]:
     """Of several files at once, as hashing leaves the interpreter to others; None if not there."""
 

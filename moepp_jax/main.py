@@ -24,9 +24,13 @@ processes find each other; else tell them with --coordinator, --num_processes an
 work directory may be in a bucket: gs://bucket/run, s3://bucket/run. --profile=10:13 traces three
 steps.
 
-A training run that is killed goes on when the same command is given again. SIGTERM or SIGINT lets
-it save first; it then ends with exit status 143 or 130. Errors end with status 1 and one message.
-compile needs no such devices, and ends with status 2 where the training step does not fit them.
+A training run that is killed goes on when the same command is given again, and one that has ended
+when it is given more --config.train.steps. SIGTERM or SIGINT lets it save first; it then ends with
+exit status 143 or 130. train --init_from=runs/x@700 starts a new run from the parameters of another
+one, with --init_optimizer from its optimizer's moments too.
+
+Errors end with status 1 and one message. compile needs no such devices, and ends with status 2
+where the training step does not fit them.
 
     python -m moepp_jax.main generate --help     # a command with its flags; --helpfull: all flags
 """

@@ -88,14 +88,23 @@ def require_alike(text: str) -> None:
     others = [process for process, digest in enumerate(digests) if digest != digests[0]]
     if others:
         raise ConfigError(
-            f"process {others[0]} was started with another configuration or --workdir than process "
-            "0: give every process the same command"
+            f"process {others[0]} was started with another configuration, --workdir or --init_from "
+            "than process 0: give every process the same command"
         )
 
 
 def on_first(work: Callable[[], T]) -> T | None:
     """As `agree`, but only the first process works; the others get None."""
     return agree(lambda: work() if is_first() else None)
+
+
+def of_first(number: int | None) -> int | None:
+    """The first process's number, in all of them; -1 stands for none on the way."""
+    if jax.process_count() == 1:
+        return number
+    with jax.transfer_guard("allow"):
+        told = multihost_utils.broadcast_one_to_all(np.int32(-1 if number is None else number))
+    return None if told < 0 else int(told)
 
 
 class Rows:

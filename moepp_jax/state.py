@@ -107,6 +107,14 @@ def state_of(params: dict[str, Any], parts: Assembly) -> State:
     return State(jax.device_put(jnp.zeros((), jnp.int32), shardings.step), params, opt_state)
 
 
+def restarted(state: State, parts: Assembly) -> State:
+    """The state at step 0 again: parameters and moments stay, the learning rate is at its start."""
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, parts.abstract)
+    begin = jax.jit(optim.at_its_start, out_shardings=shardings.opt_state, donate_argnums=0)
+    step = jax.device_put(jnp.zeros((), jnp.int32), shardings.step)
+    return State(step, state.params, begin(state.opt_state))
+
+
 def loss_function(parts: Assembly) -> Callable:
     """loss(params, batch, total) -> (loss, (metrics, statistics)), for a part of a batch.
 

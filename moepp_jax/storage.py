@@ -54,6 +54,14 @@ def is_local(path: AnyPath) -> bool:
     return isinstance(path, Path)
 
 
+def same_place(a: str | os.PathLike, b: str | os.PathLike) -> bool:
+    """Whether these paths are one, whether there is something or not."""
+    a, b = str(a), str(b)
+    if "://" in a or "://" in b:
+        return a.rstrip("/") == b.rstrip("/")
+    return Path(a).resolve() == Path(b).resolve()
+
+
 def write_atomic(file: AnyPath, content: str | bytes) -> None:
     """Writes a file so that no one ever sees half of it, killed or not."""
     content = content.encode() if isinstance(content, str) else content

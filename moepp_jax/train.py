@@ -10,20 +10,23 @@ from collections.abc import Callable, Iterator
 import jax
 
 from moepp_jax import evaluate as evaluate_lib
-from moepp_jax import flops, processes
+from moepp_jax import flops, optim, processes
 from moepp_jax import mesh as mesh_lib
+from moepp_jax import parent as parent_lib
 from moepp_jax import state as state_lib
 from moepp_jax.checkpoint import Checkpoints
 from moepp_jax.config import Config
-from moepp_jax.data import Dataset, describe, open_dataset, prepare
+from moepp_jax.data import Dataset, Tokenizer, describe, open_dataset, prepare
 from moepp_jax.errors import ConfigError
 from moepp_jax.interrupt import Stopped, StopRequest
 from moepp_jax.log import Log
 from moepp_jax.metrics import DivergedError, MetricsWriter, require_finite
 from moepp_jax.moe import rules
+from moepp_jax.parent import Parent
 from moepp_jax.profiling import Profile
 from moepp_jax.progress import Progress
-from moepp_jax.workdir import check_workdir, keep_tokenizer, open_workdir
+from moepp_jax.storage import open_path
+from moepp_jax.workdir import check_workdir, holds_run, keep_tokenizer, open_workdir, read_config
 
 
 def train(
@@ -31,42 +34,46 @@ def train(
     workdir: str | os.PathLike,
     report: Callable[[str], None] = print,
     profile: range | None = None,
+    parent: Parent | None = None,
 ) -> state_lib.State:
     """Trains until config.train.steps, from the newest checkpoint of the work directory if any.
 
     Writes config.json, tokenizer.model, metrics.jsonl, TensorBoard events and checkpoints there. A
-    run that was stopped and started again ends with the same bits as one that never was. Of several
-    processes each calls this; the first writes and reports, all write their part of checkpoints.
+    run that was stopped and started again ends with the same bits as one that never was; one that
+    is given more steps than before goes on for so long. Of several processes each calls this; the
+    first writes and reports, all write their part of checkpoints.
 
     Args:
       profile: steps, counted from 0 where this call goes on, whose trace is written too.
+      parent: what a new run starts from; one that is there must have been started from it.
 
     Raises:
-      ConfigError: the configuration does not fit the devices, the data or the work directory, or
-        computes in float16.
-      CheckpointError: every checkpoint there is damaged, or they are of another architecture.
+      ConfigError: the configuration does not fit the devices, the data, the work directory or the
+        parent, or computes in float16.
+      CheckpointError: every checkpoint there is damaged, or they are of another architecture; or
+        the parent's is.
       DataError: a record of the data is damaged; the checkpoints before it are kept.
       DivergedError: a loss or a gradient is not finite; the same holds. It is noticed where metrics
         are fetched, every config.train.log_every steps, and before a checkpoint is saved.
       Stopped: SIGINT or SIGTERM asked for it; the run is saved.
     """
-    processes.require_alike(f"{workdir} {config.to_json()}")
+    processes.require_alike(f"{workdir} {config.to_json()} {parent!r}")
     _require_trainable(config)
+    # All have looked before the first process writes anything.
+    parent = processes.agree(lambda: parent_lib.of_run(workdir, parent))
+    config = parent_lib.with_tokenizer(config, workdir, parent)
     mesh = mesh_lib.make_mesh(config)
     parts = state_lib.assemble(config, mesh)
     first = processes.is_first()
     report = report if first else _in_silence
-    made = processes.on_first(lambda: _make(config, workdir, report))
-    dataset = processes.agree(lambda: made or open_dataset(config))
+    may_hold = parent_lib.LEFT if parent else ()
+    processes.on_first(lambda: check_workdir(workdir, config, may_hold))
     with Checkpoints(workdir, config.train.keep) as checkpoints:
-        step = checkpoints.latest_intact_step(report)
-        if step is None:
-            state, step = state_lib.init_state(parts), 0
-        elif checkpoints.has_only_params(step):
-            params = checkpoints.restore_params(step, parts.abstract.params)
-            state = state_lib.state_of(params, parts)
-        else:
-            state = checkpoints.restore(step, parts.abstract)
+        if parent and not checkpoints.steps():
+            parent = parent_lib.located(parent, config, workdir)
+        dataset = _open_data(config, workdir, parent, report)
+        state, step = _beginning(parts, checkpoints, parent, report)
+        processes.on_first(lambda: _make(config, workdir, dataset.tokenizer, parent, step, report))
         report(describe(dataset, config.train.steps))
         report(_headline(config, mesh, step))
         if step >= config.train.steps:
@@ -97,13 +104,42 @@ def _require_trainable(config: Config) -> None:
         )
 
 
-def _make(config: Config, workdir: str | os.PathLike, report) -> Dataset:
-    """Data and the run's folder with what is written there once; nothing if one cannot be."""
-    check_workdir(workdir, config)
-    dataset = prepare(config, report)
-    dataset.require_rows()
-    keep_tokenizer(open_workdir(workdir, config), dataset.tokenizer)
-    return dataset
+def _open_data(config: Config, workdir: str | os.PathLike, parent, report) -> Dataset:
+    """The data, which the first process prepares; of a run that is there, with its tokenizer."""
+    config = parent_lib.to_prepare(config, workdir, parent)
+
+    def prepared() -> Dataset:
+        dataset = prepare(config, report)
+        dataset.require_rows()
+        if holds_run(workdir):
+            keep_tokenizer(open_path(workdir), dataset.tokenizer)
+        return dataset
+
+    made = processes.on_first(prepared)
+    return processes.agree(lambda: made or open_dataset(config))
+
+
+def _beginning(parts, checkpoints, parent, report) -> tuple[state_lib.State, int]:
+    """The state that the run goes on from or starts in, and its step."""
+    step = checkpoints.latest_intact_step(report)
+    if step is None and parent is None:
+        return state_lib.init_state(parts), 0
+    if step is None:
+        report(f"starting from {parent}, with {'its' if parent.optimizer else 'a new'} optimizer")
+        return parent_lib.state(parent, parts), 0
+    if checkpoints.has_only_params(step):
+        params = checkpoints.restore_params(step, parts.abstract.params)
+        return state_lib.state_of(params, parts), step
+    return checkpoints.restore(step, parts.abstract), step
+
+
+def _make(config: Config, workdir: str | os.PathLike, tokenizer: Tokenizer, parent, step, report):
+    """The run's folder with what is written there once, when all that it needs is there."""
+    before = read_config(workdir) if holds_run(workdir) else config
+    files = parent_lib.files(parent, tokenizer) if parent else {}
+    keep_tokenizer(open_workdir(workdir, config, files), tokenizer)
+    if before.train.steps < config.train.steps:
+        report(optim.change(before, config, step))
 
 
 def _in_silence(line: str) -> None:

@@ -3,12 +3,12 @@
 It is local or in an object store (gs://, s3://).
 
 `config.json` is written once, by the first run. A later run in the same folder continues it, so it
-must compute the same thing.
+must compute the same thing. It may go on for longer: then the new number of steps is noted there.
 """
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from moepp_jax import earlier
@@ -33,8 +33,11 @@ _FREE = (
 )
 
 
-def check_workdir(path: str | os.PathLike, config: Config) -> None:
+def check_workdir(path: str | os.PathLike, config: Config, may_hold: Collection[str] = ()) -> None:
     """Refuses a folder in which this run cannot be; touches nothing.
+
+    Args:
+      may_hold: names of files that a new folder may have, left by a start that was killed.
 
     Raises:
       ConfigError: the folder belongs to a run of another configuration or to something else, or
@@ -44,8 +47,10 @@ def check_workdir(path: str | os.PathLike, config: Config) -> None:
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"workdir {folder} is a file: give --workdir a folder, or a new name")
     if (folder / _CONFIG).exists():
-        require_same(folder, config)
-    elif folder.exists() and any(not entry.name.startswith(".") for entry in folder.iterdir()):
+        require_same(folder, config, may_grow=True)
+    elif folder.exists() and any(
+        not entry.name.startswith(".") and entry.name not in may_hold for entry in folder.iterdir()
+    ):
         raise ConfigError(
             f"workdir {folder} holds files but no {_CONFIG}, so it is no run of ours: give "
             "--workdir a new or an empty folder"
@@ -56,20 +61,32 @@ def check_workdir(path: str | os.PathLike, config: Config) -> None:
             raise ConfigError(f"workdir {folder} cannot be written: {there} is read-only for you")
 
 
-def open_workdir(path: str | os.PathLike, config: Config) -> AnyPath:
+def open_workdir(
+    path: str | os.PathLike, config: Config, first: Mapping[str, str | bytes] | None = None
+) -> AnyPath:
     """The folder of this run, made and given its config.json if it is new.
+
+    One that is there is given the number of steps, if that has grown, and nothing else.
+
+    Args:
+      first: files of a new folder, by name, which are written before its config.json.
 
     Raises:
       ConfigError: as `check_workdir`, or the folder cannot be written.
     """
-    check_workdir(path, config)
+    first = dict(first or {})
+    check_workdir(path, config, first)
     folder = open_path(path)
-    if not (folder / _CONFIG).exists():
-        try:
+    try:
+        if not (folder / _CONFIG).exists():
             folder.mkdir(parents=True, exist_ok=True)
-            write_atomic(folder / _CONFIG, config.to_json())
-        except OSError as error:
-            raise ConfigError(f"workdir {folder} cannot be written: {error}") from error
+            for name, content in (first | {_CONFIG: config.to_json()}).items():
+                write_atomic(folder / name, content)
+        elif (there := read_config(path)).train.steps < config.train.steps:
+            longer = there.replace("train", steps=config.train.steps)
+            write_atomic(folder / _CONFIG, longer.to_json())
+    except OSError as error:
+        raise ConfigError(f"workdir {folder} cannot be written: {error}") from error
     return folder
 
 
@@ -137,21 +154,29 @@ def keep_tokenizer(folder: AnyPath, tokenizer: Any) -> None:
         )
 
 
-def require_same(folder: str | os.PathLike, config: Config) -> None:
+def require_same(folder: str | os.PathLike, config: Config, may_grow: bool = False) -> None:
     """Refuses a configuration that computes something else than the run in this folder did.
+
+    Args:
+      may_grow: it may have more steps.
 
     Raises:
       ConfigError: names every field that differs, with both values.
     """
-    changed = differences(read_config(folder).to_dict(), config.to_dict())
+    there = read_config(folder)
+    changed = differences(there.to_dict(), config.to_dict())
+    if may_grow and there.train.steps < config.train.steps:
+        changed.pop("train.steps")
     lines = [
         f"  config.{name}: {there!r} there, {now!r} now"
         for name, (there, now) in changed.items()
         if not name.startswith(_FREE)
     ]
     if lines:
+        shrinks = may_grow and "train.steps" in changed
         raise ConfigError(
             f"workdir {folder} holds a run of another configuration:\n"
             + "\n".join(lines)
             + "\nGive another --workdir, or the old values."
+            + (" config.train.steps may only grow." if shrinks else "")
         )

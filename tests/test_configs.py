@@ -7,9 +7,12 @@ import jax
 import pytest
 
 from configs import moepp_7b, run
+from configs import moepp_7b_1t as first_1t
+from configs import moepp_7b_1t_final as last_1t
 from configs.data import paper_mixture
-from moepp_jax import flops, mesh, state
+from moepp_jax import flops, mesh, optim, state
 from moepp_jax.config import Config
+from moepp_jax.data.mixture import Mixture
 from moepp_jax.data.prepare import prepare_sources
 from moepp_jax.errors import ConfigError
 from moepp_jax.moe.param import path_of
@@ -22,6 +25,8 @@ PAPER = {
     "moepp_2b": (1.941, 0.242),
     "moepp_7b": (7.676, 1.334),
 }
+# The 1T tokens of the 7B model.
+LONG = ("moepp_7b_1t", "moepp_7b_1t_final")
 FILES = sorted(
     p.stem
     for p in (Path(__file__).parents[1] / "configs").glob("*.py")
@@ -46,7 +51,7 @@ def count(config: Config) -> int:
 
 def test_all_recipes_are_found():
     vanilla = {name.replace("moepp", "moe") for name in PAPER}
-    assert set(FILES) == set(PAPER) | vanilla | {"tiny", "english"}
+    assert set(FILES) == set(PAPER) | vanilla | set(LONG) | {"tiny", "english"}
 
 
 def test_the_recipe_of_a_run_is_that_of_its_folder(tmp_path):
@@ -98,11 +103,41 @@ def test_the_papers_models_train_on_its_mixture():
             module = importlib.import_module(f"configs.{name}")
             sources = Config.parse(module.get_config("/mnt/corpora")).data.sources
             assert sources["redpajama_books"].path == "/mnt/corpora/redpajama/book"
-            assert sources["dolma"].weight == 61.28
+            assert sources["dolma"].weight == (41.53 if name == LONG[1] else 61.28)
             assert set(recipe(name).data.sources) == {"text"}
     for weights in paper_mixture.WEIGHTS:
         of_source = [s["weight"] for s in paper_mixture.sources("/x", weights).values()]
         assert sum(of_source) == pytest.approx(100) and len(of_source) == 7
+
+
+def test_a_trillion_tokens_are_two_runs_of_one_model():
+    first, last = (Config.parse(moepp.get_config("/corpora")) for moepp in (first_1t, last_1t))
+    base_recipe = recipe("moepp_7b")
+    assert first.model == last.model == base_recipe.model
+    assert first.moe == last.moe == base_recipe.moe
+    for config, tokens, warm_up, rates in (
+        (base_recipe, 100e9, 2000, (5e-4, 5e-5)),  # strategies 1, 2 and 3
+        (first, 900e9, 500, (5e-4, 5e-5)),
+        (last, 100e9, 200, (1e-4, 1e-5)),
+    ):
+        batch = config.train.batch_size * config.data.seq_len
+        assert 0 <= config.train.steps * batch - tokens < batch
+        rate = optim.schedule(config)
+        assert (config.optim.schedule, config.optim.warmup_steps) == ("cosine", warm_up)
+        said = [float(rate(step)) for step in (0, warm_up, config.train.steps)]
+        assert said == pytest.approx([1e-7, *rates], rel=1e-4)
+
+
+def test_the_last_tokens_are_new_ones_of_every_source():
+    first, last = (Config.parse(moepp.get_config("/corpora")) for moepp in (first_1t, last_1t))
+
+    def read(config, steps):
+        mixture = Mixture({n: s.weight for n, s in config.data.sources.items()})
+        return mixture.counts(steps * config.train.batch_size)
+
+    before, start = read(first, first.train.steps), read(last, last.train.first_batch)
+    assert all(start[name] >= before[name] for name in before)
+    assert any(start[name] < 1.001 * before[name] for name in before)
 
 
 def test_a_corpus_that_is_not_there_is_named_with_its_place(tmp_path):

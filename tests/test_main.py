@@ -263,6 +263,32 @@ def cases(folder: Path) -> list[tuple[list[str], str]]:
             r"workdir .*run holds a run of another configuration:\n"
             r"  config.moe.rule.tau: 0.75 there, 0.5 now\nGive another --workdir, or the old value",
         ),
+        (
+            ["train", *tiny_flags, "--init_optimizer", new],
+            "--init_optimizer takes along .* give --i",
+        ),
+        (["train", *tiny_flags, "--init_from=no@3", new], "--init_from=no@3: workdir no is no fol"),
+        (
+            ["train", *tiny_flags, f"--init_from={folder}/run@4", new],
+            "checkpoint 4 .*; steps that may be used instead: 3",
+        ),
+        (
+            ["train", *tiny_flags, f"--init_from={folder}/run", "--config.moe.rule.top_k=1", new],
+            r"another model, .* else:\n  config.moe.rule.top_k: 2 there, 1 here\nGive its values; ",
+        ),
+        (["train", f"--init_from={folder}/run", run], "is the --workdir of the run itself: give a"),
+        (
+            ["train", f"--init_from={folder}/other", run],
+            "holds a run that was not started from another one, so --init_from=.*other cannot be",
+        ),
+        (
+            ["train", *tiny_flags, "--config.train.steps=5", run],
+            r"another configuration:\n  config.train.steps: 6 there, 5 now\nGive .* may only grow",
+        ),
+        (
+            ["evaluate", run, *tiny_flags, "--config.train.steps=7"],
+            r"another configuration:\n  config.train.steps: 6 there, 7 now\nGive .* or the old val",
+        ),
         (["train", *tiny_flags, "--workdir=ftp://a/b"], "ftp://a/b: ftp:// is no known storage"),
         (["train", *tiny_flags, "--profile=9", new], "--profile=9 must be START:STOP, whole num"),
         (["train", *tiny_flags, "--distributed=no", new], "--distributed=no must be one of auto"),

@@ -333,8 +333,50 @@ def test_the_schedule_by_hand():
         assert float(rate(step)) == pytest.approx(expected, rel=1e-5), step
 
 
+def rates_of(steps, **changes):
+    """Of these steps, of a run of 110 with 10 of warm-up from 1e-4 to 1e-3, which ends at 1e-4."""
+    c = tiny.config(
+        **{"optim.lr": 1e-3, "optim.initial_lr": 1e-4, "optim.final_lr_ratio": 0.1},
+        **({"optim.warmup_steps": 10, "train.steps": 110} | changes),
+    )
+    return [float(optim.schedule(c)(step)) for step in steps]
+
+
+def test_the_linear_schedule_by_hand():
+    by_hand = {0: 1e-4, 5: 5.5e-4, 10: 1e-3, 60: 5.5e-4, 109: 1.09e-4, 110: 1e-4}
+    rates = rates_of(by_hand, **{"optim.schedule": "linear"})
+    assert rates == pytest.approx([*by_hand.values()], rel=1e-5)
+
+
+def test_the_constant_schedule_by_hand():
+    constant = {"optim.schedule": "constant"}
+    assert rates_of((0, 5, 10, 109, 110, 999), **constant) == pytest.approx(
+        [1e-4, 5.5e-4, 1e-3, 1e-3, 1e-3, 1e-3], rel=1e-5
+    )
+    by_hand = {0: 1e-4, 10: 1e-3, 89: 1e-3, 90: 1e-3, 91: 9.55e-4, 100: 5.5e-4, 109: 1.45e-4}
+    by_hand[110] = 1e-4
+    rates = rates_of(by_hand, **constant, **{"optim.decay_steps": 20})
+    assert rates == pytest.approx([*by_hand.values()], rel=1e-5)
+    # Nothing but the decay, as in a branch of a longer run.
+    alone = {"optim.warmup_steps": 0, "train.steps": 20, "optim.decay_steps": 20}
+    assert rates_of((0, 1, 10, 19), **constant, **alone) == pytest.approx(
+        [1e-3, 9.55e-4, 5.5e-4, 1.45e-4], rel=1e-5
+    )
+
+
+def test_the_end_of_a_constant_run_has_no_part_in_its_beginning():
+    steps = (0, 3, 10, 50, 109)
+    of_two = [
+        rates_of(steps, **{"optim.schedule": "constant", "train.steps": n}) for n in (110, 9999)
+    ]
+    assert of_two[0] == of_two[1]
+
+
 def test_a_run_shorter_than_its_warmup_ends_inside_it():
     c = tiny.config(**{"optim.warmup_steps": 10, "train.steps": 4, "optim.initial_lr": 0.0})
     assert float(optim.schedule(c)(3)) == pytest.approx(0.3 * c.optim.lr)
     no_warmup = optim.schedule(tiny.config(**{"optim.warmup_steps": 0}))
     assert float(no_warmup(0)) == pytest.approx(2e-3)
+    assert rates_of((3,), **{"optim.schedule": "linear", "train.steps": 4}) == pytest.approx(
+        [3.7e-4], rel=1e-5
+    )

@@ -31,6 +31,7 @@ from moepp_jax.checkpoint import Checkpoints
 from moepp_jax.data import open_dataset
 from moepp_jax.data.prepare import prepared_sources
 from moepp_jax.metrics import read_metrics
+from moepp_jax.parent import Parent
 from moepp_jax.train import train
 from moepp_jax.workdir import read_config
 from tests import tiny
@@ -142,12 +143,13 @@ def command(folder, workdir, **more):
     return ["train", "--config=configs/tiny.py", *flags, f"--workdir={folder / workdir}"]
 
 
-def in_one_process(folder, workdir, devices=4, **more):
+def in_one_process(folder, workdir, devices=4, parent=None, **more):
     """The run on devices of this process, goes on from where it is."""
     with pytest.MonkeyPatch.context() as patch:
         some = functools.partial(mesh_lib.make_mesh, devices=jax.devices()[:devices])
         patch.setattr(mesh_lib, "make_mesh", some)
-        return train(tiny.config(**changes(folder, **more)), folder / workdir, lambda line: None)
+        c = tiny.config(**changes(folder, **more))
+        return train(c, folder / workdir, lambda line: None, parent=parent)
 
 
 def state_of(folder, step, devices=4, **more):
@@ -194,6 +196,20 @@ def test_two_processes_tell_the_story_of_one(by_two, by_one):
     assert [row["step"] for row in rows if "loss" in row] == [*range(1, 9)]
     totals = [row["eval_tokens"] for row in rows if "eval_loss" in row]
     assert len(totals) == 2 and totals == [r["eval_tokens"] for r in expected if "eval_loss" in r]
+
+
+def test_two_processes_start_from_another_run_as_one_does(by_two, folder):
+    """On other parts of the mesh, with its optimizer."""
+    _, two = by_two
+    few = {"train.steps": 2, "mesh.fsdp": 4, "mesh.expert": 1}
+    heir = [*command(folder, "heir", **few), f"--init_from={two}@4", "--init_optimizer"]
+    with Job(heir) as job:
+        said = [[s for s in out.splitlines() if not GLOO.search(s)] for out, _ in job.ended(0, 0)]
+    assert f"starting from {two}@4, with its optimizer" in said[0] and not said[1]
+    in_one_process(folder, "heir_of_one", parent=Parent(str(two), 4, True), **few)
+    assert_same_story(read_metrics(folder / "heir"), read_metrics(folder / "heir_of_one"))
+    records = [(folder / name / "parent.json").read_text() for name in ("heir", "heir_of_one")]
+    assert records[0] == records[1]
 
 
 def test_one_process_writes_and_reports(by_two, by_one):
@@ -300,7 +316,8 @@ for work in (lambda: processes.agree(refuse), lambda: processes.require_alike(st
 def test_processes_wait_for_slow_work_and_learn_of_each_others_errors():
     with Job([], program=["-c", AGREE]) as job:
         said = [[s for s in out.splitlines() if not GLOO.search(s)] for out, _ in job.ended(0, 0)]
-    unlike = "error: process 1 was started with another configuration or --workdir than process 0"
+    unlike = "error: process 1 was started with another configuration, --workdir or --init_from "
+    unlike += "than process 0"
     assert said[0][:3] == ["first: done", "each: 0", "error: process 1: not here"]
     assert said[1][:3] == ["first: None", "each: 1", "error: not here"]
     assert said[0][3].startswith(unlike) and said[0][3] == said[1][3]

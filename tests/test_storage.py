@@ -8,7 +8,8 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
 from moepp_jax import checksums, storage
-from moepp_jax.data import Tokenizer
+from moepp_jax import parent as parents
+from moepp_jax.data import Tokenizer, prepare
 from moepp_jax.errors import ConfigError
 from moepp_jax.metrics import MetricsWriter, read_metrics
 from moepp_jax.storage import Staging, open_path, write_atomic
@@ -63,6 +64,22 @@ def test_a_bucket_keeps_the_tokenizer(bucket):
     keep_tokenizer(folder, kept)
     assert Tokenizer.load(tokenizer_file(bucket)).fingerprint == kept.fingerprint
     assert objects()["tokenizer.model"] == kept.model
+
+
+def test_a_run_in_a_bucket_has_a_parent_and_its_tokenizer(bucket, tmp_path):
+    parent = parents.Parent("s3://bucket/runs/old", 3, optimizer=True, checksum="abc")
+    c = parents.with_tokenizer(tiny.config(), bucket, parent)
+    assert c.data.tokenizer == f"{bucket}/tokenizer.model"
+    there = parents.to_prepare(c, bucket, parent)
+    assert there.data.tokenizer == "s3://bucket/runs/old/tokenizer.model"
+    kept = Tokenizer.train([(tiny.TEXT / "bees.txt").read_text()], 384)
+    keep_tokenizer(open_path(parent.workdir), kept)
+    dataset = prepare(there.replace("data", dir=str(tmp_path)), report=lambda line: None)
+    assert dataset.tokenizer.fingerprint == kept.fingerprint
+    open_workdir(bucket, c, parents.files(parent, kept))
+    assert objects().keys() >= {"config.json", "parent.json", "tokenizer.model"}
+    assert parents.of_run(f"{bucket}/", parents.given("s3://bucket/runs/old/@3", True)) == parent
+    assert parents.to_prepare(c, bucket, parent) == c  # now it has a copy
 
 
 def test_metrics_are_in_the_bucket_when_they_must_be_and_go_on_there(bucket, monkeypatch):

@@ -13,6 +13,7 @@ from moepp_jax.workdir import (
     keep_tokenizer,
     open_workdir,
     read_config,
+    require_same,
     tokenizer_file,
     write_atomic,
 )
@@ -73,6 +74,28 @@ def test_another_configuration_is_refused_and_nothing_is_overwritten(tmp_path, c
     assert "keep" not in str(error.value)
     assert "another --workdir, or the old values" in str(error.value)
     assert (tmp_path / "config.json").read_bytes() == before
+
+
+def test_more_steps_are_noted_and_nothing_else(tmp_path, config):
+    open_workdir(tmp_path, config)
+    longer = _with(config, "train", steps=config.train.steps + 1)
+    open_workdir(tmp_path, _with(longer, "train", keep=9))
+    assert read_config(tmp_path) == longer
+    with pytest.raises(ConfigError, match=r"steps: 701 there, 700 now\nGive .* may only grow"):
+        open_workdir(tmp_path, config)
+    with pytest.raises(ConfigError, match=r"steps: 701 there, 702 now\nGive .* old values\.$"):
+        require_same(tmp_path, _with(config, "train", steps=702))  # who asks what it computed
+    assert read_config(tmp_path) == longer
+
+
+def test_files_that_go_first_may_be_there_from_a_start_that_was_killed(tmp_path, config):
+    (tmp_path / "parent.json").write_text("old")
+    with pytest.raises(ConfigError, match="holds files but no config"):
+        open_workdir(tmp_path, config)
+    open_workdir(tmp_path, config, {"parent.json": "new"})
+    assert (tmp_path / "parent.json").read_text() == "new" and read_config(tmp_path) == config
+    open_workdir(tmp_path, config, {"parent.json": "newer"})
+    assert (tmp_path / "parent.json").read_text() == "new"
 
 
 def test_a_folder_of_something_else_is_refused(tmp_path, config):

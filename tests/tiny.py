@@ -27,6 +27,7 @@ CHANGES = {
     "model.loss_chunk": 16,
     "moe.ffn_size": 24,
     "moe.group_size": 16,
+    "moe.dispatch": "capacity",
     "data.sources.text.path": str(TEXT),
     "data.eval_fraction": 0.2,
     "data.seq_len": 32,

@@ -9,9 +9,8 @@ needs it. Without `:/corpora` a recipe has one source, "text", to be set to text
 --config.data.sources.text.path=FOLDER.
 
 The paper's 1T-token model saw 900 B tokens of "strategy 1" and then 100 B of "last 100B". That is
-two runs: the second has c.data.sources = sources(FOLDER, "last 100B"), learning rates of its own
-(1e-4 to 1e-5, 200 warm-up steps) and starts from the parameters of the first, exported and imported
-by `convert to-hf` and `convert from-hf`, which begin with a fresh optimizer.
+two runs, of which the second starts from the first: configs/moepp_7b_1t.py and
+configs/moepp_7b_1t_final.py.
 """
 
 from configs import base

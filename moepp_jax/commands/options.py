@@ -4,7 +4,7 @@ import sys
 
 from absl import flags
 
-from moepp_jax import cli, workdir
+from moepp_jax import cli, parent, workdir
 from moepp_jax.config import Config
 from moepp_jax.errors import ConfigError
 
@@ -28,13 +28,18 @@ def given_workdir() -> str:
     return WORKDIR.value
 
 
-def config_of_run() -> Config:
-    """That of the work directory, or the given one if it is of the same run."""
-    there = workdir.read_config(given_workdir(), lambda line: print(line, file=sys.stderr))
+def config_of_run(may_grow: bool = False) -> Config:
+    """That of the work directory, or the given one if it is of the same run.
+
+    Args:
+      may_grow: the given one may have more steps.
+    """
+    folder = given_workdir()
+    there = workdir.read_config(folder, lambda line: print(line, file=sys.stderr))
     if CONFIG.value is None:
         return there
-    given = given_config()
-    workdir.require_same(given_workdir(), given)
+    given = parent.with_tokenizer(given_config(), folder, parent.of_run(folder, None))
+    workdir.require_same(folder, given, may_grow)
     return given
 
 

@@ -2,7 +2,7 @@
 
 from absl import flags
 
-from moepp_jax import profiling, train, workdir
+from moepp_jax import parent, profiling, train, workdir
 from moepp_jax.commands import devices, options
 from moepp_jax.config import Config
 
@@ -12,18 +12,28 @@ flags.adopt_module_key_flags(devices)
 _PROFILE = flags.DEFINE_string(
     "profile", None, "START:STOP, steps to trace, counted from 0 where this command goes on"
 )
+_INIT_FROM = flags.DEFINE_string(
+    "init_from",
+    None,
+    "WORKDIR or WORKDIR@STEP: a new run starts from the parameters of that one, by default of the "
+    "best checkpoint on held-out text, else the newest",
+)
+_INIT_OPTIMIZER = flags.DEFINE_boolean(
+    "init_optimizer", False, "and from its optimizer's moments, with the learning rate at its start"
+)
 
 
 def run(arguments: list[str]) -> None:
     options.no_more(arguments)
+    start = parent.given(_INIT_FROM.value, _INIT_OPTIMIZER.value)
     config, folder = _config(), options.given_workdir()
     steps = profiling.parse(_PROFILE.value) if _PROFILE.value else None
     devices.start(config)
-    train.train(config, folder, profile=steps)
+    train.train(config, folder, profile=steps, parent=start)
 
 
 def _config() -> Config:
     """The given one; or that of the work directory, which a conversion may have made."""
     folder = options.WORKDIR.value
     there = folder and workdir.holds_run(folder)
-    return options.config_of_run() if there else options.given_config()
+    return options.config_of_run(may_grow=True) if there else options.given_config()

@@ -84,16 +84,19 @@ class Dataset:
         self.sources = {n: Source(config, prepared.tokens[n], pad_id) for n in self.shares}
         train = {name: source.train for name, source in self.sources.items()}
         self._training = Training(train, self._mixture, config.train.batch_size, config.seed)
+        self._first = config.train.first_batch
 
     def train_batch(self, step: int, rows: Rows = _ALL) -> Batch:
-        """The batch of a step, a function of the seed and the step alone.
+        """The batch of a step, a function of the seed and its number alone.
+
+        Its number is the step's, counted from `config.train.first_batch`.
 
         Raises:
           ConfigError: a source has fewer rows than its part of a batch.
           DataError: a record is damaged.
         """
         self.require_rows()
-        return self._training.batch(step, rows)
+        return self._training.batch(self._first + step, rows)
 
     def train_batches(self, start_step: int = 0, rows: Rows = _ALL) -> Iterator[Batch]:
         """`train_batch` of each step from `start_step` on, without end, read ahead.
@@ -103,7 +106,8 @@ class Dataset:
           ConfigError: one of `config.data.worker_processes` was killed.
         """
         self.require_rows()  # raise here, not at the first batch
-        return self._training.ahead(start_step, rows, self._config.data.worker_processes)
+        start = self._first + start_step
+        return self._training.ahead(start, rows, self._config.data.worker_processes)
 
     def require_rows(self) -> None:
         """
@@ -122,9 +126,11 @@ class Dataset:
                 )
 
     def taken(self, step: int) -> dict[str, Taken]:
-        """Of each source, what the steps before this one have taken."""
-        rows = self._mixture.counts(step * self._config.train.batch_size)
-        length = self._config.data.seq_len
+        """Of each source, what the steps of this run before this one have taken."""
+        batch_size, length = self._config.train.batch_size, self._config.data.seq_len
+        before = self._mixture.counts(self._first * batch_size)
+        rows = self._mixture.counts((self._first + step) * batch_size)
+        rows = {name: count - before[name] for name, count in rows.items()}
         return {n: Taken(r * length, r / len(self.sources[n].train)) for n, r in rows.items()}
 
     def eval_batches(self, rows: Rows = _ALL) -> Iterator[Batch]:

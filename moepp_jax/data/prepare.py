@@ -23,7 +23,7 @@ from moepp_jax.data.sources import Corpus, Report
 from moepp_jax.data.tokenizer import TRAINER_VERSION, Tokenizer, interleaved
 from moepp_jax.data.tokens import prepare_tokens, tokens_folder
 from moepp_jax.errors import ConfigError
-from moepp_jax.storage import write_atomic
+from moepp_jax.storage import AnyPath, open_path, write_atomic
 
 
 class Prepared(NamedTuple):
@@ -54,7 +54,7 @@ def prepare_sources(config: Config, report: Report = print, workers: int | None 
     data, workers = config.data, workers or os.cpu_count() or 1
     _check_folder(data.dir)
     if data.tokenizer:
-        load_tokenizer(config, Path(data.tokenizer))  # a wrong one is an error before any work
+        load_tokenizer(config, open_path(data.tokenizer))  # a wrong one is an error before any work
     unused = [name for name in data.sources if name not in data.mixed]
     if unused:
         report(f"sources: {', '.join(unused)} left out, as config.data.sources.*.weight is 0")
@@ -189,10 +189,10 @@ def _check_folder(name: str) -> None:
         ) from None
 
 
-def tokenizer_file(config: Config, texts: list[str]) -> Path:
+def tokenizer_file(config: Config, texts: list[str]) -> AnyPath:
     """The tokenizer of these text data sets, or where it would be."""
     if config.data.tokenizer:
-        return Path(config.data.tokenizer)
+        return open_path(config.data.tokenizer)
     name = storage.fingerprint(TRAINER_VERSION, *sorted(texts), config.model.vocab_size)
     return Path(config.data.dir) / f"tokenizer-{name}.model"
 
@@ -205,7 +205,7 @@ def _train_tokenizer(config: Config, file: Path, texts: list[Path], report: Repo
     report(f"tokenizer: {file} ({time.perf_counter() - start:.1f} s)")
 
 
-def load_tokenizer(config: Config, file: Path) -> Tokenizer:
+def load_tokenizer(config: Config, file: AnyPath) -> Tokenizer:
     """
     Raises:
       ConfigError: it cannot be read, or its vocabulary is not the model's.
