@@ -131,9 +131,7 @@ def loss_function(parts: Assembly) -> Callable:
         stats = jax.tree.map(lambda a: jax.lax.pmean(a.mean(axis=1), AXES), out.statistics)
         state = jax.lax.stop_gradient(parts.model.rule_state(params))
         auxiliary = rule.losses(stats, state)
-        summary = moe.summarise(jax.tree.map(lambda a: a.mean(axis=0), stats), rule.pool)
-        metrics = {name: term.value.mean() for name, term in auxiliary.items()} | summary
-        metrics = {name: value / num_parts for name, value in metrics.items()}
+        metrics = {name: term.value.mean() / num_parts for name, term in auxiliary.items()}
         metrics["loss"] = cross_entropy
         weighted = sum(jnp.mean(term.weight * term.value) for term in auxiliary.values())
         stats = jax.tree.map(lambda a: jax.lax.stop_gradient(a) / num_parts, stats)
@@ -150,7 +148,7 @@ def make_train_step(parts: Assembly) -> Callable[[State, Batch], tuple[State, Me
 
     The batch's arrays are (batch_size, seq_len): tokens, targets, segments, positions, loss_mask.
     """
-    specs, optimizer = parts.specs, parts.optimizer
+    specs, optimizer, rule = parts.specs, parts.optimizer, parts.model.rule
     lr = optim.schedule(parts.config)
     num_parts = parts.config.train.accumulate
     gradient = jax.grad(loss_function(parts), has_aux=True)
@@ -182,8 +180,10 @@ def make_train_step(parts: Assembly) -> Callable[[State, Batch], tuple[State, Me
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         # Of the parameters before the step: what the optimizer made of the rule's state is nothing.
-        moved = parts.model.rule.update(parts.model.rule_state(state.params), stats)
+        moved = rule.update(parts.model.rule_state(state.params), stats)
         params = parts.model.with_rule_state(params, moved)
+        # Rates are of the whole batch: parts have other shares of the choices.
+        metrics |= moe.summarise(jax.tree.map(lambda a: a.mean(axis=0), stats), rule.pool)
         metrics |= {"grad_norm": optax.global_norm(grads), "lr": lr(state.step)}
         return State(state.step + 1, params, opt_state), metrics
 
