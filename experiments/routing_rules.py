@@ -12,7 +12,8 @@ Claim      no rule that uses as few FFN experts a token as MoE++ (at most 5 % mo
 Refuted    if a rule does, or a loss is not. Each is trained from one seed: smaller differences of
            held-out loss say nothing.
 
-Every run is a process of its own, whose mesh lies on as many virtual CPU devices. Runs are in
+Every run is a process of its own. A mesh lies on virtual CPU devices, and one device is what JAX
+finds: where that is an accelerator, JAX_PLATFORMS=cpu compares like with like. Runs are in
 --workdir and go on where they were stopped. Writes rows.csv, README.md and rules.png into --folder.
 Runs that are in rows.csv are kept: a row knows the fingerprint of the configuration that made it,
 and those of other configurations are listed, but are in no table or picture.
@@ -205,7 +206,7 @@ def in_child(run: Run, folder: Path) -> Iterator[int]:
     command = [sys.executable, "-m", "experiments.routing_rules", f"--run={folder}"]
     devices = math.prod(axes_of(run.mesh))
     log = folder / "log.txt"
-    with StopRequest() as stop, log.open("w") as out:
+    with StopRequest() as stop, log.open("a") as out:
         # In a session of its own Ctrl-C does not reach it twice.
         child = subprocess.Popen(
             command,

@@ -15,7 +15,6 @@ _LATER = {
     "model.qk_norm": "none",
     "model.rope_scaling": 1.0,
     "moe.exchange_buffer": 0.0,
-    "moe.rule.bias_rate": 0.0,
     "data.tfds_dir": "",
     "data.worker_processes": 0,
     "optim.schedule": "cosine",
@@ -40,6 +39,7 @@ def completed(fields: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
         later["data.sources"] = {"text": {"path": path, "weight": 1.0, "text_field": "text"}}
     if isinstance(moe, dict) and "rule" not in moe:
         fields["moe"] = with_rule(moe)
+        later["moe.rule.bias_rate"] = 0.0  # the one option that came later than that
     added = []
     for name, value in later.items():
         *groups, field = name.split(".")
