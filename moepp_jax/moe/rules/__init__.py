@@ -32,7 +32,10 @@ def find(kind: Any) -> type[Rule]:
         raise RuleError(f"type = {kind!r}: {hint}must be one of {known}, or 'MODULE:CLASS'")
     if ":" not in kind:
         module = importlib.import_module(f"{__name__}.{kind}")
-        return next(c for _, c in inspect.getmembers(module, inspect.isclass) if _of(c, module))
+        own = [c for _, c in inspect.getmembers(module, inspect.isclass) if _of(c, module)]
+        if len(own) != 1:
+            raise RuleError(f"{module.__file__} must have one rule, and has {len(own)}")
+        return own[0]
     module, _, name = kind.partition(":")
     try:
         found = getattr(importlib.import_module(module), name)

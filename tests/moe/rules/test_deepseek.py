@@ -188,3 +188,12 @@ def test_recipe():
     assert rules.fields_of(r) == fields.moe.rule.to_dict()
     assert rules.parse(rules.fields_of(r), r.pool) == r == rule((8,))
     assert (r.state()["bias"].shape, r.state()["bias"].mean, r.state()["bias"].std) == ((8,), 0, 0)
+
+
+def test_rounding_moves_no_bias():
+    """Loads at the mean but for their last bits, as another order of summation leaves them."""
+    rule = moe.rules.make("deepseek", moe.Pool(3), top_k=1)
+    third = jnp.float32(1 / 3)
+    load = jnp.stack([third, jnp.nextafter(third, 1.0), jnp.nextafter(third, 0.0)])
+    stats = moe.Statistics(load, load, load, None, None)
+    np.testing.assert_array_equal(rule.update({"bias": jnp.zeros(3)}, stats)["bias"], 0.0)
