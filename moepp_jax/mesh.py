@@ -135,7 +135,8 @@ def spec_of(p: Param) -> P:
     """How a parameter is cut over the mesh.
 
     FFN experts lie on the devices of `expert`, and those share one out over `fsdp`; all else is
-    shared out over both.
+    shared out over both. Descriptions cut matrices along rows: TPUs pad the last axis to a multiple
+    of 128.
     """
     if p.cut is None and p.expert is None:
         return P()

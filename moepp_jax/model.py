@@ -19,7 +19,8 @@ from moepp_jax import moe as moe_lib
 from moepp_jax import vocabulary
 from moepp_jax.block import Block, attend_to_each_other, describe_norm, rms_norm
 from moepp_jax.config import Config, ModelConfig
-from moepp_jax.moe import Param, Rule, kernels, param
+from moepp_jax.errors import ConfigError
+from moepp_jax.moe import Param, Rule, RuleError, kernels, param
 from moepp_jax.moe.rule import require_sound
 
 
@@ -191,11 +192,14 @@ def build(config: Config, mesh: Mesh | None = None, dispatch: str | None = None)
       dispatch: "capacity" or "dropless"; by default that of training.
 
     Raises:
-      RuleError: the routing rule breaks what every layer relies on.
+      ConfigError: the routing rule breaks what every layer relies on.
     """
     dispatch = dispatch or config.moe.dispatch
     platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
-    _require_sound(config.moe.rule)
+    try:
+        _require_sound(config.moe.rule)
+    except RuleError as error:
+        raise ConfigError(f"config.moe.rule: {error}") from error
     block = Block(
         config.model,
         moe_of(config, dispatch, platform),

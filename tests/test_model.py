@@ -1,5 +1,6 @@
 """The language model: what tokens may see, its losses, its variants, its types and its memory."""
 
+import dataclasses
 import functools
 
 import jax
@@ -11,7 +12,9 @@ from moepp_jax import block, moe, optim, vocabulary
 from moepp_jax import mesh as mesh_lib
 from moepp_jax import model as model_lib
 from moepp_jax import state as state_lib
+from moepp_jax.errors import ConfigError
 from moepp_jax.moe.param import path_of
+from moepp_jax.moe.rules.moepp import MoEPPRule
 from tests import tiny
 
 
@@ -380,3 +383,17 @@ def test_a_run_shorter_than_its_warmup_ends_inside_it():
     assert rates_of((3,), **{"optim.schedule": "linear", "train.steps": 4}) == pytest.approx(
         [3.7e-4], rel=1e-5
     )
+
+
+class GatesUnused(MoEPPRule):
+    def route(self, *args):
+        r = super().route(*args)
+        return r._replace(experts=r.experts.at[..., 1].set(self.pool.size))
+
+
+def test_a_rule_that_breaks_the_contract_is_a_named_error_when_it_is_built():
+    c = tiny.config()
+    rule = GatesUnused(pool=c.moe.pool)
+    broken = dataclasses.replace(c, moe=dataclasses.replace(c.moe, rule=rule))
+    with pytest.raises(ConfigError, match=r"config.moe.rule: GatesUnused.*unused choices .* gates"):
+        model_lib.build(broken)
