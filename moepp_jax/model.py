@@ -99,6 +99,11 @@ class LanguageModel:
         layers = jax.tree.map(lambda p: p.stacked(self.num_blocks), self.block.describe())
         return outside | {"layers": layers}
 
+    @property
+    def outside(self) -> dict[str, Any]:
+        """What is described outside the layers."""
+        return {name: p for name, p in self.described.items() if name != "layers"}
+
     def init(self, key: Array) -> dict[str, Any]:
         """Fresh parameters, whole."""
         return param.init(key, self.described)
@@ -117,9 +122,7 @@ class LanguageModel:
           positions_BL: of the tokens in their documents, for the rotary embedding.
           mask_BLL: which of the tokens each may see.
         """
-        described = dict(self.described)
-        described.pop("layers")
-        outside = self.whole(described, {name: params[name] for name in described})
+        outside = self.whole_outside(params)
         dtype = jnp.dtype(self.config.dtype)
         x = vocabulary.look_up(outside["embedding"], tokens_BL, dtype)
         no_logits = jnp.zeros((*tokens_BL.shape, self.rule.pool.size), jnp.float32)
@@ -154,6 +157,10 @@ class LanguageModel:
         if self.sharded:
             return mesh_lib.whole(described, params, dtype)
         return param.used(described, params, dtype)
+
+    def whole_outside(self, params: dict[str, Any]) -> dict[str, Any]:
+        """`whole` of the parameters outside the layers."""
+        return self.whole(self.outside, {name: params[name] for name in self.outside})
 
     def rule_state(self, params: dict[str, Any]) -> dict[str, Array]:
         """What the rule's `update` moves, of all layers."""

@@ -76,8 +76,7 @@ def taken_apart(
         same = leaf.dtype == jax.eval_shape(lambda a: param.used(p, a, dtype), leaf).dtype
         return leaf if same else copied(leaf, p, 0)
 
-    described = {name: p for name, p in model.described.items() if name != "layers"}
-    apart = jax.tree.map(outside, described, {name: params[name] for name in described})
+    apart = jax.tree.map(outside, model.outside, {name: params[name] for name in model.outside})
     block = model.block.describe()
     stacks = jax.tree.map(
         lambda p, leaf: copied(leaf, p, model.num_blocks), block, params["layers"]
@@ -177,8 +176,7 @@ class Layers:
         """
         model, pool = self.model, self.model.rule.pool
         block, of_block = self._block(tokens_BL.size), self.model.block.describe()
-        described = {name: p for name, p in model.described.items() if name != "layers"}
-        outside = model.whole(described, {name: params[name] for name in described})
+        outside = model.whole_outside(params)
         x = outside["embedding"][tokens_BL]
         previous = jnp.zeros((*tokens_BL.shape, pool.size), jnp.float32)
         caches, attends = [], iter(attends)

@@ -146,8 +146,8 @@ class Programs:
     def _specs(self) -> Any:
         """How the parameters that are taken apart lie on the mesh."""
         model = self._layers.model
-        outside = mesh_lib.specs({n: p for n, p in model.described.items() if n != "layers"})
-        return outside | {"layers": [mesh_lib.specs(model.block.describe())] * model.num_blocks}
+        of_layer = mesh_lib.specs(model.block.describe())
+        return mesh_lib.specs(model.outside) | {"layers": [of_layer] * model.num_blocks}
 
     def _own_params(self) -> Params:
         """The parameters as `Layers` wants them, made at the first use."""
