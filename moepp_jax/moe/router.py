@@ -195,6 +195,25 @@ class Router(Rule):
         return {"z_loss": Loss(stats.z, self.z_weight)}
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TopK(Router):
+    """Rules by which every token has the same number of experts, at balance spread evenly."""
+
+    top_k: int = option(2, at_least=1)  # K, experts a token, of all kinds
+
+    def check(self) -> None:
+        super().check()
+        require_top_k(self, self.top_k)
+
+    @property
+    def most(self) -> int:
+        return self.top_k
+
+    @property
+    def load(self) -> tuple[float, ...]:
+        return (self.top_k / self.pool.size,) * self.pool.size
+
+
 def require_top_k(rule: Rule, top_k: int) -> None:
     """Refuses more choices than there are experts."""
     rule.require(

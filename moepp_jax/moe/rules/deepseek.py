@@ -31,8 +31,7 @@ from moepp_jax.moe.rule import Loss, Params, Routing, option, state_param
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class DeepSeekRule(router.Router):
-    top_k: int = option(2, at_least=1)  # K, experts a token
+class DeepSeekRule(router.TopK):
     gate: str = option("renormalise_all", choices=tuple(router.GATES))
     scale: float = option(1.0, above=0)  # multiplies the gates
     bias_rate: float = option(1e-3, at_least=0)  # u, of the bias on the scores, a step
@@ -41,15 +40,6 @@ class DeepSeekRule(router.Router):
     def check(self) -> None:
         super().check()
         router.require_kinds(self)
-        router.require_top_k(self, self.top_k)
-
-    @property
-    def most(self) -> int:
-        return self.top_k
-
-    @property
-    def load(self) -> tuple[float, ...]:
-        return (self.top_k / self.pool.size,) * self.pool.size
 
     def state(self) -> dict[str, Param]:
         return {"bias": state_param(self.pool.size)}

@@ -35,8 +35,7 @@ from moepp_jax.moe.rule import Loss, Params, Routing, option, state_param
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class LongCatRule(router.Router):
-    top_k: int = option(2, at_least=1)  # K, experts a token
+class LongCatRule(router.TopK):
     ffn_experts: float = option(1.2, above=0)  # K_e, FFN experts that a token is to have
     scale: float = option(1.0, above=0)  # of all gates
     rate: float = option(0.1, at_least=0)  # mu at the start
@@ -47,7 +46,6 @@ class LongCatRule(router.Router):
     def check(self) -> None:
         super().check()
         router.require_kinds(self, "n_copy")
-        router.require_top_k(self, self.top_k)
         self.require(
             self.ffn_experts < self.top_k,
             "ffn_experts",
@@ -64,10 +62,6 @@ class LongCatRule(router.Router):
             "groups",
             f"must divide the FFN experts, n_ffn = {self.pool.n_ffn}",
         )
-
-    @property
-    def most(self) -> int:
-        return self.top_k
 
     @property
     def load(self) -> tuple[float, ...]:

@@ -27,9 +27,8 @@ NEVER = -30.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class MoEPPRule(router.Router):
+class MoEPPRule(router.TopK):
     residual: str = option("logits", choices=tuple(router.RESIDUALS))
-    top_k: int = option(2, at_least=1)  # K, experts a token
     tau: float = option(
         0.75, above=0, at_most=1
     )  # weight of an FFN expert, of one of another kind 1
@@ -39,17 +38,12 @@ class MoEPPRule(router.Router):
 
     def check(self) -> None:
         super().check()
-        router.require_top_k(self, self.top_k)
         self.require(
             not self.bias_rate or self.pool.n_zero_computation > 0,
             "bias_rate",
             f"moves biases of zero-computation experts, and there are none ({self.pool}): set it "
             "to 0",
         )
-
-    @property
-    def most(self) -> int:
-        return self.top_k
 
     @property
     def load(self) -> tuple[float, ...]:

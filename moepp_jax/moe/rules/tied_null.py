@@ -31,23 +31,13 @@ from moepp_jax.moe.rule import Loss, Params, Routing, option
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TiedNullRule(router.Router):
+class TiedNullRule(router.TopK):
     z_weight: float = option(1e-3, at_least=0)  # zeta, of the z-loss, mean over the layers
-    top_k: int = option(2, at_least=1)  # K, experts a token, nulls among them
     balance_weight: float = option(2e-2, at_least=0)  # beta
 
     def check(self) -> None:
         super().check()
         router.require_kinds(self, "n_zero")
-        router.require_top_k(self, self.top_k)
-
-    @property
-    def most(self) -> int:
-        return self.top_k
-
-    @property
-    def load(self) -> tuple[float, ...]:
-        return (self.top_k / self.pool.size,) * self.pool.size
 
     def params(self, width: int, std: float) -> dict[str, Param]:
         """Those of a router that has one null."""

@@ -24,23 +24,13 @@ from moepp_jax.moe.rule import Loss, Params, Routing, option
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class VanillaRule(router.Router):
-    top_k: int = option(2, at_least=1)  # K, experts a token
+class VanillaRule(router.TopK):
     gate: str = option("renormalise_all", choices=tuple(router.GATES))
     balance_weight: float = option(0.01, at_least=0)  # beta
 
     def check(self) -> None:
         super().check()
         router.require_kinds(self)
-        router.require_top_k(self, self.top_k)
-
-    @property
-    def most(self) -> int:
-        return self.top_k
-
-    @property
-    def load(self) -> tuple[float, ...]:
-        return (self.top_k / self.pool.size,) * self.pool.size
 
     def route(self, x_GSD, previous_GSN, params: Params) -> Routing:
         logits = self.logits(x_GSD, previous_GSN, params)

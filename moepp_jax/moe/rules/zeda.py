@@ -30,8 +30,7 @@ from moepp_jax.moe.rule import Loss, Params, Routing, option
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ZEDARule(router.Router):
-    top_k: int = option(2, at_least=1)  # K, experts a token
+class ZEDARule(router.TopK):
     gate: str = option("renormalise_all", choices=tuple(router.GATES))
     zero_weight: float = option(2.0, above=0)  # w, load of a zero expert against an FFN expert's
     balance_weight: float = option(0.1, at_least=0)  # alpha, of the loss between the groups
@@ -40,17 +39,12 @@ class ZEDARule(router.Router):
     def check(self) -> None:
         super().check()
         router.require_kinds(self, "n_zero", "n_copy")
-        router.require_top_k(self, self.top_k)
         self.require(
             max(self.load) <= 1,
             "zero_weight",
             f"cannot be had with top_k = {self.top_k} of {self.pool}: an expert would be chosen "
             "more than once a token",
         )
-
-    @property
-    def most(self) -> int:
-        return self.top_k
 
     @property
     def load(self) -> tuple[float, ...]:

@@ -34,6 +34,21 @@ def inputs(rule: moe.Rule, groups: int = 2, size: int = 16, seed: int = 1):
     return x, np.float32(rng.normal(size=(groups, size, rule.pool.size)))
 
 
+def logits64(rule: moe.Rule, x, previous, params) -> tuple[np.ndarray, np.ndarray]:
+    """A token's logits with the residual in them, and what is scored: those, normalised."""
+    if rule.router_layers == 2:
+        logits = params["w_logits"] @ np.tanh(params["w_hidden"] @ x)
+    else:
+        logits = params["w"] @ x
+    if rule.residual != "none":
+        logits = logits + params["w_residual"] @ previous
+    return logits, normalised64(rule, logits)
+
+
+def normalised64(rule: moe.Rule, logits: np.ndarray) -> np.ndarray:
+    return logits * (rule.logit_norm / np.std(logits, ddof=1)) if rule.logit_norm else logits
+
+
 def by_expert(experts_GSK, values_GSK, size: int) -> np.ndarray:
     """Values of the choices as (G, S, N), 0 where an expert is not chosen."""
     dense = np.zeros((*np.shape(experts_GSK)[:2], size + 1))

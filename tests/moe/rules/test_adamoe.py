@@ -79,10 +79,7 @@ def test_loss_of_random_tokens_in_float64():
 
 def route64(rule: AdaMoERule):
     def route(x, previous, p):
-        logits = p["w_logits"] @ np.tanh(p["w_hidden"] @ x) if "w_logits" in p else p["w"] @ x
-        if rule.residual != "none":
-            logits = logits + p["w_residual"] @ previous
-        scored = logits * (rule.logit_norm / logits.std(ddof=1)) if rule.logit_norm else logits
+        logits, scored = held.logits64(rule, x, previous, p)
         scores = np.exp(scored) / np.exp(scored).sum()
         best = np.argsort(-scores)[: rule.top_k]
         true = sum(scores[i] for i in best if i < rule.pool.n_ffn)

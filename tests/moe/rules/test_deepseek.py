@@ -70,13 +70,7 @@ def test_equals_float64(options, bias):
     r = rule((6,), **options)
 
     def route64(x_D, previous_N, p):
-        if r.router_layers == 2:
-            logits = p["w_logits"] @ np.tanh(p["w_hidden"] @ x_D)
-        else:
-            logits = p["w"] @ x_D
-        if r.residual == "logits":
-            logits = logits + p["w_residual"] @ previous_N
-        scored = logits / (np.std(logits, ddof=1) / r.logit_norm) if r.logit_norm else logits
+        logits, scored = held.logits64(r, x_D, previous_N, p)
         scores = 1 / (1 + np.exp(-scored))
         chosen = np.argsort(-(scores + p["bias"]))[: r.top_k]
         gates = {

@@ -157,10 +157,7 @@ def test_cutoffs_find_the_load():
 
 def route64(rule: ThresholdRule):
     def route(x, previous, p):
-        logits = p["w_logits"] @ np.tanh(p["w_hidden"] @ x) if "w_logits" in p else p["w"] @ x
-        if rule.residual != "none":
-            logits = logits + p["w_residual"] @ previous
-        scored = logits * (rule.logit_norm / logits.std(ddof=1)) if rule.logit_norm else logits
+        logits, scored = held.logits64(rule, x, previous, p)
         n = p["updates"]
         c = p["cutoff"] / (1 - rule.decay**n) if n else np.zeros(rule.pool.size)
         chosen = [i for i in np.argsort(-scored) if scored[i] >= c[i]][: rule.most]

@@ -115,11 +115,9 @@ def route64(rule: TiedNullRule):
 
     def route(x, previous, p):
         s = next(tokens) % 16  # the size of a group in held.inputs
-        own = p["w_logits"] @ np.tanh(p["w_hidden"] @ x) if "w_logits" in p else p["w"] @ x
-        if rule.residual != "none":
-            own = own + p["w_residual"] @ previous[: E + 1]
+        own, _ = held.logits64(rule, x, previous[: E + 1], p)
         logits = np.array([*own[:E], *[own[E]] * M])
-        scored = logits * (rule.logit_norm / logits.std(ddof=1)) if rule.logit_norm else logits
+        scored = held.normalised64(rule, logits)
         scores = np.exp(scored) / np.exp(scored).sum()
         ordered = np.argsort(-own[:E])
         above = [int(i) for i in ordered if own[i] > own[E]][:K]

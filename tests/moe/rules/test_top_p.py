@@ -75,13 +75,7 @@ def test_equals_float64(pool, options):
     r = rule(pool, **options)
 
     def route64(x_D, previous_N, p):
-        if r.router_layers == 2:
-            logits = p["w_logits"] @ np.tanh(p["w_hidden"] @ x_D)
-        else:
-            logits = p["w"] @ x_D
-        if r.residual == "logits":
-            logits = logits + p["w_residual"] @ previous_N
-        scored = logits / (np.std(logits, ddof=1) / r.logit_norm) if r.logit_norm else logits
+        logits, scored = held.logits64(r, x_D, previous_N, p)
         probs = oracle.softmax(scored)
         chosen, mass = [], 0.0
         for i in np.argsort(-probs):

@@ -112,10 +112,7 @@ def test_losses_of_layers():
 
 def route64(rule: ZEDARule):
     def route(x, previous, p):
-        logits = p["w_logits"] @ np.tanh(p["w_hidden"] @ x) if "w_logits" in p else p["w"] @ x
-        if rule.residual != "none":
-            logits = logits + p["w_residual"] @ previous
-        scored = logits * (rule.logit_norm / logits.std(ddof=1)) if rule.logit_norm else logits
+        logits, scored = held.logits64(rule, x, previous, p)
         scores = np.exp(scored) / np.exp(scored).sum()
         best = np.argsort(-scores)[: rule.top_k]
         return logits, scores, {i: scores[i] / scores[best].sum() for i in best}
