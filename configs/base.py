@@ -25,7 +25,8 @@ def get_config() -> ConfigDict:
     m.rope_theta = 10_000.0
     m.rope_scaling = 1.0  # positions are divided by it (linear scaling, for longer sequences)
     m.norm_eps = 1e-6
-    m.init_std = 0.01  # of every matrix (the released value); constants are N(0, 1), norms 1
+    m.init_std = 0.01  # of every matrix (the released value); norms are 1
+    m.const_std = 1.0  # of the constant experts' vectors (the authors' code)
     m.dtype = "bfloat16"  # of the arithmetic; parameters and router are float32
     # What backward recomputes, from least to most: "none", "dots" (all but matrix products of the
     # attention), "exchanged" (all but what crossed the expert axis), "full".

@@ -171,7 +171,8 @@ class Block:
             described[f"{prefix}ffn_norm"] = describe_norm(c.hidden_size)
             if prefix:
                 described[f"{prefix}dense"] = describe_dense(c)
-        layer = moe_lib.describe(self.moe.rule, c.hidden_size, self.ffn_size, c.init_std)
+        sizes, spread = (c.hidden_size, self.ffn_size), (c.init_std, c.const_std)
+        layer = moe_lib.describe(self.moe.rule, *sizes, *spread)
         return described | {"moe": layer}
 
     def __call__(

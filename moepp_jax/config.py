@@ -37,6 +37,7 @@ class ModelConfig:
     rope_scaling: float
     norm_eps: float
     init_std: float
+    const_std: float
     dtype: str
     remat: str
     loss_chunk: int
@@ -301,6 +302,7 @@ _AT_LEAST = {
     "model.num_heads": 1,
     "model.num_kv_heads": 1,
     "model.head_dim": 0,
+    "model.const_std": 0,
     "model.vocab_size": 4,
     "model.moe_every": 1,
     "model.dense_ffn_size": 1,

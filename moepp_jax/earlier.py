@@ -14,6 +14,7 @@ _LATER = {
     "model.head_dim": 0,
     "model.qk_norm": "none",
     "model.rope_scaling": 1.0,
+    "model.const_std": 1.0,
     "moe.exchange_buffer": 0.0,
     "data.tfds_dir": "",
     "data.worker_processes": 0,

@@ -46,6 +46,7 @@ LEFT = (_FILE, "tokenizer.model")
 # Fields of the model that its parameters do not depend on.
 _FREE = {
     "model.init_std",
+    "model.const_std",
     "model.dtype",
     "model.remat",
     "model.loss_chunk",

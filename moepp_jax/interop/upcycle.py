@@ -182,7 +182,7 @@ def _grown(leaves: Mapping[str, Leaf], family: Family, config: Config) -> dict[s
         grown[f"{_ROUTER}bias"] = _always(np.where(np.arange(N) < e.n_ffn, 0.0, NEVER))
     if J:
         grown[f"{_CONST}w"] = _drawn(seed, f"{_CONST}w", m.init_std, J, 2, D)
-        grown[f"{_CONST}v"] = _drawn(seed, f"{_CONST}v", 1.0, J, D)
+        grown[f"{_CONST}v"] = _drawn(seed, f"{_CONST}v", m.const_std, J, D)
     return grown
 
 

@@ -41,11 +41,16 @@ class MoE:
         return self.rule.pool
 
 
-def describe(rule: Rule, width: int, ffn_size: int, std: float = 0.02) -> dict[str, Any]:
+def describe(
+    rule: Rule, width: int, ffn_size: int, std: float = 0.02, const_std: float = 1.0
+) -> dict[str, Any]:
     """The parameters of a layer with SwiGLU experts, each described: a tree for `param.init`.
 
-    Matrices are N(0, std), and constant vectors N(0, 1), the size of a normalised token. What the
-    rule has is in "router", its state among it.
+    What the rule has is in "router", its state among it.
+
+    Args:
+      std: standard deviation of every matrix.
+      const_std: of the constant experts' vectors; 1 is the size of a normalised token.
     """
     D, F, E, J = width, ffn_size, rule.pool.n_ffn, rule.pool.n_const
     described = {
@@ -60,7 +65,7 @@ def describe(rule: Rule, width: int, ffn_size: int, std: float = 0.02) -> dict[s
     if J:
         described["const"] = {
             "w": Param((J, 2, D), std, cut=2),
-            "v": Param((J, D), 1.0, cut=1, decay=False),
+            "v": Param((J, D), const_std, cut=1, decay=False),
         }
     return described
 
