@@ -63,6 +63,9 @@ def get_config() -> ConfigDict:
     # or by less near it, towards the share of the tokens that tau asks for; 0: there is no bias.
     r.bias_rate = 0.0
     r.z_weight = 0.0  # weight of the router's z-loss, mean over the layers
+    # Added to the logits of zero-computation experts when they are scored (and by --zero_offset of
+    # a trained model): above 0 fewer FFN experts run, below 0 more.
+    r.zero_offset = 0.0
 
     c.data = d = ConfigDict()
     # Where text comes from, under names of your own: what is trained on is their mixture.

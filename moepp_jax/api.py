@@ -220,6 +220,7 @@ def load(
     step: int | None = None,
     all_devices: bool = False,
     only_generate: bool = False,
+    zero_offset: float | None = None,
 ) -> Model:
     """The model of a work directory.
 
@@ -230,12 +231,16 @@ def load(
         models that one device cannot hold. By default it is on the first device.
       only_generate: the model has no `logits` and no `params`, and needs half the memory: it is
         held once, as generation reads it, and in the dtype of arithmetic.
+      zero_offset: instead of config.moe.rule.zero_offset, on the logits of zero-computation
+        experts: above 0 tokens run fewer FFN experts, below 0 more.
 
     Raises:
       ConfigError, CheckpointError: the directory holds no run, no checkpoint, not that step, or a
-        damaged one.
+        damaged one; the model has no zero-computation experts to offset.
     """
     run = open_run(workdir, step)
+    if zero_offset is not None:
+        run = run._replace(config=run.config.replace("moe.rule", zero_offset=zero_offset))
     mesh = _over_all_devices(run.config) if all_devices else None
     params = run.params(mesh, as_used=only_generate)
     return Model(run.config, params, run.tokenizer(), mesh, only_generate)

@@ -98,6 +98,17 @@ def test_a_model_that_only_generates_is_held_once(model, folder):
     model.logits([[1, 2]])  # the other one is whole
 
 
+def test_a_model_with_an_offset(model, folder):
+    """Its zero-computation experts are used more or less, in logits and in generation."""
+    tokens = np.arange(24)[None] % 384
+    usual = model.logits(tokens)
+    np.testing.assert_array_equal(moepp_jax.load(folder, zero_offset=0.0).logits(tokens), usual)
+    never = moepp_jax.load(folder, zero_offset=-1e4)
+    assert np.abs(never.logits(tokens) - usual).max() > 1e-3
+    slim = moepp_jax.load(folder, only_generate=True, zero_offset=-1e4)
+    assert slim.generate("The river") == never.generate("The river") != model.generate("The river")
+
+
 def test_one_text_several_texts_and_ids(model):
     texts = ["The river", "A much longer beginning of a sentence"]
     continued = model.generate(texts)

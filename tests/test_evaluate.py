@@ -164,6 +164,20 @@ def test_a_loss_that_is_too_large_for_a_perplexity_or_lost_is_told_as_it_is():
     )
 
 
+def test_an_offset_is_a_budget(tmp_path):
+    """The higher it is, the fewer FFN experts a token runs, from all of its choices to none."""
+    c = tiny.config(**{"data.dir": str(tmp_path / "data"), "mesh.expert": 2})
+    tiny.run_folder(tmp_path / "run", c)
+    experts = [
+        evaluate_lib.evaluate_run(
+            c.replace("moe.rule", zero_offset=offset), tmp_path / "run", num_batches=1
+        )["eval_ffn_experts_per_token"]
+        for offset in (-1e4, -0.5, 0.0, 0.5, 1e4)
+    ]
+    assert experts == sorted(experts, reverse=True) and len(set(experts)) == 5
+    assert (experts[0], experts[-1]) == (2.0, 0.0)
+
+
 def test_a_run_is_evaluated_on_all_of_its_held_out_text(tmp_path):
     c = tiny.config(**{"data.dir": str(tmp_path / "data"), "mesh.expert": 2})
     with pytest.raises(ConfigError, match="is not prepared"):

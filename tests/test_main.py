@@ -145,6 +145,8 @@ def test_evaluate_prints_json(runs, folder):
     dataset = open_dataset(read_config(folder / "alone"))
     assert result["eval_tokens"] == sum(dataset.sources["text"].eval_documents.lengths - 1)
     assert 0 < result["eval_loss"] < 5
+    without_ffn = json.loads(ended(start("evaluate", workdir, "--batches=1", "--zero_offset=1e4")))
+    assert without_ffn["eval_ffn_experts_per_token"] == 0
 
 
 def test_generate_continues_prompts_with_the_settings_of_config_and_flags(runs, folder):

@@ -2,8 +2,9 @@
 
     python -m moepp_jax.main train --config=configs/routing/longcat.py --workdir=runs/longcat
 
-Expected: 1.2 FFN experts a token within the first hundred steps, as the default job has, held there
-by the biases; a balance loss near 1. Dropless, as nothing balances the copies one by one.
+Expected: after 300 steps a held-out loss of 5.51 with 1.17 FFN experts a token (MoE++ has 5.43
+with 0.95). 1.2 within the first hundred steps, held there by the biases; a balance loss near 1.
+Dropless, as nothing balances the copies one by one.
 """
 
 from ml_collections import ConfigDict
@@ -28,6 +29,7 @@ def get_config() -> ConfigDict:
             residual="none",
             logit_norm=0.0,
             z_weight=0.0,
+            zero_offset=0.0,
         )
     )
     return c

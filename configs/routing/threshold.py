@@ -2,8 +2,9 @@
 
     python -m moepp_jax.main train --config=configs/routing/threshold.py --workdir=runs/threshold
 
-Expected: half of all 12 experts a token in the first step, and 4 of the FFN experts; then about 2,
-with 1.2 of the FFN experts as in the default job. There is no balance loss.
+Expected: after 300 steps a held-out loss of 5.44 with 1.03 FFN experts a token (MoE++ has 5.43
+with 0.95). Half of all 12 experts a token in the first step, and 4 of the FFN experts. There is no
+balance loss.
 """
 
 from ml_collections import ConfigDict
@@ -26,6 +27,7 @@ def get_config() -> ConfigDict:
             residual="none",
             logit_norm=0.0,
             z_weight=0.0,
+            zero_offset=0.0,
         )
     )
     return c

@@ -2,8 +2,8 @@
 
     python -m moepp_jax.main train --config=configs/routing/tied_null.py --workdir=runs/tied_null
 
-Expected: 1.23 FFN experts a token (rho = 8 / 13), the default job having 1.2, from 0 to 2 each; a
-balance loss near 1.
+Expected: after 300 steps a held-out loss of 5.54 with 1.35 FFN experts a token (MoE++ has 5.43
+with 0.95). 1.23 is the balance (rho = 8 / 13), from 0 to 2 each; a balance loss near 1.
 """
 
 from ml_collections import ConfigDict
@@ -23,6 +23,7 @@ def get_config() -> ConfigDict:
             residual="none",
             logit_norm=0.0,
             z_weight=1e-3,
+            zero_offset=0.0,
         )
     )
     return c

@@ -2,8 +2,9 @@
 
     python -m moepp_jax.main train --config=configs/routing/zeda.py --workdir=runs/zeda
 
-Expected: 1.14 FFN experts a token, the default job having 1.2; both balance losses near 1.
-Dropless, as nothing balances the zero experts one by one: of a capacity they would seem dropped.
+Expected: after 300 steps a held-out loss of 5.55 with 1.12 FFN experts a token (MoE++ has 5.43
+with 0.95). 1.14 is the balance; both balance losses near 1. Dropless, as nothing balances the zero
+experts one by one: of a capacity they would seem dropped.
 """
 
 from ml_collections import ConfigDict
@@ -26,6 +27,7 @@ def get_config() -> ConfigDict:
             residual="none",
             logit_norm=0.0,
             z_weight=0.0,
+            zero_offset=0.0,
         )
     )
     return c

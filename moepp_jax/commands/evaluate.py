@@ -13,7 +13,7 @@ from moepp_jax.errors import ConfigError
 _BATCHES = flags.DEFINE_integer(
     "batches", 0, "so many batches of held-out text, always the same; 0 is all of it"
 )
-for _name in ("workdir", "step", "config", "json"):
+for _name in ("workdir", "step", "config", "json", "zero_offset"):
     flags.declare_key_flag(_name)
 flags.adopt_module_key_flags(devices)
 
@@ -21,6 +21,8 @@ flags.adopt_module_key_flags(devices)
 def run(arguments: list[str]) -> None:
     options.no_more(arguments)
     config, folder = options.config_of_run(), options.given_workdir()
+    if options.ZERO_OFFSET.value is not None:
+        config = config.replace("moe.rule", zero_offset=options.ZERO_OFFSET.value)
     file = storage.open_path(options.JSON.value) if options.JSON.value else None
     if file and not file.parent.is_dir():
         raise ConfigError(f"--json={file}: there is no such folder")

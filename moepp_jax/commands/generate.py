@@ -14,7 +14,7 @@ from moepp_jax import api, progress, workdir
 from moepp_jax.commands import options
 from moepp_jax.errors import ConfigError
 
-for _name in ("workdir", "step", "config"):
+for _name in ("workdir", "step", "config", "zero_offset"):
     flags.declare_key_flag(_name)
 _PROMPT = flags.DEFINE_multi_string("prompt", [], "text to continue; may be given several times")
 _PROMPTS_FILE = flags.DEFINE_string(
@@ -49,7 +49,11 @@ def run(arguments: list[str]) -> None:
     if not file.exists():
         raise ConfigError(f"{file} is missing: put the SentencePiece model of this model there")
     model = api.load(
-        options.given_workdir(), options.STEP.value, _ALL_DEVICES.value, only_generate=True
+        options.given_workdir(),
+        options.STEP.value,
+        _ALL_DEVICES.value,
+        only_generate=True,
+        zero_offset=options.ZERO_OFFSET.value,
     )
     _say_what_is_new_to(model, prompts, settings["max_new_tokens"])
     if len(prompts) == _NUM_SAMPLES.value == 1:

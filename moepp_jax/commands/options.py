@@ -13,6 +13,11 @@ WORKDIR = flags.DEFINE_string("workdir", None, "folder of the run")
 STEP = flags.DEFINE_integer(
     "step", None, "checkpoint to use; by default the best on held-out text, else the newest"
 )
+ZERO_OFFSET = flags.DEFINE_float(
+    "zero_offset",
+    None,
+    "added to the logits of zero-computation experts: above 0 fewer FFN experts run, below 0 more",
+)
 JSON = flags.DEFINE_string("json", None, "write the result to this file")
 
 

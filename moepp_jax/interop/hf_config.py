@@ -232,6 +232,7 @@ def _beyond_theirs(config: Config) -> str | None:
             ("model.qk_norm", m.qk_norm, ("none",)),
             ("moe.rule.top_k", r.top_k, (2,)),
             ("moe.rule.bias_rate", r.bias_rate, (0.0,)),
+            ("moe.rule.zero_offset", r.zero_offset, (0.0,)),
             ("moe.rule.residual", r.residual, ("logits", "detached")),
             ("moe.rule.gate", r.gate, ("renormalise_nonzero", "softmax_selected")),
             ("moe.input_scale", e.input_scale, scales),

@@ -161,12 +161,20 @@ class Router(Rule):
     residual: str = option("none", choices=tuple(RESIDUALS))  # gating residual (eq. 6)
     logit_norm: float = option(0.0, at_least=0)  # standard deviation given to the logits; 0: none
     z_weight: float = option(0.0, at_least=0)  # of the z-loss, mean over the layers
+    # Added to the scored logits of zero-computation experts: a trained model is made to use more of
+    # them, or fewer (below 0), and so fewer or more FFN experts.
+    zero_offset: float = option(0.0)
 
     def check(self) -> None:
         self.require(
             not self.logit_norm or self.pool.size > 1,
             "logit_norm",
             "needs at least two experts: one logit has no standard deviation",
+        )
+        self.require(
+            not self.zero_offset or self.pool.n_zero_computation > 0,
+            "zero_offset",
+            f"is for zero-computation experts, and there are none ({self.pool}): set it to 0",
         )
 
     def params(self, width: int, std: float) -> dict[str, Param]:
@@ -187,8 +195,14 @@ class Router(Rule):
         own = project(x_GSD.astype(jnp.float32), params)
         return RESIDUALS[self.residual](own, previous_GSN.astype(jnp.float32), params)
 
-    def normalised(self, logits: Float[Array, "G S N"]) -> Float[Array, "G S N"]:
-        return divided_by_deviation(logits, self.logit_norm) if self.logit_norm else logits
+    def scored(self, logits: Float[Array, "G S N"]) -> Float[Array, "G S N"]:
+        """What scores are made of: the logits, normalised, and the offset."""
+        if self.logit_norm:
+            logits = divided_by_deviation(logits, self.logit_norm)
+        if self.zero_offset:
+            is_ffn = jnp.arange(self.pool.size) < self.pool.n_ffn
+            logits = logits + jnp.where(is_ffn, 0.0, self.zero_offset)
+        return logits
 
     def losses(self, stats: Statistics, state: Params) -> dict[str, Loss]:
         """The z-loss: keeps logits small, and tells how large they are at any weight."""

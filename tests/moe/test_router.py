@@ -77,6 +77,30 @@ def test_a_token_of_zeros(logit_norm):
     assert np.all(np.isfinite(jax.jit(jax.jacobian(probs))(jnp.zeros(4))))
 
 
+def test_an_offset_moves_tokens_to_zero_computation_experts():
+    """By hand: as if the logits of those experts alone were higher; what is handed on is not."""
+    logits = [1.0, 0.5, 0.0, -0.5]
+    moved = route(logits, first_zero=2, k=1, zero_offset=1.25)
+    by_hand = route([1.0, 0.5, 1.25, 0.75], first_zero=2, k=1)
+    assert moved.experts.tolist() == by_hand.experts.tolist() == [[[2]]]
+    np.testing.assert_allclose(moved.scores, by_hand.scores)
+    np.testing.assert_array_equal(moved.logits, [[logits]])
+    assert route(logits, first_zero=2, k=1, zero_offset=-9.0).experts.tolist() == [[[0]]]
+
+
+def test_an_offset_is_of_logits_that_are_normalised():
+    """A unit of it is one of the deviation that tokens are given."""
+    logits = np.array([4.0, 2.0, 0.0, -2.0])
+    moved = route(logits, first_zero=2, logit_norm=1.0, zero_offset=1.0).scores
+    scored = logits / np.std(logits, ddof=1) + [0, 0, 1, 1]
+    np.testing.assert_allclose(moved[0, 0], np.exp(scored) / np.exp(scored).sum(), rtol=1e-6)
+
+
+def test_an_offset_without_zero_computation_experts():
+    with pytest.raises(RuleError, match=r"zero_offset = 1.0 is for zero-computation experts, and"):
+        moe.rules.make("vanilla", moe.Pool(4), zero_offset=1.0)
+
+
 class SigmoidRule(MoEPPRule):
     """Sigmoid scores, selected with a bias that the gates do not have (arXiv 2408.15664)."""
 

@@ -38,7 +38,7 @@ class AdaMoERule(router.TopK):
 
     def route(self, x_GSD, previous_GSN, params: Params) -> Routing:
         logits = self.logits(x_GSD, previous_GSN, params)
-        scored = self.normalised(logits)
+        scored = self.scored(logits)
         scores = jax.nn.softmax(scored, axis=-1)
         experts = router.top_k(scores, self.top_k)
         gates = router.gates_of(self.gate, scored, scores, experts, self.pool.first_zero)

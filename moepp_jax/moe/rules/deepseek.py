@@ -46,7 +46,7 @@ class DeepSeekRule(router.TopK):
 
     def route(self, x_GSD, previous_GSN, params: Params) -> Routing:
         logits = self.logits(x_GSD, previous_GSN, params)
-        scored = self.normalised(logits)
+        scored = self.scored(logits)
         scores = jax.nn.sigmoid(scored)
         experts = router.top_k(scores + params["bias"], self.top_k)
         gates = router.gates_of(self.gate, scored, scores, experts, self.pool.first_zero)

@@ -74,7 +74,7 @@ class LongCatRule(router.TopK):
 
     def route(self, x_GSD, previous_GSN, params: Params) -> Routing:
         logits = self.logits(x_GSD, previous_GSN, params)
-        scored = self.normalised(logits)
+        scored = self.scored(logits)
         scores = jax.nn.softmax(scored, axis=-1)
         experts = router.top_k(scores + params["bias"], self.top_k)
         gates = router.gates_of("raw", scored, scores, experts, self.pool.first_zero)

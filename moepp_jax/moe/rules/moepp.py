@@ -56,7 +56,7 @@ class MoEPPRule(router.TopK):
 
     def route(self, x_GSD, previous_GSN, params: Params) -> Routing:
         logits = self.logits(x_GSD, previous_GSN, params)
-        scored = self.normalised(logits)
+        scored = self.scored(logits)
         if self.bias_rate:
             scored = scored + params["bias"]
         scores = jax.nn.softmax(scored, axis=-1)

@@ -59,7 +59,7 @@ class ReMoERule(router.Router):
 
     def route(self, x_GSD, previous_GSN, params: Params) -> Routing:
         logits = self.logits(x_GSD, previous_GSN, params)
-        scores = jax.nn.relu(self.normalised(logits))
+        scores = jax.nn.relu(self.scored(logits))
         experts = router.chosen_where(scores > 0, scores, self.most)
         return Routing(experts, router.at_chosen(scores, experts), scores, logits)
 

@@ -72,7 +72,7 @@ class ThresholdRule(router.Router):
 
     def route(self, x_GSD, previous_GSN, params: Params) -> Routing:
         logits = self.logits(x_GSD, previous_GSN, params)
-        scored = self.normalised(logits)
+        scored = self.scored(logits)
         scores = jax.nn.sigmoid(scored)
         # Ordered by logits: sigmoids of large ones are equal.
         experts = router.chosen_where(scored >= self._cutoffs(params), scored, self.most)
@@ -86,7 +86,7 @@ class ThresholdRule(router.Router):
 
     def measure(self, routing: Routing) -> dict[str, Float[Array, "G N"]]:
         """The cutoffs that would have given each group the wanted load."""
-        scored = self.normalised(jax.lax.stop_gradient(routing.logits))
+        scored = self.scored(jax.lax.stop_gradient(routing.logits))
         S = scored.shape[1]
         k = np.maximum(np.round(np.array(self.load) * S).astype(int), 1)
         ascending = jnp.sort(scored, axis=1)

@@ -53,7 +53,7 @@ class TiedNullRule(router.TopK):
 
     def route(self, x_GSD, previous_GSN, params: Params) -> Routing:
         logits = self.logits(x_GSD, previous_GSN, params)
-        scored = self.normalised(logits)
+        scored = self.scored(logits)
         scores = jax.nn.softmax(scored, axis=-1)
         experts = self._in_turn(router.top_k(scores, self.top_k))
         first_zero = self.pool.first_zero

@@ -61,7 +61,7 @@ class TopPRule(router.Router):
 
     def route(self, x_GSD, previous_GSN, params: Params) -> Routing:
         logits = self.logits(x_GSD, previous_GSN, params)
-        scored = self.normalised(logits)
+        scored = self.scored(logits)
         scores = jax.nn.softmax(scored, axis=-1)
         best, experts = jax.lax.top_k(jax.lax.stop_gradient(scores), self.pool.size)
         enough = jnp.cumsum(best, axis=-1) > self.p

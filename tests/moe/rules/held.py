@@ -42,11 +42,13 @@ def logits64(rule: moe.Rule, x, previous, params) -> tuple[np.ndarray, np.ndarra
         logits = params["w"] @ x
     if rule.residual != "none":
         logits = logits + params["w_residual"] @ previous
-    return logits, normalised64(rule, logits)
+    return logits, scored64(rule, logits)
 
 
-def normalised64(rule: moe.Rule, logits: np.ndarray) -> np.ndarray:
-    return logits * (rule.logit_norm / np.std(logits, ddof=1)) if rule.logit_norm else logits
+def scored64(rule: moe.Rule, logits: np.ndarray) -> np.ndarray:
+    if rule.logit_norm:
+        logits = logits * (rule.logit_norm / np.std(logits, ddof=1))
+    return logits + rule.zero_offset * (np.arange(len(logits)) >= rule.pool.n_ffn)
 
 
 def by_expert(experts_GSK, values_GSK, size: int) -> np.ndarray:

@@ -95,6 +95,7 @@ def route64(rule: AdaMoERule):
         {"residual": "logits"},
         {"residual": "detached", "router_layers": 2},
         {"logit_norm": 0.5, "top_k": 4},
+        {"zero_offset": 0.7, "logit_norm": 0.5},
         {"pool": Pool(2, n_zero=6), "top_k": 1},
     ],
 )

@@ -129,6 +129,7 @@ def route64(rule: LongCatRule):
     [
         {},
         {"residual": "logits", "scale": 6.0},
+        {"zero_offset": 0.7, "logit_norm": 0.5},
         {"residual": "detached", "router_layers": 2},
         {"logit_norm": 0.5, "top_k": 4, "ffn_experts": 2.5},
         {"pool": Pool(3, n_copy=1), "top_k": 1, "ffn_experts": 0.7},

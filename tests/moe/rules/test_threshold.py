@@ -174,6 +174,7 @@ def route64(rule: ThresholdRule):
         {"residual": "logits", "gate": "renormalise_all"},
         {"residual": "detached", "router_layers": 2},
         {"logit_norm": 0.5},
+        {"zero_offset": 0.7, "logit_norm": 0.5},
         {"max_experts": 3},
         {"pool": Pool(4), "tau": 1.0},
     ],

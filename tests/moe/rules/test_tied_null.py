@@ -117,10 +117,10 @@ def route64(rule: TiedNullRule):
         s = next(tokens) % 16  # the size of a group in held.inputs
         own, _ = held.logits64(rule, x, previous[: E + 1], p)
         logits = np.array([*own[:E], *[own[E]] * M])
-        scored = held.normalised64(rule, logits)
+        scored = held.scored64(rule, logits)
         scores = np.exp(scored) / np.exp(scored).sum()
         ordered = np.argsort(-own[:E])
-        above = [int(i) for i in ordered if own[i] > own[E]][:K]
+        above = [int(i) for i in ordered if scored[i] > scored[E]][:K]
         nulls = min(K - len(above), M)
         real = [int(i) for i in ordered][: K - nulls]
         gates = {i: scores[i] / scores[real].sum() for i in real}
@@ -136,6 +136,7 @@ def route64(rule: TiedNullRule):
         {"residual": "logits"},
         {"residual": "detached", "router_layers": 2},
         {"logit_norm": 0.5, "top_k": 3},
+        {"zero_offset": 0.7, "logit_norm": 0.5},
         {"pool": Pool(4, n_zero=1), "top_k": 4},
         {"pool": Pool(2, n_zero=6), "top_k": 5},
     ],

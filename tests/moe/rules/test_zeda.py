@@ -129,6 +129,7 @@ def route64(rule: ZEDARule):
         {"logit_norm": 0.5, "top_k": 4, "zero_weight": 1.0},
         {"pool": Pool(4, n_copy=2, n_zero=1), "top_k": 3},
         {"pool": Pool(4, n_copy=2)},
+        {"zero_offset": 0.7, "logit_norm": 0.5},
     ],
 )
 def test_float64(options):
