@@ -19,7 +19,9 @@ RUN case "$PLATFORM" in \
 
 COPY configs configs
 COPY moepp_jax moepp_jax
-RUN python -c "import moepp_jax.main" && useradd --uid 1000 --create-home moepp
+COPY benchmarks benchmarks
+COPY experiments experiments
+RUN python -c "import moepp_jax.main, experiments.run" && useradd --uid 1000 --create-home moepp
 
 # What nvidia's container runtime gives to an image that is not its own.
 ENV NVIDIA_VISIBLE_DEVICES=all NVIDIA_DRIVER_CAPABILITIES=compute,utility

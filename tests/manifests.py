@@ -32,6 +32,7 @@ _POD = {
         {
             "name": str,
             "csi": {"driver": str, "readOnly": bool, "volumeAttributes": {str: str}},
+            "persistentVolumeClaim": {"claimName": str},
         }
     ],
 }

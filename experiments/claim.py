@@ -1,0 +1,70 @@
+"""Who works on what, among processes that share a disk: locks that end with their process.
+
+They are POSIX record locks, which Linux keeps over NFS too; what dies, killed or with its machine,
+holds none. Whoever holds one is written in the file for others to read.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+
+class TakenError(Exception):
+    """Another process has it; the message says which, and since when."""
+
+
+@contextlib.contextmanager
+def claimed(file: Path) -> Iterator[None]:
+    """Holds a lock while the context lasts.
+
+    Raises:
+      TakenError: another process does.
+    """
+    with _opened(file) as held:
+        try:
+            fcntl.lockf(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise TakenError(f"{file}: {_read(held) or 'another process'} has it") from None
+        host, now = socket.gethostname(), time.strftime("%Y-%m-%d %H:%M:%S")
+        os.ftruncate(held, 0)
+        os.pwrite(held, f"process {os.getpid()} of {host}, since {now}\n".encode(), 0)
+        yield
+
+
+def is_taken(file: Path) -> bool:
+    """Whether another process holds the lock now."""
+    if not file.exists():
+        return False
+    try:
+        with claimed(file):
+            return False
+    except TakenError:
+        return True
+
+
+@contextlib.contextmanager
+def waiting_for(file: Path) -> Iterator[None]:
+    """Holds a lock, which others have for moments, when it is free."""
+    with _opened(file) as held:
+        fcntl.lockf(held, fcntl.LOCK_EX)
+        yield
+
+
+@contextlib.contextmanager
+def _opened(file: Path) -> Iterator[int]:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    opened = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        yield opened
+    finally:
+        os.close(opened)  # and with it goes the lock
+
+
+def _read(opened: int) -> str:
+    return os.pread(opened, 200, 0).decode(errors="replace").strip()

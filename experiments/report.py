@@ -1,0 +1,259 @@
+"""results/SCALE/NAME/REPORT.md and its figures, from rows alone: the same bytes every time."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+from experiments import figures, gain, measure, runs, study
+from experiments.results import RESULTS, Row
+from experiments.scale import Scale
+from experiments.study import Results, Study
+from moepp_jax import flops
+from moepp_jax.config import Config
+from moepp_jax.storage import write_atomic
+
+README = "README.md"
+# What stands between these in the project's README is made of rows.
+BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
+SHOWN = "moe_vs_moepp"  # the experiment whose figure is there
+_MEANS = ("eval_loss", "bits_per_byte", "ffn_experts", "realised_flops", "drop_rate")
+_MEANS += ("step_seconds",)
+
+
+def write(of: Study, scale: Scale, rows: Sequence[Row], results: Path = RESULTS) -> Path:
+    """The report's file, written with its figures."""
+    folder = results / scale.name / of.name
+    folder.mkdir(parents=True, exist_ok=True)
+    found = study.results_of(of, scale, rows, measured(of, scale, results))
+    if _has_rows(found):
+        for kind in figures.FORMATS:
+            write_atomic(folder / f"figure.{kind}", figures.drawn(of.figure(found), kind))
+    write_atomic(folder / "REPORT.md", page(of, found))
+    return folder / "REPORT.md"
+
+
+def measured(of: Study, scale: Scale, results: Path) -> list[measure.Measured]:
+    """What the experiment measured beside training."""
+    return measure.read(measure.file_of(scale.name, of.name, results))
+
+
+def _has_rows(found: Results) -> bool:
+    return bool(found.measured) or any(found.by_variant.values())
+
+
+def page(of: Study, found: Results) -> str:
+    """REPORT.md."""
+    said = of.verdicts(found)
+    lines = [f"# {of.title}", "", f"    {command(of, found.scale)}", ""]
+    for name, text in of.sections().items():
+        lines += [f"**{name}.** {text}", ""]
+    lines += [f"**Verdict: the claim {study.outcome(said)}.**", ""]
+    lines += [f"- {v.said}: {v.outcome}" for v in said]
+    if found.variants:
+        lines += ["", *table(found), "", *_notes(found)]
+    lines += [""]
+    if _has_rows(found):
+        lines += [f"![{of.title}](figure.png)", ""]
+    lines += [*of.more(found)]
+    lines += [*_missing(of, found), *_diverged(found), *_made(found)]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def command(of: Study, scale: Scale) -> str:
+    return f"python -m experiments.run {of.name} --scale={scale.name}"
+
+
+def table(found: Results) -> list[str]:
+    """A line a variant: means over seeds."""
+    curve = gain.curve(found.scale, found.all_rows)
+    usual = Config.parse(found.scale.recipe())
+    head = ["variant", "held-out loss", "difference", "bits a byte", "FFN experts"]
+    head += ["training FLOPs", "compute gain", "drops", "s a step", "seeds"]
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for variant in found.variants:
+        name = variant.name
+        rows = found.rows(name)
+        if not rows:
+            lines.append(f"| {name} |" + " |" * (len(head) - 2) + f" 0 of {variant.seeds} |")
+            continue
+        mean = {column: found.mean(name, column).value for column in _MEANS}
+        loss = found.mean(name)
+        gained = ""
+        if curve and _same_shape(variant.config, usual):
+            gained = _gain(gain.gain(curve, mean["eval_loss"], mean["realised_flops"]))
+        cells = [
+            name,
+            f"{loss.value:.4f}" + ("" if math.isnan(loss.error) else f" ± {loss.error:.4f}"),
+            _difference(found, name),
+            f"{mean['bits_per_byte']:.4f}",
+            f"{mean['ffn_experts']:.3f}",
+            f"{mean['realised_flops']:.3g}",
+            gained,
+            f"{mean['drop_rate']:.1%}",
+            f"{mean['step_seconds']:.3g}",
+            f"{len(rows)} of {variant.seeds}",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return [*lines, *_by_source(found)]
+
+
+def _by_source(found: Results) -> list[str]:
+    """The held-out loss of every source, where there are several."""
+    each = {
+        v.name: [row.by_source for row in found.rows(v.name)]
+        for v in found.variants
+        if found.rows(v.name)
+    }
+    names = list(dict.fromkeys(name for rows in each.values() for row in rows for name in row))
+    if len(names) < 2:
+        return []
+    head = ["held-out loss of", *names]
+    lines = ["", f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for variant, rows in each.items():
+        means = [f"{sum(row[name] for row in rows) / len(rows):.4f}" for name in names]
+        lines.append(f"| {' | '.join([variant, *means])} |")
+    return lines
+
+
+def _difference(found: Results, name: str) -> str:
+    d = found.difference(name)
+    if d is None:
+        return ""
+    against = dict.fromkeys(v.against for v in found.variants if v.against)
+    to = f" to {found.against(name)}" if len(against) > 1 else ""
+    if d.count == 1:
+        return f"{d.value:+.4f}{to}"
+    return f"{d.value:+.4f} [{d.low:+.4f}, {d.high:+.4f}]{to}"
+
+
+def _gain(of: gain.Gain) -> str:
+    if not math.isfinite(of.value):
+        return "beyond the curve"
+    text = f"{of.value:.2f}"
+    if math.isfinite(of.high):
+        text += f" [{of.low:.2f}, {of.high:.2f}]"
+    return text if of.inside else f"{text} (extrapolated)"
+
+
+def _same_shape(config: Config, usual: Config) -> bool:
+    """Whether the vanilla curve of the usual size is the one to compare with."""
+    return config.model == usual.model and config.moe.ffn_size == usual.moe.ffn_size
+
+
+def _notes(found: Results) -> list[str]:
+    """What the table's columns are."""
+    config = found.variants[0].config
+    total, active = flops.parameters(config)
+    batch = config.train.batch_size * config.data.seq_len
+    return [
+        f"Means over seeds, with standard errors. Differences{_to(found)} are paired by seed (the "
+        "same rows of text in",
+        "the same order, the same initial values of what both have), in brackets their 95 % "
+        "interval (Student's t). Held-out",
+        "loss is in nats a token, over all held-out text; FFN experts a token there. Training "
+        "FLOPs are forward",
+        "and backward, with the FFN experts that tokens had in training. Compute gain: the "
+        "training FLOPs that the",
+        "vanilla MoE of the usual size would need for this loss, by its fitted curve (the "
+        "experiment `scaling`), over",
+        "those used; in brackets 95 % of its fits to seeds drawn with replacement. Drops are of "
+        "the last fifth of training.",
+        "",
+        f"{found.variants[0].name}: {total / 1e6:.3g} M parameters, {active / 1e6:.3g} M active a "
+        f"token at most; {config.train.steps:,} steps of {batch:,} tokens.",
+    ]
+
+
+def _to(found: Results) -> str:
+    """Whose differences they are, if all are to the same variant."""
+    against = list(dict.fromkeys(v.against for v in found.variants if v.against))
+    return f" to {against[0]}" if len(against) == 1 else ""
+
+
+def _missing(of: Study, found: Results) -> list[str]:
+    lines = []
+    for v in found.variants:
+        there = {row.seed for row in found.by_variant[v.name]}
+        seeds = [str(s) for s in range(v.seeds) if s not in there]
+        if seeds:
+            lines.append(f"- {v.name}: seed {', '.join(seeds)}")
+    left = measure.missing(of.measurements(found.scale), found.measured)
+    if left:
+        lines.append(f"- measurements: {', '.join(dict.fromkeys(one.name for one in left))}")
+    if not lines:
+        return []
+    head = f"What has no row yet, and `{command(of, found.scale)}` makes:"
+    return [head, "", *lines, ""]
+
+
+def _diverged(found: Results) -> list[str]:
+    lines = [
+        f"- {name}, seed {row.seed}, after {row.tokens:,} tokens"
+        for name, rows in found.by_variant.items()
+        for row in rows
+        if not row.done
+    ]
+    return ["Runs that diverged, which no mean has:", "", *lines, ""] if lines else []
+
+
+def _made(found: Results) -> list[str]:
+    """The machines."""
+    rows = [row for rows in found.by_variant.values() for row in rows]
+    machines = sorted({row.machine for row in (*rows, *found.measured)})
+    if not machines:
+        return []
+    said = f"Machine: {'; '.join(machines)}. Numerics {runs.NUMERICS}."
+    hours = sum(row.seconds for row in rows) / 3600
+    return [said + (f" These {len(rows)} runs took {hours:.2f} hours." if rows else "")]
+
+
+def in_readme(text: str, scale: Scale, rows: Sequence[Row], results: Path = RESULTS) -> str:
+    """The project's README with the results between its two marks as the rows have them.
+
+    Raises:
+      ValueError: the marks are not there.
+    """
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise ValueError(f"there is no {BEGIN} with an {END} after it")
+    lines = [BEGIN, "", "| question | what the runs say |", "|---|---|"]
+    for name in study.names():
+        of = study.find(name)
+        found = study.results_of(of, scale, rows, measured(of, scale, results))
+        said = of.verdicts(found)
+        known = [v.said for v in said if v.outcome != study.MISSING]
+        if known:
+            there = f"experiments/results/{scale.name}/{name}/REPORT.md"
+            lines.append(
+                f"| [{of.title}]({there}) | {study.outcome(said)}: {'; '.join(known[:2])} |"
+            )
+    figure = f"experiments/results/{scale.name}/{SHOWN}/figure.png"
+    lines += ["", f"![{study.find(SHOWN).title}]({figure})", "", END]
+    return before + "\n".join(lines) + after
+
+
+def overview(scale: Scale, rows: Sequence[Row], results: Path = RESULTS) -> str:
+    """README.md of a scale's results: each experiment's verdict, and rows that are in none."""
+    head = ["experiment", "question", "verdict", "runs"]
+    lines = [f"# Experiments at scale {scale.name}", "", f"| {' | '.join(head)} |"]
+    lines += ["|---" * len(head) + "|"]
+    known: set[str] = set()
+    for name in study.names():
+        of = study.find(name)
+        found = study.results_of(of, scale, rows, measured(of, scale, results))
+        wanted = runs.plan(found.variants)
+        known |= {run.key[0] for run in wanted}
+        done = len(wanted) - len(runs.missing(wanted, (row.key for row in rows)))
+        said = study.outcome(of.verdicts(found))
+        cells = [f"[{name}]({name}/REPORT.md)", of.title, said, f"{done} of {len(wanted)}"]
+        lines.append(f"| {' | '.join(cells)} |")
+    others = [row for row in rows if row.fingerprint not in known]
+    if others:
+        lines += ["", "Rows of other code or configurations, which no table has:", ""]
+        lines += [f"- {r.fingerprint}, seed {r.seed}: {r.changes or 'MoE++'}" for r in others]
+    hours = sum(row.seconds for row in rows) / 3600
+    lines += ["", f"{len(rows)} runs, {hours:.1f} hours; rows in `runs.csv`."]
+    return "\n".join(lines) + "\n"

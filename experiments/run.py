@@ -1,0 +1,206 @@
+"""Trains what an experiment needs and does not have yet, and writes its report.
+
+    python -m experiments.run --list                       # experiments, runs, the time they take
+    python -m experiments.run tau gating_residual          # trains what has no row yet, and reports
+    python -m experiments.run all --scale=small --seeds=1  # every experiment, one seed each
+    python -m experiments.run tau --list                   # its runs, each with its number
+    python -m experiments.run tau --only=3                 # the run of that number alone
+    python -m experiments.run tau --report                 # from the rows that are there
+    python -m experiments.run tau --only=3 --again         # trains it anew, beside its row
+
+Rows are in experiments/results/SCALE/runs.csv, known by what a run computes: each is trained once,
+whichever experiment asks. Runs are in --workdir and go on where they were stopped. Any number of
+processes may share both folders; each takes runs that no other is at.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from absl import flags
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks import timing
+from experiments import board, measure, report, results, runs, study, sweep, worker
+from experiments.runs import Run
+from experiments.scale import SCALES, Scale
+from experiments.scale import find as find_scale
+from moepp_jax import cli, host_memory
+from moepp_jax.errors import ConfigError
+from moepp_jax.storage import write_atomic
+from moepp_jax.workdir import open_workdir
+
+ALL = "all"
+
+
+def experiments(names: Sequence[str]) -> list[study.Study]:
+    """Those of these names, in their order, once each.
+
+    Raises:
+      ConfigError: there is none of a name.
+    """
+    wanted = study.names() if ALL in names else dict.fromkeys(names)
+    return [study.find(name) for name in wanted]
+
+
+def plan(of: Sequence[study.Study], scale: Scale, seeds: int | None = None) -> list[Run]:
+    """The runs of all of them, each once."""
+    return runs.plan([v for one in of for v in one.variants(scale)], seeds)
+
+
+def chosen(planned: Sequence[Run], only: str | None) -> list[Run]:
+    """Those whose numbers are given, as "3", "0,4" or "0-7"; all if none are.
+
+    Raises:
+      ConfigError: what is given is no number of a run.
+    """
+    if only is None:
+        return list(planned)
+    found: dict[int, Run] = {}
+    for part in only.split(","):
+        ends = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", part)
+        first, last = (int(ends[1]), int(ends[2] or ends[1])) if ends else (0, -1)
+        if not ends or last < first or last >= len(planned):
+            raise ConfigError(
+                f"--only={only}: {part!r} is no run; numbers are 0 to {len(planned) - 1}, as 3, or "
+                "0,4, or 0-7 (--list names them)"
+            )
+        found |= {number: planned[number] for number in range(first, last + 1)}
+    return list(found.values())
+
+
+def write_reports(of: Sequence[study.Study], scale: Scale, folder: Path) -> list[Path]:
+    """The reports of experiments, and the overview of all."""
+    rows = results.read(results.file_of(scale.name, folder))
+    written = [report.write(one, scale, rows, folder) for one in of]
+    overview = report.overview(scale, rows, folder)
+    write_atomic(folder / scale.name / report.README, overview)
+    if scale.name == "tiny" and folder.resolve() == results.RESULTS.resolve():
+        readme = results.RESULTS.parents[1] / report.README
+        write_atomic(readme, report.in_readme(readme.read_text(), scale, rows, folder))
+    return written
+
+
+def listed(of: Sequence[study.Study], scale: Scale, rows: Sequence[results.Row]) -> Table:
+    """A line an experiment: its runs, and how long those take that have no row."""
+    table = Table(box=None, padding=(0, 3, 0, 0))
+    for column in ("experiment", "question"):
+        table.add_column(column)
+    for column in ("runs", "done", "the rest takes"):
+        table.add_column(column, justify="right")
+    for one in [*of, None]:
+        planned = plan([one] if one else of, scale)
+        left = runs.missing(planned, (row.key for row in rows))
+        done = str(len(planned) - len(left))
+        cells = (one.name, one.title) if one else ("together", "")
+        table.add_row(*cells, str(len(planned)), done, board.clock(_estimate(left, rows)))
+    return table
+
+
+def listed_runs(one: study.Study, scale: Scale, rows: Sequence[results.Row]) -> Table:
+    """A line a run, with its number for --only."""
+    table = Table(box=None, padding=(0, 3, 0, 0))
+    for column in ("number", "variant", "seed", "row", "takes"):
+        table.add_column(column, justify="right" if column in ("number", "seed") else "left")
+    there = {row.key: row for row in rows}
+    for number, run in enumerate(plan([one], scale)):
+        row = there.get(run.key)
+        said = "" if row is None else f"{row.eval_loss:.4f}" if row.done else row.status
+        takes = board.seconds_of(run, rows, run.nominal_flops)
+        cells = run.name, str(run.config.seed), said, board.clock(takes)
+        table.add_row(str(number), *cells)
+    return table
+
+
+def _estimate(left: Sequence[Run], rows: Sequence[results.Row]) -> float | None:
+    each = [board.seconds_of(run, rows, run.nominal_flops) for run in left]
+    return None if None in each else sum(each)
+
+
+def measure_missing(of: Sequence[study.Study], scale: Scale, folder: Path, workdir: Path) -> None:
+    """What the experiments measure beside training, of runs that are trained for it if need be."""
+
+    def trained(run: Run) -> Path:
+        # The row may be another machine's: what is measured is the checkpoint.
+        there = Path(open_workdir(workdir / run.folder, run.config))
+        if worker.finished(there) is None:
+            for _ in sweep.in_child(run, there, scale):
+                pass
+        return there
+
+    for one in of:
+        wanted, rows = one.measurements(scale), measure.file_of(scale.name, one.name, folder)
+        if measure.missing(wanted, measure.read(rows)):
+            host_memory.keep_freed_on_cpu()
+            lock = workdir / ".rows.lock"
+            measure.take_missing(wanted, rows, trained, lock, timing.machine())
+
+
+def again(planned: Sequence[Run], scale: Scale, file: Path, workdir: Path) -> None:
+    """Trains runs anew in folders of their own, and says how far they end from their rows.
+
+    Raises:
+      ConfigError: a run has no row.
+    """
+    there = {row.key: row for row in results.read(file)}
+    for run in planned:
+        if run.key not in there:
+            raise ConfigError(f"{run.folder} has no row in {file} that it could be compared with")
+        folder = Path(open_workdir(workdir / "again" / run.folder, run.config))
+        for _ in sweep.in_child(run, folder, scale):
+            pass
+        new, old = worker.finished(folder), there[run.key]
+        pairs = {
+            name: (getattr(old, name), getattr(new, name))
+            for name in ("eval_loss", "bits_per_byte", "ffn_experts", "training_ffn_experts")
+        }
+        for name, (before, now) in pairs.items():
+            same = "the same to the last digit" if before == now else "not the same"
+            print(f"{name}: {before} in the row, {now} again: {same}")
+
+
+def main(arguments: Sequence[str]) -> None:
+    names, scale = list(arguments[1:]), find_scale(_SCALE.value)
+    folder = Path(_RESULTS.value)
+    file = results.file_of(scale.name, folder)
+    workdir = Path(_WORKDIR.value) / scale.name
+    if _SEEDS.value is not None and _SEEDS.value < 1:
+        raise ConfigError(f"--seeds={_SEEDS.value} must be at least 1")
+    if _LIST.value:
+        of = experiments(names or [ALL])
+        rows = results.read(file)
+        table = listed_runs(of[0], scale, rows) if len(of) == 1 else listed(of, scale, rows)
+        Console(width=140).print(table)
+        return
+    if not names:
+        raise ConfigError(f"which experiment? There are {', '.join(study.names())}, and {ALL}")
+    of = experiments(names)
+    if not _REPORT.value:
+        planned = chosen(plan(of, scale, _SEEDS.value), _ONLY.value)
+        if _AGAIN.value:
+            again(planned, scale, file, workdir)
+            return
+        others = sweep.train_missing(planned, scale, file, workdir)
+        if others:
+            print(f"{others} runs are at work in other processes")
+        elif _ONLY.value is None:
+            measure_missing(of, scale, folder, workdir)
+    for written in write_reports(of, scale, folder):
+        print(f"written {written}")
+
+
+if __name__ == "__main__":
+    _SCALE = flags.DEFINE_string("scale", "tiny", f"how large: {', '.join(SCALES)}")
+    _SEEDS = flags.DEFINE_integer("seeds", None, "of every variant; by default the experiment's")
+    _ONLY = flags.DEFINE_string("only", None, "numbers of runs to train: 3, or 0,4, or 0-7")
+    _LIST = flags.DEFINE_bool("list", False, "say what there is to train, and train nothing")
+    _REPORT = flags.DEFINE_bool("report", False, "write the report from rows, and train nothing")
+    _AGAIN = flags.DEFINE_bool("again", False, "train runs that have a row anew, and compare")
+    _WORKDIR = flags.DEFINE_string("workdir", "runs/experiments", "where the runs are")
+    _RESULTS = flags.DEFINE_string(
+        "results", str(results.RESULTS), "where rows and reports are written"
+    )
+    cli.run(main)

@@ -1,0 +1,134 @@
+"""What seeds say: means, paired differences with their intervals, and fitted power laws."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from scipy import optimize, stats
+
+CONFIDENCE = 0.95
+_LARGEST = math.log(1e300)
+
+
+class Mean(NamedTuple):
+    """Of independent values; the standard error of one value alone is not known."""
+
+    value: float
+    error: float
+    count: int
+
+
+class Difference(NamedTuple):
+    """The mean of paired differences and its interval of confidence (Student's t, two-sided).
+
+    Of one pair alone the interval is all numbers.
+    """
+
+    value: float
+    low: float
+    high: float
+    count: int
+
+
+class PowerLaw(NamedTuple):
+    """loss = floor + scale compute^-exponent."""
+
+    floor: float
+    scale: float
+    exponent: float
+
+    def loss(self, compute: float | np.ndarray) -> float | np.ndarray:
+        return self.floor + self.scale * np.power(compute, -self.exponent)
+
+    def compute(self, loss: float) -> float:
+        """That gives this loss; infinite at the floor and below."""
+        if loss <= self.floor:
+            return math.inf
+        digits = -math.log((loss - self.floor) / self.scale) / self.exponent
+        return math.exp(digits) if digits < _LARGEST else math.inf
+
+
+def mean(values: Sequence[float]) -> Mean:
+    """
+    Raises:
+      ValueError: there are none.
+    """
+    if not values:
+        raise ValueError("there is no mean of no values")
+    count = len(values)
+    error = statistics.stdev(values) / math.sqrt(count) if count > 1 else math.nan
+    return Mean(statistics.fmean(values), error, count)
+
+
+def paired(ours: Mapping[int, float], theirs: Mapping[int, float]) -> Difference | None:
+    """Ours minus theirs, seed by seed; None if they share no seed.
+
+    Args:
+      ours, theirs: seed -> value.
+    """
+    shared = sorted(ours.keys() & theirs.keys())
+    if not shared:
+        return None
+    value, error, count = mean([ours[seed] - theirs[seed] for seed in shared])
+    if count == 1:
+        return Difference(value, -math.inf, math.inf, count)
+    half = error * float(stats.t.ppf((1 + CONFIDENCE) / 2, count - 1))
+    return Difference(value, value - half, value + half, count)
+
+
+def power_law(compute: Sequence[float], loss: Sequence[float]) -> PowerLaw:
+    """The least-squares fit, in the logarithm of the loss.
+
+    Raises:
+      ValueError: fewer than three different amounts of compute.
+    """
+    if len(set(compute)) < 3:
+        raise ValueError(f"a power law needs 3 amounts of compute, and there are {set(compute)}")
+    compute, loss = np.asarray(compute, float), np.asarray(loss, float)
+    unit = math.exp(np.mean(np.log(compute)))  # of order 1, for the sake of the solver
+    x, lowest = np.log(compute / unit), float(loss.min())
+
+    def law(parameters: np.ndarray) -> np.ndarray:
+        share, log_scale, exponent = parameters
+        return share * lowest + np.exp(log_scale - exponent * x)
+
+    fits = [
+        optimize.least_squares(
+            lambda p: np.log(law(p)) - np.log(loss),
+            (share, math.log(max(float(np.mean(loss)) - share * lowest, 1e-3)), exponent),
+            bounds=((0, -20, 1e-3), (0.999, 20, 3)),
+            x_scale=(0.1, 1, 0.1),
+        )
+        for share in (0.1, 0.5, 0.9)
+        for exponent in (0.1, 0.5)
+    ]
+    share, log_scale, exponent = min(fits, key=lambda fit: fit.cost).x
+    scale = math.exp(log_scale) * unit**exponent
+    return PowerLaw(share * lowest, scale, float(exponent))
+
+
+def bootstrapped(
+    by_seed: Mapping[int, Sequence[tuple[float, float]]], times: int = 200
+) -> list[PowerLaw]:
+    """Fits to (compute, loss) of seeds drawn with replacement; the same ones every time.
+
+    Args:
+      by_seed: seed -> its points.
+    """
+    draw, seeds = np.random.default_rng(0), sorted(by_seed)
+    fits = []
+    for _ in range(times):
+        points = [p for seed in draw.choice(seeds, len(seeds)) for p in by_seed[int(seed)]]
+        fits.append(power_law(*zip(*points, strict=True)))
+    return fits
+
+
+def interval(values: Sequence[float]) -> tuple[float, float]:
+    """The middle CONFIDENCE of them."""
+    tail = (1 - CONFIDENCE) / 2
+    low, high = np.quantile(np.asarray(values, float), [tail, 1 - tail], method="nearest")
+    return float(low), float(high)

@@ -1,0 +1,71 @@
+"""How large a dense model does MoE++ stand for?
+
+Question  held-out loss of dense models whose layers have 1, 2 and 3 times the parameters that a
+          token of MoE++ meets at most, beside MoE++ and its vanilla twin.
+Paper     its MoE++ 7B, 1.2 B active, is said to do as well as dense models of two to three times
+          its active parameters.
+Claim     MoE++ has a lower held-out loss than the dense model of twice its active parameters.
+Refuted   if the interval of that paired difference is above 0.
+"""
+
+from __future__ import annotations
+
+from matplotlib.figure import Figure
+
+from experiments import figures
+from experiments.scale import VANILLA, Scale, Variant
+from experiments.study import Results, Study, Verdict
+from moepp_jax.config import Config
+
+TIMES = (1, 2, 3)
+
+
+def name_of(times: int) -> str:
+    return f"dense, {times} x active"
+
+
+class DenseEquivalent(Study):
+    def variants(self, scale: Scale) -> list[Variant]:
+        ours = scale.variant("MoE++")
+        dense = [
+            # One expert that every token is sent to, with a gate of 1.
+            scale.variant(
+                name_of(times),
+                VANILLA,
+                {
+                    "moe.n_ffn": 1,
+                    "moe.rule.top_k": 1,
+                    "moe.rule.balance_weight": 0.0,
+                    "moe.ffn_size": _width(ours.config, times),
+                },
+                against="MoE++",
+            )
+            for times in TIMES
+        ]
+        return [ours, scale.variant("vanilla", VANILLA, against="MoE++"), *dense]
+
+    def verdicts(self, results: Results) -> list[Verdict]:
+        return [results.below("MoE++", name_of(2))]
+
+    def figure(self, results: Results) -> Figure:
+        figure = figures.new(7, 4)
+        axes = figure.subplots()
+        found = [times for times in TIMES if results.rows(name_of(times))]
+        means = [results.mean(name_of(times)) for times in found]
+        figures.with_errors(axes, found, means, figures.GREY, "dense")
+        for number, name in enumerate(("MoE++", "vanilla")):
+            if (loss := results.mean(name)) is not None:
+                axes.axhline(loss.value, color=f"C{number}", ls="--", label=name)
+        axes.set(xlabel="parameters of a layer, by those that a token of MoE++ meets at most")
+        axes.set(ylabel="held-out loss, nats a token", xticks=TIMES)
+        axes.grid(alpha=0.3)
+        figures.legend(axes)
+        return figure
+
+
+def _width(config: Config, times: int) -> int:
+    """Of the dense FFN that, with attention, has so many times MoE++'s active parameters."""
+    m, e = config.model, config.moe
+    attention = 2 * m.hidden_size * m.head_width * (m.num_heads + m.num_kv_heads)
+    active = attention + 3 * m.hidden_size * e.ffn_size * e.rule.most
+    return round((times * active - attention) / (3 * m.hidden_size))

@@ -1,0 +1,138 @@
+"""Can one trained MoE++ be run with more or with less computation?
+
+Question  held-out loss, FFN experts a token and decoded tokens a second of one trained model with
+          an offset on the logits of its zero-computation experts, beside models that were trained
+          with another tau.
+Paper     asks for a model at each tau.
+Claim     with an offset at which it runs as many FFN experts a token as a model trained with tau =
+          0.25, it ends less than 0.05 nats above that model.
+Refuted   if the interval of the paired difference is above 0.05.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from experiments import figures, runs, stats
+from experiments.measure import Measured, Measurement
+from experiments.scale import Scale, Variant
+from experiments.studies.tau import TAUS, name_of
+from experiments.study import FAILS, HOLDS, MISSING, OPEN, Results, Study, Verdict
+
+OFFSETS = (-4.0, -2.0, -1.0, -0.5, 0.0, 0.5, 1.0, 2.0, 4.0)
+OURS = name_of(0.75)
+_LESS, _NATS = name_of(0.25), 0.05
+_PROMPT, _NEW, _TEXTS = 16, 64, 8  # tokens, tokens, sequences at once
+
+
+class InferenceBudget(Study):
+    def variants(self, scale: Scale) -> list[Variant]:
+        return [
+            scale.variant(
+                name_of(tau),
+                fields={"moe.rule.tau": tau},
+                against="" if name_of(tau) == OURS else OURS,
+            )
+            for tau in TAUS
+        ]
+
+    def measurements(self, scale: Scale) -> list[Measurement]:
+        (ours,) = (v for v in self.variants(scale) if v.name == OURS)
+        return [
+            Measurement(f"offset {offset:g}", run, functools.partial(_at, offset=offset))
+            for run in runs.runs_of(ours)
+            for offset in OFFSETS
+        ]
+
+    def verdicts(self, results: Results) -> list[Verdict]:
+        theirs = {row.seed: row for row in results.rows(_LESS)}
+        found = {}
+        for seed, (experts, loss) in _curves(results.measured).items():
+            if seed in theirs and experts[0] <= theirs[seed].ffn_experts <= experts[-1]:
+                at = float(np.interp(theirs[seed].ffn_experts, experts, loss))
+                found[seed] = at - theirs[seed].eval_loss
+        d = stats.paired(found, dict.fromkeys(found, 0.0))
+        if d is None:
+            return [Verdict(MISSING, f"no seed has both its offsets and {_LESS} yet")]
+        outcome = HOLDS if d.high < _NATS else FAILS if d.low > _NATS else OPEN
+        said = f"with an offset it ends {d.value:+.4f} [{d.low:+.4f}, {d.high:+.4f}] nats from"
+        return [Verdict(outcome, f"{said} {_LESS} at its FFN experts a token ({d.count} seeds)")]
+
+    def figure(self, results: Results) -> Figure:
+        figure = figures.new(10, 4.3)
+        loss, speed = figure.subplots(1, 2)
+        for number, offset in enumerate(OFFSETS):
+            rows = [r for r in results.measured if r.name == f"offset {offset:g}"]
+            if not rows:
+                continue
+            experts, nats, per_second = (
+                np.mean([r.values[c] for r in rows])
+                for c in ("ffn_experts", "eval_loss", "decoded_per_second")
+            )
+            label = "one model, offsets" if number == 0 else None
+            loss.plot(experts, nats, "o", color="C0", label=label)
+            loss.annotate(f"{offset:+g}", (experts, nats), (4, 4), textcoords="offset points")
+            speed.plot(experts, per_second, "o", color="C0")
+        for number, tau in enumerate(TAUS):
+            if results.rows(name_of(tau)):
+                at = results.mean(name_of(tau), "ffn_experts").value
+                label = "trained with another tau" if number == 0 else None
+                loss.plot(at, results.mean(name_of(tau)).value, "s", color="C1", label=label)
+        loss.set(xlabel="FFN experts a token", ylabel="held-out loss, nats a token")
+        speed.set(xlabel="FFN experts a token", ylabel="decoded tokens a second", ylim=(0, None))
+        for axes in (loss, speed):
+            axes.grid(alpha=0.3)
+        figures.legend(loss)
+        return figure
+
+    def more(self, results: Results) -> list[str]:
+        names = dict.fromkeys(row.name for row in results.measured)
+        if not names:
+            return []
+        head = ["", "held-out loss", "FFN experts", "decoded tokens a second"]
+        lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+        for name in sorted(names, key=lambda name: float(name.split()[1])):
+            rows = [row.values for row in results.measured if row.name == name]
+            loss, experts, speed = (
+                np.mean([row[c] for row in rows])
+                for c in ("eval_loss", "ffn_experts", "decoded_per_second")
+            )
+            lines.append(f"| {name} | {loss:.4f} | {experts:.3f} | {speed:,.0f} |")
+        said = f"Of {OURS}, means over seeds; {_TEXTS} texts are decoded at once:"
+        return [said, "", *lines, ""]
+
+
+def _at(folder: Path, offset: float) -> Mapping[str, float]:
+    """What a run's model does with an offset."""
+    import moepp_jax
+    from moepp_jax.evaluate import evaluate_run
+    from moepp_jax.workdir import read_config
+
+    config = read_config(folder).replace("moe.rule", zero_offset=offset)
+    found = evaluate_run(config, folder)
+    model = moepp_jax.load(folder, only_generate=True, zero_offset=offset)
+    prompts = np.random.default_rng(0).integers(3, config.model.vocab_size, (_TEXTS, _PROMPT))
+    best = 0.0
+    for _ in range(3):  # the first compiles
+        model.generate(prompts.tolist(), max_new_tokens=_NEW, temperature=1.0)
+        best = max(best, model.speed.decoded_tokens / model.speed.decode_seconds)
+    return {
+        "eval_loss": found["eval_loss"],
+        "ffn_experts": found["eval_ffn_experts_per_token"],
+        "decoded_per_second": best,
+        "decoded_ffn_experts": model.speed.ffn_experts_per_token,
+    }
+
+
+def _curves(measured: list[Measured]) -> dict[int, tuple[list[float], list[float]]]:
+    """seed -> FFN experts a token, rising, and the losses there."""
+    found: dict[int, list[tuple[float, float]]] = {}
+    for row in measured:
+        pair = row.values["ffn_experts"], row.values["eval_loss"]
+        found.setdefault(row.seed, []).append(pair)
+    return {seed: tuple(map(list, zip(*sorted(p), strict=True))) for seed, p in found.items()}

@@ -1,0 +1,74 @@
+"""Which routing rule makes the most of its computation?
+
+Question  held-out loss of every rule's recipe (configs/routing) in the place of MoE++'s, at equal
+          tokens; and at equal training FLOPs, steps being fewer where a token costs more than with
+          MoE++ when both are at balance.
+Paper     compares with a vanilla top-2 MoE alone.
+Claim     at equal training FLOPs no rule has a lower held-out loss than MoE++.
+Refuted   if the 95 % interval of a rule's paired difference to MoE++ is below 0.
+"""
+
+from __future__ import annotations
+
+from matplotlib.figure import Figure
+
+from experiments import figures
+from experiments.scale import Scale, Variant, rule_names
+from experiments.study import FAILS, HOLDS, MISSING, OPEN, Results, Study, Verdict
+from moepp_jax import flops
+
+_EQUAL = ", equal FLOPs"
+
+
+class RoutingRules(Study):
+    def variants(self, scale: Scale) -> list[Variant]:
+        ours = scale.variant("MoE++")
+        each = [scale.routed_by(name, against="MoE++") for name in rule_names()]
+        shorter = [_shortened(v, ours) for v in each]
+        return [ours, *each, *(v for v in shorter if v is not None)]
+
+    def verdicts(self, results: Results) -> list[Verdict]:
+        names = {v.name for v in results.variants}
+        rules = [name + _EQUAL if name + _EQUAL in names else name for name in rule_names()]
+        known = {name: d for name in rules if (d := results.difference(name)) is not None}
+        if len(known) < len(rules):
+            return [
+                Verdict(MISSING, f"{len(known)} of {len(rules)} rules are known at equal FLOPs")
+            ]
+        best = min(known, key=lambda name: known[name].high)
+        said = results.below(best, "MoE++")
+        # The claim is that there is none.
+        return [Verdict({HOLDS: FAILS, FAILS: HOLDS}.get(said.outcome, OPEN), said.said)]
+
+    def figure(self, results: Results) -> Figure:
+        figure = figures.new(8, 5)
+        axes = figure.subplots()
+        names = [v.name for v in results.variants if results.rows(v.name)]
+        points = {
+            name: (results.mean(name, "realised_flops").value, results.mean(name).value)
+            for name in names
+        }
+        for name, (x, y) in points.items():
+            color = "C1" if name == "MoE++" else "C0"
+            face = "none" if name.endswith(_EQUAL) else color
+            axes.plot(x, y, "o", color=color, mfc=face, ms=7)
+        shown = {name: point for name, point in points.items() if not name.endswith(_EQUAL)}
+        axes.plot([], [], "o", color="C0", mfc="none", label="steps for equal training FLOPs")
+        axes.set(xlabel="training FLOPs", ylabel="held-out loss, nats a token")
+        axes.grid(alpha=0.3)
+        figures.legend(axes)
+        figures.labelled(axes, shown)
+        return figure
+
+
+def _shortened(variant: Variant, ours: Variant) -> Variant | None:
+    """Trained for so many steps that it costs what ours does, each rule being at its balance.
+
+    None of one that costs the same in as many steps.
+    """
+    ratio = flops.per_token(ours.config).train / flops.per_token(variant.config).train
+    steps = round(variant.config.train.steps * ratio)
+    if steps == variant.config.train.steps:
+        return None
+    config = variant.config.replace("train", steps=steps, eval_every=steps)
+    return variant._replace(name=f"{variant.name}{_EQUAL}", config=config)

@@ -1,0 +1,131 @@
+"""How much compute does MoE++ save, over sizes and lengths of training?
+
+Question  held-out loss of four sizes trained for four lengths each, MoE++ and vanilla, against the
+          tokens and the training FLOPs that it took.
+Paper     none: it trains each size for one number of tokens.
+Claim     at every length the usual size of MoE++ gets to its loss with less compute than the
+          vanilla MoE of that size needs for it, by its fitted curve.
+Refuted   if at a length 95 % of the fits to seeds drawn with replacement say more.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from experiments import figures, gain, stats
+from experiments.scale import MOEPP, VANILLA, Scale, Variant
+from experiments.study import FAILS, HOLDS, MISSING, OPEN, Results, Study, Verdict
+from moepp_jax.errors import ConfigError
+
+COLORS = {MOEPP: "C0", VANILLA: "C1"}
+
+
+class Scaling(Study):
+    def variants(self, scale: Scale) -> list[Variant]:
+        return [
+            gain.of_length(scale, steps, kind, size)
+            for size in scale.growing
+            for steps in scale.lengths
+            for kind in (VANILLA, MOEPP)
+        ]
+
+    def verdicts(self, results: Results) -> list[Verdict]:
+        curve = gain.curve(results.scale, results.all_rows)
+        if curve is None:
+            return [Verdict(MISSING, "the vanilla curve of the usual size has too few rows yet")]
+        size = _usual(results.scale)
+        found = []
+        for steps in results.scale.lengths:
+            name = gain.of_length(results.scale, steps, MOEPP, size).name
+            loss, realised = results.mean(name), results.mean(name, "realised_flops")
+            if loss is None:
+                found.append(Verdict(MISSING, f"{name} has no row yet"))
+                continue
+            g = gain.gain(curve, loss.value, realised.value)
+            outcome = HOLDS if g.low > 1 else FAILS if g.high < 1 else OPEN
+            said = f"{steps} steps: {g.value:.2f} times the compute [{g.low:.2f}, {g.high:.2f}]"
+            found.append(Verdict(outcome, said))
+        return found
+
+    def figure(self, results: Results) -> Figure:
+        figure = figures.new(11, 4.6)
+        by_tokens, by_flops = figure.subplots(1, 2, sharey=True)
+        for number, size in enumerate(results.scale.growing):
+            for kind in (VANILLA, MOEPP):
+                means = _means(results, size, kind)
+                if not means:
+                    continue
+                tokens, compute, loss = zip(*means, strict=True)
+                how = {"color": COLORS[kind], "alpha": 0.4 + 0.2 * number, "marker": "o", "ms": 4}
+                label = size if kind == MOEPP else None
+                by_tokens.plot(tokens, loss, **how)
+                line = by_flops.plot(compute, loss, **how)[0]
+                if label:
+                    by_flops.annotate(
+                        label,
+                        (compute[-1], loss[-1]),
+                        (4, 0),
+                        textcoords="offset points",
+                        va="center",
+                        fontsize=8,
+                        color=line.get_color(),
+                    )
+        _band(by_flops, gain.curve(results.scale, results.all_rows))
+        for kind, name in ((MOEPP, "MoE++"), (VANILLA, "vanilla")):
+            by_tokens.plot([], [], color=COLORS[kind], marker="o", label=name)
+        by_tokens.set(xscale="log", xlabel="training tokens", ylabel="held-out loss, nats a token")
+        by_flops.set(xscale="log", xlabel="training FLOPs")
+        for axes in (by_tokens, by_flops):
+            axes.grid(alpha=0.3)
+        figures.legend(by_tokens)
+        return figure
+
+    def more(self, results: Results) -> list[str]:
+        """The fitted laws."""
+        lines = []
+        for size in results.scale.growing:
+            for kind, name in ((VANILLA, "vanilla"), (MOEPP, "MoE++")):
+                means = _means(results, size, kind)
+                if len(means) >= 3:
+                    law = stats.power_law([c for _, c, _ in means], [y for _, _, y in means])
+                    cells = [name, size, f"{law.floor:.3f}", f"{law.exponent:.3f}"]
+                    lines.append(f"| {' | '.join(cells)} |")
+        if not lines:
+            return []
+        head = ["model", "layers x width", "floor, nats a token", "exponent"]
+        said = "Fits of loss = floor + scale FLOPs^-exponent to the means over seeds:"
+        return [said, "", f"| {' | '.join(head)} |", "|---" * len(head) + "|", *lines, ""]
+
+
+def _usual(scale: Scale) -> str:
+    """The name among the growing sizes of the scale's usual one."""
+    usual = scale.variant("usual").config.model
+    for size, recipe in scale.growing.items():
+        if scale.variant(size, of=recipe).config.model == usual:
+            return size
+    raise ConfigError(f"scale {scale.name!r} has no curve of its usual size")
+
+
+def _means(results: Results, size: str, kind: str) -> list[tuple[float, float, float]]:
+    """(tokens, training FLOPs, held-out loss) of every length that has rows."""
+    found = []
+    for steps in results.scale.lengths:
+        name = gain.of_length(results.scale, steps, kind, size).name
+        columns = ("tokens", "realised_flops", "eval_loss")
+        if results.rows(name):
+            found.append(tuple(results.mean(name, column).value for column in columns))
+    return found
+
+
+def _band(axes, curve: gain.Curve | None) -> None:
+    """The vanilla curve that gains are read from, and 95 % of its fits."""
+    if curve is None:
+        return
+    x = np.geomspace(curve.least, curve.most, 60)
+    axes.plot(x, curve.law.loss(x), color="k", lw=1, ls="--", label="fit, vanilla, usual size")
+    if curve.fits:
+        each = np.array([fit.loss(x) for fit in curve.fits])
+        low, high = np.quantile(each, [0.025, 0.975], axis=0)
+        axes.fill_between(x, low, high, color="k", alpha=0.12, lw=0)
+    figures.legend(axes)

@@ -1,0 +1,128 @@
+"""Every experiment at every scale; and what is committed of them is up to date."""
+
+import pytest
+
+from configs import tiny as tiny_recipe
+from experiments import report, results, run, runs, study
+from experiments.measure import Measured
+from experiments.scale import SCALES, TINY
+from moepp_jax.metrics import read_metrics
+from moepp_jax.train import train
+from tests import tiny
+
+STUDIES = study.names()
+
+
+@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("name", STUDIES)
+def test_an_experiment(name, scale):
+    of, scale = study.find(name), SCALES[scale]
+    variants = of.variants(scale)
+    names = [v.name for v in variants]
+    measurements = of.measurements(scale)
+    assert len({one.key for one in measurements}) == len(measurements)
+    assert len(names) > 1 or (measurements and not names)
+    assert len(set(names)) == len(names)
+    assert all(v.against in ("", *names) and v.against != v.name for v in variants)
+    assert any(v.against for v in variants) or not names
+    trained = {run.key for run in runs.plan(variants)}
+    assert all(one.run is None or one.run.key in trained for one in measurements)
+    assert all(v.seeds >= 1 for v in variants)
+    assert len({runs.fingerprint(v.config) for v in variants}) == len(variants)
+    assert list(of.sections()) == list(study.SECTIONS) and of.title.endswith("?")
+    # With no rows it says what is missing, and nothing of the claim.
+    found = study.results_of(of, scale, [])
+    assert {v.outcome for v in of.verdicts(found)} == {study.MISSING}
+    page = report.page(of, found)
+    assert all(f"- {name}: seed 0" in page for name in names)
+    assert all(one.name in page for one in measurements)
+
+
+class Numbers(dict):
+    """Whatever is asked for has been measured."""
+
+    def __init__(self, number):
+        self._number = number
+
+    def __missing__(self, column):
+        return 1.0 + 0.01 * self._number
+
+    def keys(self):  # of **numbers: what the sentence about parts of a layer names
+        return [f"{part}_ms" for part in ("router", "copy", "constant", "all", "layer")]
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_a_report_of_made_up_rows(name):
+    """Figures are drawn and claims judged whatever the numbers are."""
+    of = study.find(name)
+    rows = []
+    from tests.experiments.small import row
+
+    for number, v in enumerate(of.variants(TINY)):
+        for seed in range(v.seeds):
+            loss = 5.0 + 0.01 * number + 0.001 * seed * (number % 3)
+            changed = {"realised_flops": 1e12 * (1 + number), "tokens": 1000 * (1 + number)}
+            rows.append(row(v, seed, loss, **changed))
+    measured = [
+        Measured(*one.key, "CPU", Numbers(number))
+        for number, one in enumerate(of.measurements(TINY))
+    ]
+    found = study.results_of(of, TINY, rows, measured)
+    of.figure(found)
+    page = report.page(of, found)
+    assert "No row" not in page and "have no row yet" not in page
+    assert study.outcome(of.verdicts(found)) in (study.HOLDS, study.FAILS, study.OPEN)
+
+
+def test_the_baseline_is_trained_once_for_all():
+    """The twins of the default pool are the same runs in every experiment that has them."""
+    usual = runs.fingerprint(TINY.variant("MoE++").config)
+    of = ("moe_vs_moepp", "tau", "expert_kinds", "n_const", "gating_residual", "capacity")
+    of += ("paper_vs_code", "routing_rules", "dense_equivalent", "scaling")
+    for name in of:
+        there = {runs.fingerprint(v.config) for v in study.find(name).variants(TINY)}
+        assert usual in there, name
+
+
+def test_tiny_is_the_default_jobs_model():
+    """On the same text, whose parts are told apart."""
+    own, default = TINY.recipe(), tiny_recipe.get_config()
+    assert own.model == default.model and own.moe == default.moe and own.optim == default.optim
+
+
+def test_the_arithmetic_is_of_the_number_that_rows_have(tmp_path):
+    """Whoever changes what a configuration computes raises runs.NUMERICS, and these losses."""
+    config = tiny.config(
+        **{"data.dir": str(tmp_path / "data"), "moe.dispatch": "dropless", "mesh.data": 1}
+    ).replace("mesh", data=8)
+    train(config, tmp_path / "run", lambda line: None)
+    losses = [row["loss"] for row in read_metrics(tmp_path / "run") if "loss" in row]
+    assert runs.NUMERICS == 1
+    assert losses == pytest.approx(LOSSES_OF_1, rel=2e-4)
+
+
+LOSSES_OF_1 = [6.57717, 6.59056, 6.38572, 6.33525, 6.4543, 6.29743]
+
+
+@pytest.mark.parametrize("scale", SCALES)
+def test_what_is_committed_is_up_to_date(scale, tmp_path):
+    """Reports and figures are what the committed rows give; `--report` writes them anew."""
+    there = results.RESULTS / scale
+    if not there.is_dir():
+        assert scale != "tiny"
+        return
+    rows = results.read(results.file_of(scale))
+    results.write(results.file_of(scale, tmp_path), rows)
+    for file in there.glob("*/measured.csv"):
+        copy = tmp_path / file.relative_to(results.RESULTS)
+        copy.parent.mkdir(parents=True)
+        copy.write_bytes(file.read_bytes())
+    assert results.file_of(scale, tmp_path).read_bytes() == results.file_of(scale).read_bytes()
+    run.write_reports(run.experiments([run.ALL]), SCALES[scale], tmp_path)
+    readme = results.RESULTS.parents[1] / "README.md"
+    if scale == "tiny":
+        fresh = report.in_readme(readme.read_text(), TINY, rows)
+        assert fresh == readme.read_text(), "README.md is stale"
+    for file in sorted(tmp_path.rglob("*.md")):
+        committed = there / file.relative_to(tmp_path / scale)
+        assert file.read_text() == committed.read_text(), f"{committed} is stale"
