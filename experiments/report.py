@@ -237,7 +237,7 @@ def in_readme(text: str, scale: Scale, rows: Sequence[Row], results: Path = RESU
 
 def overview(scale: Scale, rows: Sequence[Row], results: Path = RESULTS) -> str:
     """README.md of a scale's results: each experiment's verdict, and rows that are in none."""
-    head = ["experiment", "question", "verdict", "runs"]
+    head = ["experiment", "question", "verdict", "runs", "measurements"]
     lines = [f"# Experiments at scale {scale.name}", "", f"| {' | '.join(head)} |"]
     lines += ["|---" * len(head) + "|"]
     known: set[str] = set()
@@ -247,8 +247,9 @@ def overview(scale: Scale, rows: Sequence[Row], results: Path = RESULTS) -> str:
         wanted = runs.plan(found.variants)
         known |= {run.key[0] for run in wanted}
         done = len(wanted) - len(runs.missing(wanted, (row.key for row in rows)))
-        said = study.outcome(of.verdicts(found))
-        cells = [f"[{name}]({name}/REPORT.md)", of.title, said, f"{done} of {len(wanted)}"]
+        measured_too = f"{len(found.measured)} of {len(of.measurements(scale))}"
+        cells = [f"[{name}]({name}/REPORT.md)", of.title, study.outcome(of.verdicts(found))]
+        cells += [f"{done} of {len(wanted)}", measured_too]
         lines.append(f"| {' | '.join(cells)} |")
     others = [row for row in rows if row.fingerprint not in known]
     if others:

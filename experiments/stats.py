@@ -12,6 +12,7 @@ from scipy import optimize, stats
 
 CONFIDENCE = 0.95
 _LARGEST = math.log(1e300)
+_MOST_FLOOR = 0.998  # of the lowest loss
 
 
 class Mean(NamedTuple):
@@ -80,8 +81,13 @@ def paired(ours: Mapping[int, float], theirs: Mapping[int, float]) -> Difference
     return Difference(value, value - half, value + half, count)
 
 
-def power_law(compute: Sequence[float], loss: Sequence[float]) -> PowerLaw:
+def power_law(
+    compute: Sequence[float], loss: Sequence[float], near: PowerLaw | None = None
+) -> PowerLaw:
     """The least-squares fit, in the logarithm of the loss.
+
+    Args:
+      near: where to look first; by default in several places.
 
     Raises:
       ValueError: fewer than three different amounts of compute.
@@ -96,15 +102,23 @@ def power_law(compute: Sequence[float], loss: Sequence[float]) -> PowerLaw:
         share, log_scale, exponent = parameters
         return share * lowest + np.exp(log_scale - exponent * x)
 
+    if near is not None:
+        starts = [(near.floor / lowest, near.exponent)]
+    else:
+        starts = [(share, exponent) for share in (0.1, 0.5, 0.9) for exponent in (0.1, 0.5)]
     fits = [
         optimize.least_squares(
             lambda p: np.log(law(p)) - np.log(loss),
-            (share, math.log(max(float(np.mean(loss)) - share * lowest, 1e-3)), exponent),
-            bounds=((0, -20, 1e-3), (0.999, 20, 3)),
+            (
+                min(share, _MOST_FLOOR),
+                math.log(max(float(np.mean(loss)) - share * lowest, 1e-3)),
+                exponent,
+            ),
+            bounds=((0, -20, 1e-3), (1.001 * _MOST_FLOOR, 20, 3.001)),
             x_scale=(0.1, 1, 0.1),
+            max_nfev=100,
         )
-        for share in (0.1, 0.5, 0.9)
-        for exponent in (0.1, 0.5)
+        for share, exponent in starts
     ]
     share, log_scale, exponent = min(fits, key=lambda fit: fit.cost).x
     scale = math.exp(log_scale) * unit**exponent
@@ -120,10 +134,11 @@ def bootstrapped(
       by_seed: seed -> its points.
     """
     draw, seeds = np.random.default_rng(0), sorted(by_seed)
+    near = power_law(*zip(*(p for seed in seeds for p in by_seed[seed]), strict=True))
     fits = []
     for _ in range(times):
         points = [p for seed in draw.choice(seeds, len(seeds)) for p in by_seed[int(seed)]]
-        fits.append(power_law(*zip(*points, strict=True)))
+        fits.append(power_law(*zip(*points, strict=True), near))
     return fits
 
 

@@ -47,8 +47,17 @@ class Numbers(dict):
     def __missing__(self, column):
         return 1.0 + 0.01 * self._number
 
-    def keys(self):  # of **numbers: what the sentence about parts of a layer names
+    def keys(self):  # those that a sentence or a table asks for all of
         return [f"{part}_ms" for part in ("router", "copy", "constant", "all", "layer")]
+
+    def __iter__(self):
+        return iter(self.keys())
+
+    def __len__(self):
+        return len(self.keys())
+
+    def values(self):
+        return [self[name] for name in self.keys()]
 
 
 @pytest.mark.parametrize("name", STUDIES)

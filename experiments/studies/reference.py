@@ -1,0 +1,86 @@
+"""Does a released checkpoint, converted, compute the authors' numbers?
+
+Question  what the authors' code computes of three tiny checkpoints in their layout, beside what
+          ours computes of their conversion: logits, routing, hidden states, loss, greedy tokens.
+Paper     its code and weights are public; the files have what they give.
+Claim     every number is the same to 2e-5 of the largest value in float32; chosen experts and
+          greedy tokens are the same.
+Refuted   by a larger difference in any.
+"""
+
+from __future__ import annotations
+
+import functools
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from experiments import figures, reference
+from experiments.measure import Measurement
+from experiments.scale import Scale, Variant
+from experiments.study import FAILS, HOLDS, MISSING, Results, Study, Verdict
+
+CHECKPOINTS = ("default", "mixtral_gating", "released_flags")
+
+
+class Reference(Study):
+    def variants(self, scale: Scale) -> list[Variant]:
+        return []
+
+    def measurements(self, scale: Scale) -> list[Measurement]:
+        return [
+            Measurement(name, None, functools.partial(_of, checkpoint=name)) for name in CHECKPOINTS
+        ]
+
+    def verdicts(self, results: Results) -> list[Verdict]:
+        found = []
+        there = {row.name: row.values for row in results.measured}
+        for name in CHECKPOINTS:
+            if name not in there:
+                found.append(Verdict(MISSING, f"{name} is not measured yet"))
+                continue
+            values = there[name]
+            worst = max(values, key=lambda column: values[column])
+            outcome = HOLDS if values[worst] <= reference.TOLERANCE else FAILS
+            said = f"{name}: the largest difference is {values[worst]:.1e} ({worst})"
+            found.append(Verdict(outcome, said))
+        return found
+
+    def figure(self, results: Results) -> Figure:
+        figure = figures.new(8, 4)
+        axes = figure.subplots()
+        for number, row in enumerate(results.measured):
+            x = np.arange(len(row.values)) + 0.25 * (number - 1)
+            # What is the same has no logarithm.
+            heights = np.maximum(list(row.values.values()), 1e-9)
+            axes.bar(x, heights, 0.22, label=row.name, color=f"C{number}")
+            axes.set_xticks(range(len(row.values)), list(row.values), rotation=30, ha="right")
+        axes.axhline(reference.TOLERANCE, color=figures.GREY, ls="--", label="claimed")
+        axes.set(yscale="log", ylabel="difference over the largest value")
+        figures.legend(axes)
+        return figure
+
+    def more(self, results: Results) -> list[str]:
+        if not results.measured:
+            return []
+        columns = list(results.measured[0].values)
+        lines = [f"| | {' | '.join(columns)} |", "|---" * (1 + len(columns)) + "|"]
+        for row in results.measured:
+            cells = [f"{row.values[column]:.1e}" for column in columns]
+            lines.append(f"| {row.name} | {' | '.join(cells)} |")
+        said = "Over the largest value; of tokens and choices, the share that differs:"
+        return [said, "", *lines, ""]
+
+
+def _of(folder: Path | None, checkpoint: str) -> Mapping[str, float]:
+    from moepp_jax import interop
+
+    there = reference.ROOT / checkpoint
+    with tempfile.TemporaryDirectory() as temporary:
+        workdir = Path(temporary) / "run"
+        interop.from_hf(there, workdir, dtype="float32", report=lambda line: None)
+        found = reference.differences(there, workdir)
+    return {name.replace(",", ""): difference.relative for name, difference in found.items()}
