@@ -82,6 +82,7 @@ format: .venv/dev
 benchmark: .venv/run
 	$(PY) -m benchmarks.layer --json benchmarks/results/layer.json
 	$(PY) -m benchmarks.decode --json benchmarks/results/decode.json
+	$(PY) -m benchmarks.variable --json benchmarks/results/variable.json
 	$(PY) -m benchmarks.data --json benchmarks/results/data.json
 
 lock: .venv/dev

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import decode, layer, timing
+from benchmarks import decode, layer, timing, variable
 
 SHAPE = layer.Shape(
     tokens=128, groups=2, width=16, ffn_size=24, n_ffn=4, zero_computation=(1, 1, 1)
@@ -123,3 +123,17 @@ def test_summary_is_of_median_and_quartiles():
 
 def test_machine_is_named():
     assert "jax" in timing.machine()
+
+
+def test_unused_choices(monkeypatch):
+    """Both rules compute the same, whatever room there is, and rows say which is which."""
+    shape = variable.Shape(tokens=64, width=16, ffn_size=24, n_ffn=4)
+    monkeypatch.setattr(variable, "USED", (1, 4))
+    some, exact = (variable.case(shape, 1, most, "forward") for most in (4, 1))
+    y, want = (case.function(*case.arguments) for case in (some, exact))
+    np.testing.assert_allclose(y, want, atol=1e-6)
+    assert np.abs(want).max() > 0
+    rows = variable.measure(shape, "forward_backward", rounds=1)
+    assert json.loads(json.dumps(rows)) == rows
+    assert [row["used"] for row in rows] == [1, 4]
+    assert all(row["ratio"] == row["seconds"] / row["exact_seconds"] for row in rows)
