@@ -22,11 +22,21 @@ _MEANS = ("eval_loss", "bits_per_byte", "ffn_experts", "realised_flops", "drop_r
 _MEANS += ("step_seconds",)
 
 
-def write(of: Study, scale: Scale, rows: Sequence[Row], results: Path = RESULTS) -> Path:
-    """The report's file, written with its figures."""
+def write(
+    of: Study,
+    scale: Scale,
+    rows: Sequence[Row],
+    results: Path = RESULTS,
+    seeds: int | None = None,
+) -> Path:
+    """The report's file, written with its figures.
+
+    Args:
+      seeds: instead of each variant's own number.
+    """
     folder = results / scale.name / of.name
     folder.mkdir(parents=True, exist_ok=True)
-    found = study.results_of(of, scale, rows, measured(of, scale, results))
+    found = study.results_of(of, scale, rows, measured(of, scale, results), seeds)
     if _has_rows(found):
         for kind in figures.FORMATS:
             write_atomic(folder / f"figure.{kind}", figures.drawn(of.figure(found), kind))
@@ -160,6 +170,9 @@ def _notes(found: Results) -> list[str]:
         "experiment `scaling`), over",
         "those used; in brackets 95 % of its fits to seeds drawn with replacement. Drops are of "
         "the last fifth of training.",
+        "Seconds a step are of each run's own minutes, in which the machine may have had other "
+        "work: times that can be",
+        "compared are those of the experiment `throughput`.",
         "",
         f"{found.variants[0].name}: {total / 1e6:.3g} M parameters, {active / 1e6:.3g} M active a "
         f"token at most; {config.train.steps:,} steps of {batch:,} tokens.",

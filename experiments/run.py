@@ -72,10 +72,16 @@ def chosen(planned: Sequence[Run], only: str | None) -> list[Run]:
     return list(found.values())
 
 
-def write_reports(of: Sequence[study.Study], scale: Scale, folder: Path) -> list[Path]:
-    """The reports of experiments, and the overview of all."""
+def write_reports(
+    of: Sequence[study.Study], scale: Scale, folder: Path, seeds: int | None = None
+) -> list[Path]:
+    """The reports of experiments, and the overview of all.
+
+    Args:
+      seeds: that reports show, instead of each variant's own number.
+    """
     rows = results.read(results.file_of(scale.name, folder))
-    written = [report.write(one, scale, rows, folder) for one in of]
+    written = [report.write(one, scale, rows, folder, seeds) for one in of]
     overview = report.overview(scale, rows, folder)
     write_atomic(folder / scale.name / report.README, overview)
     if scale.name == "tiny" and folder.resolve() == results.RESULTS.resolve():
@@ -188,7 +194,7 @@ def main(arguments: Sequence[str]) -> None:
             print(f"{others} runs are at work in other processes")
         elif _ONLY.value is None:
             measure_missing(of, scale, folder, workdir)
-    for written in write_reports(of, scale, folder):
+    for written in write_reports(of, scale, folder, _SEEDS.value):
         print(f"written {written}")
 
 

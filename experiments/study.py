@@ -156,10 +156,20 @@ def outcome(verdicts: Sequence[Verdict]) -> str:
 
 
 def results_of(
-    study: Study, scale: Scale, rows: Sequence[Row], measured: Sequence[Measured] = ()
+    study: Study,
+    scale: Scale,
+    rows: Sequence[Row],
+    measured: Sequence[Measured] = (),
+    seeds: int | None = None,
 ) -> Results:
-    """The rows of a study's variants and measurements, of those that there are."""
+    """The rows of a study's variants and measurements, of those that there are.
+
+    Args:
+      seeds: instead of each variant's own number.
+    """
     variants = study.variants(scale)
+    if seeds is not None:
+        variants = [v._replace(seeds=seeds) for v in variants]
     wanted = {one.key for one in study.measurements(scale)}
     by_fingerprint: dict[str, list[Row]] = {}
     for row in sorted(rows, key=lambda row: row.seed):

@@ -64,6 +64,15 @@ def test_rows_are_paired_with_their_variants():
     assert found.against("MoE++") == "vanilla" and found.against("vanilla") == ""
 
 
+def test_more_seeds_are_shown_if_they_are_asked_for(tmp_path):
+    rows = rows_of(MOEPP, [4.0, 4.2, 9.0])
+    found = study.results_of(small.Twins(), SCALE, rows, seeds=3)
+    assert found.mean("MoE++").count == 3
+    write(file_of("small", tmp_path), rows)
+    (written,) = run.write_reports([small.Twins()], SCALE, tmp_path, seeds=3)
+    assert "3 of 3 |" in written.read_text()
+
+
 def reported(rows, folder):
     write(file_of("small", folder), rows)
     (written,) = run.write_reports([small.Twins()], SCALE, folder)
