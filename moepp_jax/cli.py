@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import logging as logging_of_python
 import os
 import re
 import signal
@@ -63,6 +64,9 @@ def run(
 
     def quietly(argv):
         logging.set_verbosity(logging.WARNING)
+        # Where several arrays of a checkpoint cannot be read, the first is an error, and the others
+        # would be tracebacks of asyncio's beside it.
+        logging_of_python.getLogger("asyncio").setLevel(logging_of_python.CRITICAL)
         main(argv)
 
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
