@@ -17,18 +17,15 @@ from experiments.runs import Run
 _SHOWN = 8  # finished runs, and those to come, in the table
 
 
-def seconds_of(run: Run, rows: Sequence[Row], nominal: float) -> float | None:
-    """How long a run takes, by what was measured of others; None if nothing was.
-
-    Args:
-      nominal: floating-point operations of its training.
-    """
+def seconds_of(run: Run, rows: Sequence[Row]) -> float | None:
+    """How long a run takes, by what was measured of others; None if nothing was."""
     own = [row.seconds for row in rows if row.fingerprint == run.key[0] and row.done]
     if own:
         return sum(own) / len(own)
     if not rows:
         return None
     # Of the others those count that are nearest in work: what a step costs beside it stays alike.
+    nominal = run.nominal_flops
     near = min(rows, key=lambda row: abs(row.nominal_flops - nominal))
     return near.seconds * max(nominal / near.nominal_flops, 0.2)
 
@@ -115,7 +112,7 @@ class Board:
     def _estimate(self) -> float | None:
         """Seconds for what is left, of which what runs has begun."""
         rows = list(self._rows.values())
-        each = [seconds_of(run, rows, run.nominal_flops) for run in self._left()]
+        each = [seconds_of(run, rows) for run in self._left()]
         if None in each:
             return None
         begun = time.monotonic() - self._running[2] if self._running else 0.0

@@ -27,10 +27,8 @@ def claimed(file: Path) -> Iterator[None]:
       TakenError: another process does.
     """
     with _opened(file) as held:
-        try:
-            fcntl.lockf(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise TakenError(f"{file}: {_read(held) or 'another process'} has it") from None
+        if not _lock(held):
+            raise TakenError(f"{file}: {_read(held) or 'another process'} has it")
         host, now = socket.gethostname(), time.strftime("%Y-%m-%d %H:%M:%S")
         os.ftruncate(held, 0)
         os.pwrite(held, f"process {os.getpid()} of {host}, since {now}\n".encode(), 0)
@@ -41,11 +39,8 @@ def is_taken(file: Path) -> bool:
     """Whether another process holds the lock now."""
     if not file.exists():
         return False
-    try:
-        with claimed(file):
-            return False
-    except TakenError:
-        return True
+    with _opened(file) as held:
+        return not _lock(held)
 
 
 @contextlib.contextmanager
@@ -64,6 +59,15 @@ def _opened(file: Path) -> Iterator[int]:
         yield opened
     finally:
         os.close(opened)  # and with it goes the lock
+
+
+def _lock(opened: int) -> bool:
+    """Whether it is ours now."""
+    try:
+        fcntl.lockf(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):  # which of them is the system's choice
+        return False
+    return True
 
 
 def _read(opened: int) -> str:

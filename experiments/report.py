@@ -37,9 +37,12 @@ def write(
     folder = results / scale.name / of.name
     folder.mkdir(parents=True, exist_ok=True)
     found = study.results_of(of, scale, rows, measured(of, scale, results), seeds)
-    if _has_rows(found):
-        for kind in figures.FORMATS:
-            write_atomic(folder / f"figure.{kind}", figures.drawn(of.figure(found), kind))
+    for kind in figures.FORMATS:
+        file = folder / f"figure.{kind}"
+        if _compares(found):
+            write_atomic(file, figures.drawn(of.figure(found), kind))
+        else:
+            file.unlink(missing_ok=True)
     write_atomic(folder / "REPORT.md", page(of, found))
     return folder / "REPORT.md"
 
@@ -49,8 +52,9 @@ def measured(of: Study, scale: Scale, results: Path) -> list[measure.Measured]:
     return measure.read(measure.file_of(scale.name, of.name, results))
 
 
-def _has_rows(found: Results) -> bool:
-    return bool(found.measured) or any(found.by_variant.values())
+def _compares(found: Results) -> bool:
+    """Whether there is anything to draw: measurements, or two variants."""
+    return bool(found.measured) or sum(bool(found.rows(v.name)) for v in found.variants) > 1
 
 
 def page(of: Study, found: Results) -> str:
@@ -64,7 +68,7 @@ def page(of: Study, found: Results) -> str:
     if found.variants:
         lines += ["", *table(found), "", *_notes(found)]
     lines += [""]
-    if _has_rows(found):
+    if _compares(found):
         lines += [f"![{of.title}](figure.png)", ""]
     lines += [*of.more(found)]
     lines += [*_missing(of, found), *_diverged(found), *_made(found)]
@@ -77,7 +81,7 @@ def command(of: Study, scale: Scale) -> str:
 
 def table(found: Results) -> list[str]:
     """A line a variant: means over seeds."""
-    curve = gain.curve(found.scale, found.all_rows)
+    curve = found.curve
     usual = Config.parse(found.scale.recipe())
     head = ["variant", "held-out loss", "difference", "bits a byte", "FFN experts"]
     head += ["training FLOPs", "compute gain", "drops", "s a step", "seeds"]

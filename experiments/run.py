@@ -16,6 +16,7 @@ processes may share both folders; each takes runs that no other is at.
 from __future__ import annotations
 
 import re
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -115,14 +116,14 @@ def listed_runs(one: study.Study, scale: Scale, rows: Sequence[results.Row]) -> 
     for number, run in enumerate(plan([one], scale)):
         row = there.get(run.key)
         said = "" if row is None else f"{row.eval_loss:.4f}" if row.done else row.status
-        takes = board.seconds_of(run, rows, run.nominal_flops)
+        takes = board.seconds_of(run, rows)
         cells = run.name, str(run.config.seed), said, board.clock(takes)
         table.add_row(str(number), *cells)
     return table
 
 
 def _estimate(left: Sequence[Run], rows: Sequence[results.Row]) -> float | None:
-    each = [board.seconds_of(run, rows, run.nominal_flops) for run in left]
+    each = [board.seconds_of(run, rows) for run in left]
     return None if None in each else sum(each)
 
 
@@ -155,7 +156,9 @@ def again(planned: Sequence[Run], scale: Scale, file: Path, workdir: Path) -> No
     for run in planned:
         if run.key not in there:
             raise ConfigError(f"{run.folder} has no row in {file} that it could be compared with")
-        folder = Path(open_workdir(workdir / "again" / run.folder, run.config))
+        folder = workdir / "again" / run.folder
+        shutil.rmtree(folder, ignore_errors=True)  # what an earlier one left would be no check
+        open_workdir(folder, run.config)
         for _ in sweep.in_child(run, folder, scale):
             pass
         new, old = worker.finished(folder), there[run.key]
@@ -164,7 +167,8 @@ def again(planned: Sequence[Run], scale: Scale, file: Path, workdir: Path) -> No
             for name in ("eval_loss", "bits_per_byte", "ffn_experts", "training_ffn_experts")
         }
         for name, (before, now) in pairs.items():
-            same = "the same to the last digit" if before == now else "not the same"
+            off = f"{abs(now - before) / abs(before):.1e} away"
+            same = "the same to the last digit" if before == now else off
             print(f"{name}: {before} in the row, {now} again: {same}")
 
 

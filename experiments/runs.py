@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
@@ -14,7 +15,7 @@ from moepp_jax.config import Config, differences
 from moepp_jax.moe import rules
 
 # Of the arithmetic: one more where a commit changes the losses of a configuration by more than
-# rounding. Rows of another number are not mixed with new ones. tests/test_experiments.py notices.
+# rounding. Rows of another number are not mixed with new ones. A test of its losses notices.
 NUMERICS = 1
 
 # Fields, or groups with the dot, that say where, how fast or how often, not what is computed.
@@ -45,12 +46,14 @@ class Run:
     config: Config
     name: str = dataclasses.field(default="", compare=False)
 
-    @property
+    # Once each: the first hashes a configuration, the second describes a model, and boards ask for
+    # them of every run several times a second.
+    @functools.cached_property
     def key(self) -> tuple[str, int]:
         """What no other run has: fingerprint and seed."""
         return fingerprint(self.config), self.config.seed
 
-    @property
+    @functools.cached_property
     def nominal_flops(self) -> float:
         """Floating-point operations of its training, at balance."""
         t = self.config.train

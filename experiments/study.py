@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import importlib
 import inspect
 import pkgutil
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from matplotlib.figure import Figure
 
-from experiments import figures, runs, stats, studies
+from experiments import figures, gain, runs, stats, studies
 from experiments.measure import Measured, Measurement
 from experiments.results import Row
 from experiments.scale import Scale, Variant
@@ -80,17 +81,17 @@ class Results:
         """The variant that one is compared with; empty if none."""
         return next(v.against for v in self.variants if v.name == variant)
 
-    def below(self, variant: str, other: str, by: float = 0.0) -> Verdict:
-        """The claim that a variant's held-out loss is lower than another's.
+    @functools.cached_property
+    def curve(self) -> gain.Curve | None:
+        """The vanilla curve of the scale, which compute gains are read from."""
+        return gain.curve(self.scale, self.all_rows)
 
-        It holds if the whole interval of the paired difference is below -by, and does not if all of
-        it is above; else it cannot be told.
-        """
+    def below(self, variant: str, other: str) -> Verdict:
+        """The claim that a variant's held-out loss is lower than another's."""
         d = self.difference(variant, other)
         if d is None:
             return Verdict(MISSING, f"{variant} and {other} have no seed in common yet")
-        outcome = HOLDS if d.high < -by else FAILS if d.low > -by else OPEN
-        return Verdict(outcome, f"{variant} ends {_signed(d)} nats from {other}")
+        return Verdict(is_below(d, 0.0), f"{variant} ends {_signed(d)} nats from {other}")
 
     def within(self, variant: str, other: str, margin: float) -> Verdict:
         """The claim that two variants' losses differ by less than a margin, either way."""
@@ -147,6 +148,25 @@ class Study:
 
     def _doc(self) -> str:
         return inspect.getdoc(inspect.getmodule(type(self))) or ""
+
+
+def is_below(d: stats.Difference, bound: float) -> str:
+    """HOLDS if the whole interval is below a bound, FAILS if it is above; else OPEN."""
+    return HOLDS if d.high < bound else FAILS if d.low > bound else OPEN
+
+
+def below_bound(values: Mapping[int, float], bound: float, what: str) -> Verdict:
+    """The claim that something's mean over seeds is below a bound.
+
+    Args:
+      values: seed -> value.
+      what: is measured.
+    """
+    d = stats.paired(values, dict.fromkeys(values, 0.0))
+    if d is None:
+        return Verdict(MISSING, f"{what}: not measured yet")
+    said = f"{what}: {d.value:.3f} [{d.low:.3f}, {d.high:.3f}] ({d.count} seeds)"
+    return Verdict(is_below(d, bound), f"{said}, wanted below {bound:g}")
 
 
 def outcome(verdicts: Sequence[Verdict]) -> str:

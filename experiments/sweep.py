@@ -6,7 +6,6 @@ at. What is stopped, or dies, loses the steps since the last checkpoint of one r
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 import time
@@ -21,7 +20,6 @@ from experiments.runs import Run, missing
 from experiments.scale import Scale
 from moepp_jax.errors import ConfigError
 from moepp_jax.interrupt import Stopped, StopRequest
-from moepp_jax.metrics import read_metrics
 from moepp_jax.workdir import open_workdir
 
 Train = Callable[[Run, Path, Scale], Iterator[int]]
@@ -86,7 +84,6 @@ def in_child(run: Run, folder: Path, scale: Scale) -> Iterator[int]:
             stdout=out,
             stderr=subprocess.STDOUT,
             start_new_session=True,
-            env=os.environ,
         )
         while child.poll() is None:
             if stop.signal is not None:
@@ -103,7 +100,4 @@ def in_child(run: Run, folder: Path, scale: Scale) -> Iterator[int]:
 
 def steps_done(folder: Path) -> int:
     """As far as they are logged."""
-    try:
-        return max((row["step"] for row in read_metrics(folder)), default=0)
-    except FileNotFoundError:
-        return 0
+    return max((row["step"] for row in worker.logged(folder)), default=0)

@@ -1,6 +1,6 @@
 """Trains one run to its end, in a process of its own, and leaves its row in the run's folder.
 
-python -m experiments.worker --scale=tiny FOLDER     # experiments.sweep does so
+`experiments.sweep` starts it, as `python -m experiments.worker --scale=tiny FOLDER`.
 """
 
 from __future__ import annotations
@@ -46,7 +46,9 @@ def work(folder: Path, scale: scale.Scale) -> Row:
     with claimed(folder / LOCK):
         if (row := finished(folder)) is not None:
             return row
-        config, before, start = read_config(folder), _seconds(folder), time.perf_counter()
+        config, start = read_config(folder), time.perf_counter()
+        # That the training of its logged steps took, before it was stopped.
+        before = max((row.get("seconds", 0.0) for row in logged(folder)), default=0.0)
         status = DONE
         try:
             train(config, folder)
@@ -54,7 +56,7 @@ def work(folder: Path, scale: scale.Scale) -> Row:
             print(error)
             status = DIVERGED
         seconds = before + time.perf_counter() - start
-        row = measured(config, scale, read_metrics(folder), status, seconds, timing.machine())
+        row = measured(config, scale, logged(folder), status, seconds, timing.machine())
         write_atomic(folder / ROW, json.dumps(dataclasses.asdict(row), indent=2) + "\n")
         return row
 
@@ -68,13 +70,13 @@ def finished(folder: Path) -> Row | None:
 def measured(
     config: Config,
     scale: scale.Scale,
-    logged: Sequence[dict[str, Any]],
+    metrics: Sequence[dict[str, Any]],
     status: str,
     seconds: float,
     machine: str,
 ) -> Row:
     """The row of a run that has ended, from what it logged."""
-    training = [row for row in logged if "tokens_per_s" in row]
+    training = [row for row in metrics if "tokens_per_s" in row]
     late = [row for row in training if row["step"] > 0.8 * config.train.steps]
     in_training = _mean(row["ffn_experts_per_token"] for row in training)
     tokens = training[-1]["tokens"] if training else 0
@@ -97,13 +99,13 @@ def measured(
         step_seconds=batch / statistics.median(speeds),
         seconds=seconds,
         machine=machine,
-        **_held_out(config, logged if status == DONE else []),
+        **_held_out(config, metrics if status == DONE else []),
     )
 
 
-def _held_out(config: Config, logged: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def _held_out(config: Config, metrics: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """What the last evaluation says; nothing of a run that has none."""
-    row = next((row for row in reversed(logged) if "eval_loss" in row), None)
+    row = next((row for row in reversed(metrics) if "eval_loss" in row), None)
     if row is None:
         return dict.fromkeys(("eval_loss", "bits_per_byte", "ffn_experts", "experts")) | {
             "held_out": ""
@@ -125,12 +127,12 @@ def _mean(values) -> float:
     return statistics.fmean(there) if there else 0.0
 
 
-def _seconds(folder: Path) -> float:
-    """That the training of its logged steps took, before it was stopped."""
+def logged(folder: Path) -> list[dict[str, Any]]:
+    """The rows of a run's metrics, none before its first."""
     try:
-        return max((row.get("seconds", 0.0) for row in read_metrics(folder)), default=0.0)
+        return read_metrics(folder)
     except FileNotFoundError:
-        return 0.0
+        return []
 
 
 def stop_with_parent() -> None:

@@ -18,11 +18,11 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
-from experiments import figures, runs, stats
+from experiments import figures, runs
 from experiments.measure import Measured, Measurement
 from experiments.scale import Scale, Variant
 from experiments.studies.tau import TAUS, name_of
-from experiments.study import FAILS, HOLDS, MISSING, OPEN, Results, Study, Verdict
+from experiments.study import Results, Study, Verdict, below_bound
 
 OFFSETS = (-4.0, -2.0, -1.0, -0.5, 0.0, 0.5, 1.0, 2.0, 4.0)
 OURS = name_of(0.75)
@@ -56,12 +56,8 @@ class InferenceBudget(Study):
             if seed in theirs and experts[0] <= theirs[seed].ffn_experts <= experts[-1]:
                 at = float(np.interp(theirs[seed].ffn_experts, experts, loss))
                 found[seed] = at - theirs[seed].eval_loss
-        d = stats.paired(found, dict.fromkeys(found, 0.0))
-        if d is None:
-            return [Verdict(MISSING, f"no seed has both its offsets and {_LESS} yet")]
-        outcome = HOLDS if d.high < _NATS else FAILS if d.low > _NATS else OPEN
-        said = f"with an offset it ends {d.value:+.4f} [{d.low:+.4f}, {d.high:+.4f}] nats from"
-        return [Verdict(outcome, f"{said} {_LESS} at its FFN experts a token ({d.count} seeds)")]
+        what = f"nats above {_LESS}, with an offset for as many FFN experts a token"
+        return [below_bound(found, _NATS, what)]
 
     def figure(self, results: Results) -> Figure:
         figure = figures.new(10, 4.3)

@@ -11,7 +11,7 @@ Refuted   in a pool where the 95 % interval of the paired difference is above 0.
 from __future__ import annotations
 
 from experiments.scale import VANILLA, Scale, Variant
-from experiments.study import Results, Study, Verdict
+from experiments.study import FAILS, HOLDS, MISSING, Results, Study, Verdict
 
 
 class MoEVsMoEPP(Study):
@@ -27,4 +27,13 @@ class MoEVsMoEPP(Study):
         return found
 
     def verdicts(self, results: Results) -> list[Verdict]:
-        return [results.below(v.name, v.against) for v in results.variants if v.against]
+        found = [results.below(v.name, v.against) for v in results.variants if v.against]
+        return [*found, *(_fewer_experts(results, v) for v in results.variants if v.against)]
+
+
+def _fewer_experts(results: Results, variant: Variant) -> Verdict:
+    ours, theirs = (results.mean(n, "ffn_experts") for n in (variant.name, variant.against))
+    if ours is None or theirs is None:
+        return Verdict(MISSING, f"FFN experts a token of {variant.name} are not known yet")
+    said = f"{variant.name} has {ours.value:.2f} FFN experts a token to {theirs.value:.2f}"
+    return Verdict(HOLDS if ours.value < theirs.value else FAILS, said)

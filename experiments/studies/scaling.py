@@ -31,7 +31,7 @@ class Scaling(Study):
         ]
 
     def verdicts(self, results: Results) -> list[Verdict]:
-        curve = gain.curve(results.scale, results.all_rows)
+        curve = results.curve
         if curve is None:
             return [Verdict(MISSING, "the vanilla curve of the usual size has too few rows yet")]
         size = _usual(results.scale)
@@ -71,7 +71,7 @@ class Scaling(Study):
                         fontsize=8,
                         color=line.get_color(),
                     )
-        _band(by_flops, gain.curve(results.scale, results.all_rows))
+        _band(by_flops, results.curve)
         for kind, name in ((MOEPP, "MoE++"), (VANILLA, "vanilla")):
             by_tokens.plot([], [], color=COLORS[kind], marker="o", label=name)
         by_tokens.set(xscale="log", xlabel="training tokens", ylabel="held-out loss, nats a token")

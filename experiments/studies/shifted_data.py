@@ -19,10 +19,10 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
-from experiments import figures, runs, stats
+from experiments import figures, runs
 from experiments.measure import Measurement
 from experiments.scale import VANILLA, Scale, Variant
-from experiments.study import FAILS, HOLDS, MISSING, OPEN, Results, Study, Verdict
+from experiments.study import Results, Study, Verdict, below_bound
 
 ENGLISH = "English, held out"
 TEXTS = (ENGLISH, "French", "Spanish", "Python")
@@ -43,19 +43,12 @@ class ShiftedData(Study):
         ]
 
     def verdicts(self, results: Results) -> list[Verdict]:
-        found = []
         usual = _by_seed(results, NAMES[0], ENGLISH, "peak")
+        found = []
         for text in TEXTS[1:]:
             here = _by_seed(results, NAMES[0], text, "peak")
             ratios = {seed: here[seed] / usual[seed] for seed in here.keys() & usual.keys()}
-            d = stats.paired(ratios, dict.fromkeys(ratios, 0.0))
-            if d is None:
-                found.append(Verdict(MISSING, f"{text} is not measured yet"))
-                continue
-            outcome = HOLDS if d.high < _TIMES else FAILS if d.low > _TIMES else OPEN
-            interval = f"[{d.low:.2f}, {d.high:.2f}] ({d.count} seeds)"
-            said = f"{text}: the largest load is {d.value:.2f} times that on English {interval}"
-            found.append(Verdict(outcome, said))
+            found.append(below_bound(ratios, _TIMES, f"{text}, largest load over that on English"))
         return found
 
     def figure(self, results: Results) -> Figure:

@@ -18,11 +18,11 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
-from experiments import figures, runs, stats
+from experiments import figures, runs
 from experiments import upcycling as steps
 from experiments.measure import Measurement
 from experiments.scale import VANILLA, Scale, Variant
-from experiments.study import FAILS, HOLDS, MISSING, OPEN, Results, Study, Verdict
+from experiments.study import Results, Study, Verdict, below_bound
 
 TAUS = (0.1, 0.5, 1.0)
 _EXPERTS, _NATS = 1.05, 0.02
@@ -42,15 +42,13 @@ class Upcycling(Study):
 
     def verdicts(self, results: Results) -> list[Verdict]:
         rows = {row.seed: row.values for row in results.measured}
-        if not rows:
-            return [Verdict(MISSING, "no model is upcycled yet")]
         found = []
         for tau in TAUS:
             over = {seed: v[f"experts {tau:g}"] / v[f"wanted {tau:g}"] for seed, v in rows.items()}
             what = f"FFN experts at tau = {tau:g} over those wanted"
-            found.append(_at_most(what, over, _EXPERTS))
+            found.append(below_bound(over, _EXPERTS, what))
         above = {seed: v["loss 1"] - v["loss control"] for seed, v in rows.items()}
-        return [*found, _at_most("nats above the control at tau = 1", above, _NATS)]
+        return [*found, below_bound(above, _NATS, "nats above the control at tau = 1")]
 
     def figure(self, results: Results) -> Figure:
         figure = figures.new(6.5, 4.2)
@@ -90,13 +88,6 @@ class Upcycling(Study):
             "Means over seeds, of the last three evaluations:"
         )
         return [said, "", *lines, ""]
-
-
-def _at_most(what: str, values: Mapping[int, float], most: float) -> Verdict:
-    d = stats.paired(values, dict.fromkeys(values, 0.0))
-    outcome = HOLDS if d.high <= most else FAILS if d.low > most else OPEN
-    said = f"{what}: {d.value:.3f} [{d.low:.3f}, {d.high:.3f}] ({d.count} seeds), at most {most:g}"
-    return Verdict(outcome, said)
 
 
 def _upcycled(folder: Path, scale: Scale) -> Mapping[str, float]:

@@ -7,8 +7,7 @@
 #
 # SHARED is a folder that all nodes see: runs are in its experiments/, and go on where they were
 # stopped. Rows are written into the project's folder, which all nodes see too, and in which the
-# command is given; it runs in its .venv (or VENV). Give as many numbers as there are runs, or fewer
-# tasks without --array: each then takes what no other is at (`sbatch --ntasks=8 --array=0`).
+# command is given; it runs in its .venv (or VENV). A task whose run has its row ends at once.
 #
 #SBATCH --job-name=moepp_sweep
 #SBATCH --output=moepp_sweep-%A_%a.log

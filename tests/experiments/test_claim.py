@@ -32,7 +32,8 @@ def holder(tmp_path):
 
 def test_one_has_it_until_it_dies(holder):
     file, process = holder
-    assert is_taken(file)
+    before = file.read_text()
+    assert is_taken(file) and file.read_text() == before
     said = rf"\.lock: process {process.pid} of .*, since .* has it"
     with pytest.raises(TakenError, match=said), claimed(file):
         raise AssertionError

@@ -293,10 +293,37 @@ def test_times():
         "2 h 02 min",
     ]
     one = runs.Run(small.scale().variant("x").config)
-    own, other = small.row(one.key[0], seconds=50.0), small.row("b", seconds=10.0)
-    assert board.seconds_of(one, [own, other], 1e9) == 50
-    assert board.seconds_of(one, [other], 4e9) == pytest.approx(20)  # of 2e9 operations
-    assert board.seconds_of(one, [], 4e9) is None
+    half = one.nominal_flops / 2
+    own, other = (
+        small.row(one.key[0], seconds=50.0),
+        small.row("b", seconds=10.0, nominal_flops=half),
+    )
+    assert board.seconds_of(one, [own, other]) == 50
+    assert board.seconds_of(one, [other]) == pytest.approx(20)
+    assert board.seconds_of(one, []) is None
+
+
+def test_again_trains_anew(tmp_path, monkeypatch, capsys):
+    """Whatever an earlier one left there; and what it ends with can differ from the row."""
+    scale = small.scale()
+    planned = run.plan([small.Twins()], scale, seeds=1)[:1]
+    file, losses = tmp_path / "runs.csv", iter([5.0, 5.5])
+    results.write(file, [small.row(planned[0].key[0], 0, 5.0)])
+
+    def in_child(one, folder, scale):
+        assert not (folder / worker.ROW).exists()
+        row = small.row(one.key[0], 0, next(losses))
+        (folder / worker.ROW).write_text(json.dumps(vars(row)))
+        yield 4
+
+    monkeypatch.setattr(sweep, "in_child", in_child)
+    run.again(planned, scale, file, tmp_path)
+    assert "eval_loss: 5.0 in the row, 5.0 again: the same to the last" in capsys.readouterr().out
+    run.again(planned, scale, file, tmp_path)
+    assert "eval_loss: 5.0 in the row, 5.5 again: 1.0e-01 away" in capsys.readouterr().out
+    results.write(file, [])
+    with pytest.raises(ConfigError, match=r"has no row in .* that it could be compared with"):
+        run.again(planned, scale, file, tmp_path)
 
 
 def test_a_worker_that_is_refused(scale, tmp_path):
