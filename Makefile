@@ -3,7 +3,7 @@ SHELL := /bin/bash
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 PY := .venv/bin/python
 
-.PHONY: help train test test-slow test-torch test-eval test-newest test-tpu-compile scaling check format benchmark lock clean
+.PHONY: help train test test-slow test-torch test-eval test-newest test-tpu-compile pods check format benchmark lock clean
 
 help:
 	@echo "make train      train a tiny MoE++ model and its vanilla twin on real text, and compare them"
@@ -13,7 +13,7 @@ help:
 	@echo "make test-eval  the tests against the lm-evaluation-harness: installs it, and PyTorch"
 	@echo "make test-newest  the quick tests with the newest JAX there is for this Python"
 	@echo "make test-tpu-compile  compile for TPU pods, which need not be there: ten minutes"
-	@echo "make scaling    the table of docs/scaling anew: rows that are there are kept"
+	@echo "make pods       compile the 7B model for 8 to 4,096 TPU chips, which need not be there"
 	@echo "make check      lint and format checks"
 	@echo "make format     mend what they find, where it can be mended"
 	@echo "make benchmark  time the layer, and decoding, against their limits and a vanilla MoE"
@@ -68,8 +68,8 @@ test-newest: .venv/run
 	@.venv/newest/bin/python -m pip list 2>/dev/null | grep -E '^(jax|jaxlib|flax|optax|orbax-checkpoint) '
 	.venv/newest/bin/python -m pytest --numprocesses=auto --maxprocesses=4 --dist=worksteal
 
-scaling: .venv/tpu
-	PYTHONPATH=.venv/tpu $(PY) -m experiments.scaling
+pods: .venv/tpu
+	PYTHONPATH=.venv/tpu $(PY) -m experiments.run pods --scale=paper
 
 check: .venv/dev
 	$(PY) -m ruff check .

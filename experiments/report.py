@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from experiments import figures, gain, measure, runs, study
+from experiments import compiled, figures, gain, measure, runs, study
 from experiments.results import RESULTS, Row
 from experiments.scale import Scale
 from experiments.study import Results, Study
@@ -43,7 +43,8 @@ def write(
             write_atomic(file, figures.drawn(of.figure(found), kind))
         else:
             file.unlink(missing_ok=True)
-    write_atomic(folder / "REPORT.md", page(of, found))
+    compiled_for = compiled.read(scale.name, results)
+    write_atomic(folder / "REPORT.md", page(of, found, compiled_for))
     return folder / "REPORT.md"
 
 
@@ -57,8 +58,12 @@ def _compares(found: Results) -> bool:
     return bool(found.measured) or sum(bool(found.rows(v.name)) for v in found.variants) > 1
 
 
-def page(of: Study, found: Results) -> str:
-    """REPORT.md."""
+def page(of: Study, found: Results, compiled_for: Sequence[measure.Measured] = ()) -> str:
+    """REPORT.md.
+
+    Args:
+      compiled_for: rows of `experiments.compiled`, other experiments' too.
+    """
     said = of.verdicts(found)
     lines = [f"# {of.title}", "", f"    {command(of, found.scale)}", ""]
     for name, text in of.sections().items():
@@ -70,7 +75,7 @@ def page(of: Study, found: Results) -> str:
     lines += [""]
     if _compares(found):
         lines += [f"![{of.title}](figure.png)", ""]
-    lines += [*of.more(found)]
+    lines += [*of.more(found), *_compiled(found, compiled_for)]
     lines += [*_missing(of, found), *_diverged(found), *_made(found)]
     return "\n".join(lines).rstrip() + "\n"
 
@@ -189,6 +194,15 @@ def _to(found: Results) -> str:
     return f" to {against[0]}" if len(against) == 1 else ""
 
 
+def _compiled(found: Results, rows: Sequence[measure.Measured]) -> list[str]:
+    """What the runs need of devices that they were compiled for."""
+    named = {runs.fingerprint(v.config): v.name for v in found.variants}
+    if not any(row.fingerprint in named for row in rows):
+        return []
+    said = "Compiled for devices that need not be there; the hours of a run are at least:"
+    return [said, "", *compiled.table(rows, named), ""]
+
+
 def _missing(of: Study, found: Results) -> list[str]:
     lines = []
     for v in found.variants:
@@ -237,13 +251,12 @@ def in_readme(text: str, scale: Scale, rows: Sequence[Row], results: Path = RESU
     if not begin or not end:
         raise ValueError(f"there is no {BEGIN} with an {END} after it")
     lines = [BEGIN, "", "| question | what the runs say |", "|---|---|"]
-    for name in study.names():
-        of = study.find(name)
+    for of in study.at(scale):
         found = study.results_of(of, scale, rows, measured(of, scale, results))
         said = of.verdicts(found)
         known = [v.said for v in said if v.outcome != study.MISSING]
         if known:
-            there = f"experiments/results/{scale.name}/{name}/REPORT.md"
+            there = f"experiments/results/{scale.name}/{of.name}/REPORT.md"
             lines.append(
                 f"| [{of.title}]({there}) | {study.outcome(said)}: {'; '.join(known[:2])} |"
             )
@@ -258,14 +271,13 @@ def overview(scale: Scale, rows: Sequence[Row], results: Path = RESULTS) -> str:
     lines = [f"# Experiments at scale {scale.name}", "", f"| {' | '.join(head)} |"]
     lines += ["|---" * len(head) + "|"]
     known: set[str] = set()
-    for name in study.names():
-        of = study.find(name)
+    for of in study.at(scale):
         found = study.results_of(of, scale, rows, measured(of, scale, results))
         wanted = runs.plan(found.variants)
         known |= {run.key[0] for run in wanted}
         done = len(wanted) - len(runs.missing(wanted, (row.key for row in rows)))
         measured_too = f"{len(found.measured)} of {len(of.measurements(scale))}"
-        cells = [f"[{name}]({name}/REPORT.md)", of.title, study.outcome(of.verdicts(found))]
+        cells = [f"[{of.name}]({of.name}/REPORT.md)", of.title, study.outcome(of.verdicts(found))]
         cells += [f"{done} of {len(wanted)}", measured_too]
         lines.append(f"| {' | '.join(cells)} |")
     others = [row for row in rows if row.fingerprint not in known]

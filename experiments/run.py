@@ -7,6 +7,7 @@
     python -m experiments.run tau --only=3                 # the run of that number alone
     python -m experiments.run tau --report                 # from the rows that are there
     python -m experiments.run tau --only=3 --again         # trains it anew, beside its row
+    python -m experiments.run tau --scale=paper --topology=v5p:4x4x4  # compiles it for a pod
 
 Rows are in experiments/results/SCALE/runs.csv, known by what a run computes: each is trained once,
 whichever experiment asks. Runs are in --workdir and go on where they were stopped. Any number of
@@ -25,7 +26,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import timing
-from experiments import board, measure, report, results, runs, study, sweep, worker
+from experiments import board, compiled, measure, report, results, runs, study, sweep, worker
 from experiments.runs import Run
 from experiments.scale import SCALES, Scale
 from experiments.scale import find as find_scale
@@ -37,14 +38,19 @@ from moepp_jax.workdir import open_workdir
 ALL = "all"
 
 
-def experiments(names: Sequence[str]) -> list[study.Study]:
+def experiments(names: Sequence[str], scale: Scale) -> list[study.Study]:
     """Those of these names, in their order, once each.
 
     Raises:
-      ConfigError: there is none of a name.
+      ConfigError: there is none of a name, or not of this scale.
     """
-    wanted = study.names() if ALL in names else dict.fromkeys(names)
-    return [study.find(name) for name in wanted]
+    if ALL in names:
+        return study.at(scale)
+    found = [study.find(name) for name in dict.fromkeys(names)]
+    for one in found:
+        if one.scales is not None and scale.name not in one.scales:
+            raise ConfigError(f"{one.name} is not of scale {scale.name}: --scale={one.scales[0]}")
+    return found
 
 
 def plan(of: Sequence[study.Study], scale: Scale, seeds: int | None = None) -> list[Run]:
@@ -142,7 +148,7 @@ def measure_missing(of: Sequence[study.Study], scale: Scale, folder: Path, workd
         wanted, rows = one.measurements(scale), measure.file_of(scale.name, one.name, folder)
         if measure.missing(wanted, measure.read(rows)):
             host_memory.keep_freed_on_cpu()
-            lock = workdir / ".rows.lock"
+            lock = workdir / sweep.ROWS_LOCK
             measure.take_missing(wanted, rows, trained, lock, timing.machine())
 
 
@@ -180,21 +186,24 @@ def main(arguments: Sequence[str]) -> None:
     if _SEEDS.value is not None and _SEEDS.value < 1:
         raise ConfigError(f"--seeds={_SEEDS.value} must be at least 1")
     if _LIST.value:
-        of = experiments(names or [ALL])
+        of = experiments(names or [ALL], scale)
         rows = results.read(file)
         table = listed_runs(of[0], scale, rows) if len(of) == 1 else listed(of, scale, rows)
         Console(width=140).print(table)
         return
     if not names:
         raise ConfigError(f"which experiment? There are {', '.join(study.names())}, and {ALL}")
-    of = experiments(names)
+    of = experiments(names, scale)
     if not _REPORT.value:
         planned = chosen(plan(of, scale, _SEEDS.value), _ONLY.value)
         if _AGAIN.value:
             again(planned, scale, file, workdir)
             return
-        others = sweep.train_missing(planned, scale, file, workdir)
-        if others:
+        lock = workdir / sweep.ROWS_LOCK
+        if _TOPOLOGY.value:
+            rows = compiled.file_of(scale.name, folder)
+            compiled.compile_missing(planned, _TOPOLOGY.value, rows, lock, timing.machine())
+        elif others := sweep.train_missing(planned, scale, file, workdir):
             print(f"{others} runs are at work in other processes")
         elif _ONLY.value is None:
             measure_missing(of, scale, folder, workdir)
@@ -209,6 +218,9 @@ if __name__ == "__main__":
     _LIST = flags.DEFINE_bool("list", False, "say what there is to train, and train nothing")
     _REPORT = flags.DEFINE_bool("report", False, "write the report from rows, and train nothing")
     _AGAIN = flags.DEFINE_bool("again", False, "train runs that have a row anew, and compare")
+    _TOPOLOGY = flags.DEFINE_string(
+        "topology", None, "compile for it instead of training: v5p:4x4x4, or cpu:8"
+    )
     _WORKDIR = flags.DEFINE_string("workdir", "runs/experiments", "where the runs are")
     _RESULTS = flags.DEFINE_string(
         "results", str(results.RESULTS), "where rows and reports are written"

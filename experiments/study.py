@@ -104,7 +104,13 @@ class Results:
 
 
 class Study:
-    """An experiment; its module's docstring has the SECTIONS."""
+    """An experiment; its module's docstring has the SECTIONS.
+
+    Attributes:
+      scales: that it is of, by name; None for all.
+    """
+
+    scales: tuple[str, ...] | None = None
 
     def variants(self, scale: Scale) -> list[Variant]:
         """What is trained, the rows of its table."""
@@ -202,7 +208,14 @@ def results_of(
 
 
 def names() -> list[str]:
+    """Of all experiments."""
     return sorted(module.name for module in pkgutil.iter_modules(studies.__path__))
+
+
+def at(scale: Scale) -> list[Study]:
+    """The experiments that are of a scale."""
+    every = map(find, names())
+    return [one for one in every if one.scales is None or scale.name in one.scales]
 
 
 def find(name: str) -> Study:

@@ -22,6 +22,7 @@ from moepp_jax.errors import ConfigError
 from moepp_jax.interrupt import Stopped, StopRequest
 from moepp_jax.workdir import open_workdir
 
+ROWS_LOCK = ".rows.lock"  # in the folder of runs, held while a row is written
 Train = Callable[[Run, Path, Scale], Iterator[int]]
 
 
@@ -49,7 +50,7 @@ def train_missing(
             run = free[0]
             row = _trained(run, scale, workdir, board, train)
             if row is not None:
-                results.add(file, row, workdir / ".rows.lock")
+                results.add(file, row, workdir / ROWS_LOCK)
             board.ended(run, results.read(file))
     return 0
 

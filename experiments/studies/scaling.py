@@ -1,7 +1,7 @@
 """How much compute does MoE++ save, over sizes and lengths of training?
 
 Question  held-out loss of four sizes trained for four lengths each, MoE++ and vanilla, against the
-          tokens and the training FLOPs that it took.
+          tokens, the training FLOPs and the expert-forward time that it took.
 Paper     none: it trains each size for one number of tokens.
 Claim     at every length the usual size of MoE++ gets to its loss with less compute than the
           vanilla MoE of that size needs for it, by its fitted curve.
@@ -10,12 +10,20 @@ Refuted   if at a length 95 % of the fits to seeds drawn with replacement say mo
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
 import numpy as np
 from matplotlib.figure import Figure
+from ml_collections import ConfigDict
 
+from configs import base
 from experiments import figures, gain, stats
+from experiments.measure import Measurement
 from experiments.scale import MOEPP, VANILLA, Scale, Variant
 from experiments.study import FAILS, HOLDS, MISSING, OPEN, Results, Study, Verdict
+from moepp_jax.config import Config
 from moepp_jax.errors import ConfigError
 
 COLORS = {MOEPP: "C0", VANILLA: "C1"}
@@ -28,6 +36,12 @@ class Scaling(Study):
             for size in scale.growing
             for steps in scale.lengths
             for kind in (VANILLA, MOEPP)
+        ]
+
+    def measurements(self, scale: Scale) -> list[Measurement]:
+        return [
+            Measurement(_layer_of(size), None, functools.partial(_layer_times, recipe=recipe))
+            for size, recipe in scale.growing.items()
         ]
 
     def verdicts(self, results: Results) -> list[Verdict]:
@@ -49,18 +63,20 @@ class Scaling(Study):
         return found
 
     def figure(self, results: Results) -> Figure:
-        figure = figures.new(11, 4.6)
-        by_tokens, by_flops = figure.subplots(1, 2, sharey=True)
+        figure = figures.new(13.5, 4.6)
+        by_tokens, by_flops, by_time = figure.subplots(1, 3, sharey=True)
         for number, size in enumerate(results.scale.growing):
             for kind in (VANILLA, MOEPP):
                 means = _means(results, size, kind)
                 if not means:
                     continue
-                tokens, compute, loss = zip(*means, strict=True)
+                tokens, compute, loss = map(np.array, zip(*means, strict=True))
                 how = {"color": COLORS[kind], "alpha": 0.4 + 0.2 * number, "marker": "o", "ms": 4}
                 label = size if kind == MOEPP else None
                 by_tokens.plot(tokens, loss, **how)
                 line = by_flops.plot(compute, loss, **how)[0]
+                if seconds := _seconds_per_token(results, size, kind):
+                    by_time.plot(tokens * seconds, loss, **how)
                 if label:
                     by_flops.annotate(
                         label,
@@ -76,14 +92,15 @@ class Scaling(Study):
             by_tokens.plot([], [], color=COLORS[kind], marker="o", label=name)
         by_tokens.set(xscale="log", xlabel="training tokens", ylabel="held-out loss, nats a token")
         by_flops.set(xscale="log", xlabel="training FLOPs")
-        for axes in (by_tokens, by_flops):
+        by_time.set(xscale="log", xlabel="s in MoE layers, forward")
+        for axes in (by_tokens, by_flops, by_time):
             axes.grid(alpha=0.3)
         figures.legend(by_tokens)
         return figure
 
     def more(self, results: Results) -> list[str]:
-        """The fitted laws."""
-        lines = []
+        """The times of the layers, and the fitted laws."""
+        lines, times = [], _times(results)
         for size in results.scale.growing:
             for kind, name in ((VANILLA, "vanilla"), (MOEPP, "MoE++")):
                 means = _means(results, size, kind)
@@ -92,10 +109,10 @@ class Scaling(Study):
                     cells = [name, size, f"{law.floor:.3f}", f"{law.exponent:.3f}"]
                     lines.append(f"| {' | '.join(cells)} |")
         if not lines:
-            return []
+            return times
         head = ["model", "layers x width", "floor, nats a token", "exponent"]
         said = "Fits of loss = floor + scale FLOPs^-exponent to the means over seeds:"
-        return [said, "", f"| {' | '.join(head)} |", "|---" * len(head) + "|", *lines, ""]
+        return [said, "", f"| {' | '.join(head)} |", "|---" * len(head) + "|", *lines, "", *times]
 
 
 def _usual(scale: Scale) -> str:
@@ -105,6 +122,57 @@ def _usual(scale: Scale) -> str:
         if scale.variant(size, of=recipe).config.model == usual:
             return size
     raise ConfigError(f"scale {scale.name!r} has no curve of its usual size")
+
+
+def _layer_of(size: str) -> str:
+    """The name of its measurement."""
+    return f"layer of {size}"
+
+
+def _layer_times(folder: Path | None, recipe: Callable[[], ConfigDict]) -> Mapping[str, float]:
+    """Milliseconds of a MoE layer forward on a training batch, MoE++ and vanilla by turns.
+
+    With capacity they are the same wherever tokens go; else the routers are at balance.
+    """
+    from benchmarks import layer, timing
+
+    cases = {}
+    for kind in COLORS:
+        config = Config.parse(base.variant(recipe(), kind))
+        moe, data = config.moe, config.data
+        tokens = config.train.batch_size * data.seq_len
+        groups = tokens // max(moe.group_size, data.seq_len)
+        others = (moe.n_const, moe.n_copy, moe.n_zero)
+        shape = layer.Shape(
+            tokens, groups, config.model.hidden_size, moe.ffn_size, moe.n_ffn, others
+        )
+        tau = moe.rule.tau if kind == MOEPP else None
+        subject = layer.Subject(moe.rule.pool, tau)
+        cases[f"{kind}_ms"] = layer.cases_of(subject, shape, moe.dispatch, "forward")["layer"]
+    seconds = timing.interleaved(cases, rounds=40, label="layers")
+    return {name: 1e3 * of.median for name, of in seconds.items()}
+
+
+def _seconds_per_token(results: Results, size: str, kind: str) -> float | None:
+    """In all MoE layers, forward; None if it is not measured."""
+    found = {row.name: row.values for row in results.measured}.get(_layer_of(size))
+    if found is None:
+        return None
+    config = Config.parse(base.variant(results.scale.growing[size](), kind))
+    layers = config.model.num_layers // config.model.moe_every
+    return layers * found[f"{kind}_ms"] / 1e3 / (config.train.batch_size * config.data.seq_len)
+
+
+def _times(results: Results) -> list[str]:
+    rows = {row.name: row.values for row in results.measured}
+    sizes = [size for size in results.scale.growing if _layer_of(size) in rows]
+    if not sizes:
+        return []
+    lines = ["| layers x width | vanilla, ms | MoE++, ms | speed-up |", "|---|---|---|---|"]
+    for size in sizes:
+        vanilla, ours = (rows[_layer_of(size)][f"{kind}_ms"] for kind in (VANILLA, MOEPP))
+        lines.append(f"| {size} | {vanilla:.4g} | {ours:.4g} | {vanilla / ours:.2f} |")
+    return ["A MoE layer forward on a training batch, medians by turns:", "", *lines, ""]
 
 
 def _means(results: Results, size: str, kind: str) -> list[tuple[float, float, float]]:

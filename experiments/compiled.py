@@ -1,0 +1,100 @@
+"""Whether runs fit on devices that need not be there, and how long they take at least.
+
+Of the paper's scale nothing is trained here; its runs are compiled. Rows are in
+results/SCALE/compiled.csv: each run is compiled once for a topology, whichever experiment asks.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from experiments import measure
+from experiments.measure import Measured, Measurement
+from experiments.runs import Run
+from moepp_jax import compile
+from moepp_jax.chips import GIB
+from moepp_jax.compile.topology import Topology, devices
+from moepp_jax.config import Config
+from moepp_jax.errors import ConfigError
+
+_HOUR = 3600.0
+
+
+def file_of(scale: str, results: Path) -> Path:
+    return results / scale / "compiled.csv"
+
+
+def read(scale: str, results: Path) -> list[Measured]:
+    """Rows whose name is a topology's.
+
+    Raises:
+      ConfigError: a line is no row.
+    """
+    return measure.read(file_of(scale, results))
+
+
+def compile_missing(
+    runs: Sequence[Run], topology: str, file: Path, lock: Path, machine: str
+) -> None:
+    """Compiles the runs' steps for a topology where they have no row, and adds each one's row.
+
+    Seeds differ in no program: of each variant the first is compiled.
+
+    Raises:
+      ConfigError: see `topology.devices`; or a configuration does not go with the topology.
+    """
+    Topology.parse(topology)
+    first = {run.key[0]: run for run in reversed(runs)}.values()
+    wanted = [
+        Measurement(topology, run, functools.partial(_examined, run=run, topology=topology))
+        for run in reversed(list(first))
+    ]
+    measure.take_missing(wanted, file, lambda run: None, lock, machine)
+
+
+def _examined(folder: None, run: Run, topology: str) -> Mapping[str, float]:
+    try:
+        return examined(run.config, topology)
+    except ConfigError as error:
+        raise ConfigError(f"{run.name}: {error}") from error
+
+
+def examined(config: Config, text: str) -> dict[str, float]:
+    """Of a chip: memory in GiB, and, if the step fits, the bounds of its time in milliseconds.
+
+    Raises:
+      ConfigError: see `topology.devices` and `mesh.mesh_shape`.
+    """
+    topology = Topology.parse(text)
+    found = compile.examine(config, devices(topology), topology)
+    values = {"fits": float(found["fits"]), "hbm_gib": found["hbm_bytes"] / GIB}
+    if limit := found["hbm_limit_bytes"]:
+        values["limit_gib"] = limit / GIB
+    if "bounds" in found:
+        values |= {f"{name}_ms": 1e3 * bound for name, bound in found["bounds"].items()}
+        values |= {name: found[name] for name in ("wire_ratio", "tokens_per_second", "mfu")}
+        values["hours"] = found["step_seconds"] * config.train.steps / _HOUR
+    return values
+
+
+def table(rows: Sequence[Measured], named: Mapping[str, str]) -> list[str]:
+    """Lines of Markdown, in the order of the variants.
+
+    Args:
+      named: fingerprint -> variant.
+    """
+    head = ["variant", "compiled for", "GiB a chip", "fits", "tokens a second", "hours"]
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    order = list(named)
+    own = [row for row in rows if row.fingerprint in named]
+    for row in sorted(own, key=lambda row: (order.index(row.fingerprint), row.name)):
+        v = row.values
+        limit = f" of {v['limit_gib']:.0f}" if "limit_gib" in v else ""
+        cells = [named[row.fingerprint], row.name, f"{v['hbm_gib']:.1f}{limit}"]
+        cells += ["yes" if v["fits"] else "**no**"]
+        bounds = ("tokens_per_second", ".3g"), ("hours", ".1f")
+        cells += [format(v[name], form) if name in v else "" for name, form in bounds]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
