@@ -6,14 +6,16 @@ results/SCALE/compiled.csv: each run is compiled once for a topology, whichever 
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from experiments import measure
 from experiments.measure import Measured, Measurement
 from experiments.runs import Run
 from moepp_jax import compile
+from moepp_jax import mesh as mesh_lib
 from moepp_jax.chips import GIB
 from moepp_jax.compile.topology import Topology, devices
 from moepp_jax.config import Config
@@ -27,7 +29,7 @@ def file_of(scale: str, results: Path) -> Path:
 
 
 def read(scale: str, results: Path) -> list[Measured]:
-    """Rows whose name is a topology's.
+    """Rows, each named after the topology and how the run lies on it.
 
     Raises:
       ConfigError: a line is no row.
@@ -45,20 +47,37 @@ def compile_missing(
     Raises:
       ConfigError: see `topology.devices`; or a configuration does not go with the topology.
     """
-    Topology.parse(topology)
+    chips = Topology.parse(topology).num_devices
     first = {run.key[0]: run for run in reversed(runs)}.values()
     wanted = [
-        Measurement(topology, run, functools.partial(_examined, run=run, topology=topology))
+        Measurement(
+            _named(run, topology, chips),
+            run,
+            functools.partial(_examined, run=run, topology=topology),
+        )
         for run in reversed(list(first))
     ]
     measure.take_missing(wanted, file, lambda run: None, lock, machine)
 
 
-def _examined(folder: None, run: Run, topology: str) -> Mapping[str, float]:
+def _named(run: Run, topology: str, chips: int) -> str:
+    """With what a run's fingerprint does not say: how it lies on the chips, and what it keeps."""
+    with _naming(run):
+        sizes = mesh_lib.mesh_shape(run.config, chips)
+    return f"{topology}, {compile.describe(run.config, sizes)}"
+
+
+@contextlib.contextmanager
+def _naming(run: Run) -> Iterator[None]:
     try:
-        return examined(run.config, topology)
+        yield
     except ConfigError as error:
         raise ConfigError(f"{run.name}: {error}") from error
+
+
+def _examined(folder: None, run: Run, topology: str) -> Mapping[str, float]:
+    with _naming(run):
+        return examined(run.config, topology)
 
 
 def examined(config: Config, text: str) -> dict[str, float]:

@@ -125,15 +125,14 @@ class BlockOutput(NamedTuple):
 
     Attributes:
       x: the residual stream.
-      logits: the router's, for the next block.
-      statistics: of the MoE layer's routing, leading axis the groups.
+      routed: by the MoE layer: the tokens' arrays as (B, L), the statistics' leading axis the
+        groups.
       states: the input of every layer.
       kept: of every layer, what its `attend` keeps.
     """
 
     x: Float[Array, "B L D"]
-    logits: Float[Array, "B L N"]
-    statistics: moe_lib.Statistics
+    routed: moe_lib.Routed
     states: list[Float[Array, "B L D"]]
     kept: list[Any]
 
@@ -200,14 +199,17 @@ class Block:
             h = self._norm(params[f"{prefix}ffn_norm"], x)
             if prefix:
                 x += self.dense(params[f"{prefix}dense"], h)
-        y, logits, statistics = self._moe(params["moe"], h, previous_BLN)
-        return BlockOutput(x + y, logits, statistics, states, kept)
+        y, routed = self._moe(params["moe"], h, previous_BLN)
+        return BlockOutput(x + y, routed, states, kept)
 
     def _moe(self, params, x_BLD, previous_BLN):
         size = self.group_size or x_BLD.shape[1]
         grouped = (a.reshape(-1, size, a.shape[-1]) for a in (x_BLD, previous_BLN))
-        y, logits, statistics = moe_lib.local(*grouped, params, self.moe, self.axis)
-        return y.reshape(x_BLD.shape), logits.reshape(previous_BLN.shape), statistics
+        y, (routing, kept, statistics) = moe_lib.routed(*grouped, params, self.moe, self.axis)
+        y, routing, kept = jax.tree.map(
+            lambda a: a.reshape(*x_BLD.shape[:2], a.shape[-1]), (y, routing, kept)
+        )
+        return y, moe_lib.Routed(routing, kept, statistics)
 
     def _norm(self, params, x):
         return rms_norm(params, x, self.config.norm_eps)

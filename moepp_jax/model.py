@@ -51,16 +51,24 @@ class Output(NamedTuple):
     Attributes:
       hidden: after the final norm.
       matrix: the output matrix, whole: `vocabulary` takes both to logits and losses.
-      statistics: of every MoE layer's routing, leading axes (layer, group).
-      router_logits: of every MoE layer.
+      routed: by every MoE layer: the tokens' arrays as (layer, B, L), the statistics' leading axes
+        (layer, group).
       states: the input of every layer: the stack of residual streams.
     """
 
     hidden: Float[Array, "B L D"]
     matrix: Float[Array, "V D"]
-    statistics: moe_lib.Statistics
-    router_logits: Float[Array, "layers B L N"]
+    routed: moe_lib.Routed
     states: Float[Array, "layers B L D"]
+
+    @property
+    def statistics(self) -> moe_lib.Statistics:
+        return self.routed.statistics
+
+    @property
+    def router_logits(self) -> Float[Array, "layers B L N"]:
+        """With the gating residual in them."""
+        return self.routed.routing.logits
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,15 +142,15 @@ class LanguageModel:
 
         def run(carry, params):
             out = self.block(self.whole(of_block, params), *carry, positions_BL, attends)
-            return (out.x, out.logits), (out.statistics, out.logits, jnp.stack(out.states))
+            return (out.x, out.routed.routing.logits), (out.routed, jnp.stack(out.states))
 
         if self.sharded or self.config.remat != "none":
             run = jax.checkpoint(run, policy=_REMAT[self.config.remat], prevent_cse=False)
-        (x, _), (stats, logits, states) = jax.lax.scan(run, (x, no_logits), params["layers"])
+        (x, _), (routed, states) = jax.lax.scan(run, (x, no_logits), params["layers"])
         hidden = rms_norm(outside["final"], x, self.config.norm_eps)
         matrix = outside.get("output", outside["embedding"])
         states = states.reshape(self.config.num_layers, *x.shape)
-        return Output(hidden, matrix, stats, logits, states)
+        return Output(hidden, matrix, routed, states)
 
     def of_batch(self, params: dict[str, Any], batch: dict[str, Array]) -> tuple[Output, Array]:
         """A batch of packed documents: what is computed, and the loss of every target, in nats."""

@@ -229,12 +229,14 @@ def test_no_sharded_gradient_is_reduced_whole(axes):
 
 
 def test_nothing_is_kept_that_training_does_not_use():
-    """Output.states and Output.router_logits are for analysis: backward has copies of its own."""
+    """Output.states and Output.routed are for analysis: backward has copies of its own."""
     c, *_, step = case((1, 1, 1), "capacity", **{"model.num_layers": 3, "model.remat": "full"})
     text = step.as_text()
     for width in (c.model.hidden_size, c.moe.num_experts):
         shape = rf"f32\[3,{c.train.batch_size},{c.data.seq_len},{width}\]"
         assert len(re.findall(rf"= {shape}\S* dynamic-update-slice\(", text)) == 1
+    choices = rf"\w+\[3,{c.train.batch_size},{c.data.seq_len},{c.moe.rule.most}\]"
+    assert not re.search(choices, text)
 
 
 def test_the_step_counts_its_learning_rate():

@@ -9,6 +9,6 @@ findings  all of these as one report, which `tables` prints
 remedies  what to change where it does not fit
 """
 
-from moepp_jax.compile.step import examine, run
+from moepp_jax.compile.step import describe, examine, run
 
-__all__ = ["examine", "run"]
+__all__ = ["describe", "examine", "run"]

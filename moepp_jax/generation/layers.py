@@ -186,9 +186,9 @@ class Layers:
             mine = mine if self.experts_apart else model.whole(of_block, mine)
             of_this = itertools.islice(attends, self.config.moe_every)
             out = block(mine, x, previous, positions_BL, of_this)
-            x, previous = out.x, out.logits
+            x, previous = out.x, out.routed.routing.logits
             caches += out.kept
-            load_BE = out.statistics.load[:, : pool.n_ffn]
+            load_BE = out.routed.statistics.load[:, : pool.n_ffn]
             ffn_experts += jnp.sum(load_BE, axis=1) * tokens_BL.shape[1]
             experts_read += jnp.sum(jnp.any(load_BE > 0, axis=0))
         hidden = rms_norm(outside["final"], x[:, -1], self.config.norm_eps)

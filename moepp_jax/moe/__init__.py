@@ -16,16 +16,17 @@ The letters of the shapes, here and wherever a name ends in them (`x_GSD`):
 
 Data flows one way: rule.route -> dispatch -> experts -> dispatch.combine, and on an expert axis
 the experts are reached by `exchange` (fixed slots) or `transfer` (as many rows as there are).
-`layer.local` composes them for the tokens of one device; `layer.sharded` runs that under shard_map
-on a mesh. What varies between models is the `Rule` and a function for each other choice, given when
-the `layer.MoE` is built, never a flag tested in traced code. `rules` holds one rule a file.
+`layer.local` composes them for the tokens of one device, `layer.routed` tells each token's way too,
+and `layer.sharded` runs them under shard_map on a mesh. What varies between models is the `Rule`
+and a function for each other choice, given when the `layer.MoE` is built, never a flag tested in
+traced code. `rules` holds one rule a file.
 """
 
 from moepp_jax.moe import rules
 from moepp_jax.moe.dispatch import capacity
 from moepp_jax.moe.experts import Pool, swiglu
 from moepp_jax.moe.grouped import Blocked, ragged_swiglu
-from moepp_jax.moe.layer import MoE, describe, local, sharded
+from moepp_jax.moe.layer import MoE, Routed, describe, local, routed, sharded
 from moepp_jax.moe.losses import Statistics, heterogeneous_balance, summarise
 from moepp_jax.moe.param import Param, init
 from moepp_jax.moe.paths import dropless, with_capacity
@@ -37,6 +38,7 @@ __all__ = [
     "MoE",
     "Param",
     "Pool",
+    "Routed",
     "Routing",
     "Rule",
     "RuleError",
@@ -48,6 +50,7 @@ __all__ = [
     "init",
     "local",
     "ragged_swiglu",
+    "routed",
     "rules",
     "sharded",
     "summarise",

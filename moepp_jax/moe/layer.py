@@ -2,20 +2,20 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from moepp_jax.moe import losses
 from moepp_jax.moe.experts import Pool, zero_computation
 from moepp_jax.moe.losses import Statistics
 from moepp_jax.moe.param import Param
 from moepp_jax.moe.paths import Path
-from moepp_jax.moe.rule import Rule
+from moepp_jax.moe.rule import Routing, Rule
 
 Params = Mapping[str, Any]
 
@@ -39,6 +39,19 @@ class MoE:
     @property
     def pool(self) -> Pool:
         return self.rule.pool
+
+
+class Routed(NamedTuple):
+    """How a layer routed its tokens.
+
+    Attributes:
+      kept: which choices were served; an unused one never is.
+      statistics: leading axis G.
+    """
+
+    routing: Routing
+    kept: Bool[Array, "G S K"]
+    statistics: Statistics
 
 
 def describe(
@@ -79,6 +92,25 @@ def local(
 ) -> tuple[Float[Array, "G S D"], Float[Array, "G S N"], Statistics]:
     """One device's groups through the layer (eq. 1).
 
+    Args: as `routed`.
+
+    Returns:
+      The output (no residual connection added), the router's logits for the next layer, and
+      statistics with the leading axis G.
+    """
+    y, r = routed(x_GSD, previous_GSN, params, moe, axis)
+    return y, r.routing.logits, r.statistics
+
+
+def routed(
+    x_GSD: Float[Array, "G S D"],
+    previous_GSN: Float[Array, "G S N"],
+    params: Params,
+    moe: MoE,
+    axis: str | None = None,
+) -> tuple[Float[Array, "G S D"], Routed]:
+    """As `local`, with all that is known of every token's way.
+
     Args:
       x_GSD: the layer's input.
       previous_GSN: the second output of the MoE layer before, zeros for the first layer.
@@ -87,10 +119,6 @@ def local(
         if J = 0}.
       axis: mesh axis over which the FFN experts are sharded, inside a shard_map; params["ffn"]
         then holds this device's experts.
-
-    Returns:
-      The output (no residual connection added), the router's logits for the next layer, and
-      statistics with the leading axis G.
     """
     state = moe.rule.state()
     router = {n: jax.lax.stop_gradient(p) if n in state else p for n, p in params["router"].items()}
@@ -98,7 +126,7 @@ def local(
     x_GSD = x_GSD * jnp.asarray(moe.input_scale, x_GSD.dtype)
     y, kept = moe.path(x_GSD, r, params["ffn"], moe.rule, axis, moe.sequences)
     y += zero_computation(x_GSD, r.experts, r.gates, kept, params.get("const", {}), moe.pool)
-    return y, r.logits, losses.statistics(r, kept, moe.rule.measure(r), moe.sequences)
+    return y, Routed(r, kept, losses.statistics(r, kept, moe.rule.measure(r), moe.sequences))
 
 
 def sharded(

@@ -20,7 +20,8 @@ def runs_of(words):
     """How many runs an experiment has at a scale, and those that are chosen."""
     names = [word for word in words if not word.startswith("--")]
     flags = dict(word[2:].split("=", 1) for word in words if word.startswith("--"))
-    planned = run.plan(run.experiments(names), scales.find(flags.get("scale", "tiny")))
+    scale = scales.find(flags.get("scale", "tiny"))
+    planned = run.plan(run.experiments(names, scale), scale)
     return planned, run.chosen(planned, flags.get("only"))
 
 

@@ -16,9 +16,10 @@ import jax
 import pytest
 from rich.console import Console
 
-from experiments import board, results, run, runs, sweep, worker
+from experiments import board, results, run, runs, study, sweep, worker
 from experiments.claim import claimed
 from experiments.results import DIVERGED, DONE
+from experiments.scale import TINY
 from moepp_jax import mesh as mesh_lib
 from moepp_jax.errors import ConfigError
 from moepp_jax.interrupt import Stopped
@@ -242,9 +243,12 @@ def test_numbers_of_runs(scale):
 
 def test_an_experiment_that_does_not_exist():
     with pytest.raises(ConfigError, match="no experiment 'taus'; did you mean tau"):
-        run.experiments(["taus"])
-    assert [one.name for one in run.experiments(["tau", "tau"])] == ["tau"]
-    assert len(run.experiments([run.ALL])) > 5
+        run.experiments(["taus"], TINY)
+    with pytest.raises(ConfigError, match="pods is not of scale tiny: --scale=paper"):
+        run.experiments(["tau", "pods"], TINY)
+    assert [one.name for one in run.experiments(["tau", "tau"], TINY)] == ["tau"]
+    everything = {one.name for one in run.experiments([run.ALL], TINY)}
+    assert set(study.names()) - everything == {"pods"}
 
 
 def said(of, terminal=False):

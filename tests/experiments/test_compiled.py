@@ -1,0 +1,82 @@
+"""Runs compiled for devices instead of trained: once each, and in the report."""
+
+import dataclasses
+
+import pytest
+
+from experiments import compiled, measure, report, run, runs, study
+from experiments.scale import PAPER
+from experiments.studies import pods
+from moepp_jax.chips import GIB
+from moepp_jax.errors import ConfigError
+from tests.experiments import small
+
+TPU = {"fits": True, "hbm_bytes": 24 * GIB, "hbm_limit_bytes": 95 * GIB, "wire_ratio": 1.1}
+TPU |= {"bounds": {"arithmetic": 3.0, "hbm": 4.5, "interconnect": 1.0}, "step_seconds": 4.5}
+TPU |= {"tokens_per_second": 1e6, "mfu": 0.5}
+
+
+@pytest.fixture
+def planned():
+    return run.plan([small.Twins()], small.scale(**{"mesh.data": 8}))
+
+
+def compile_all(planned, tmp_path, topology="cpu:8"):
+    file = compiled.file_of("small", tmp_path)
+    compiled.compile_missing(planned, topology, file, tmp_path / "lock", "CPU")
+    return measure.read(file)
+
+
+def test_a_variant_is_compiled_once(planned, tmp_path, monkeypatch):
+    rows = compile_all(planned, tmp_path)
+    on = "cpu:8, mesh 8x1x1, remat none, accumulate 1"
+    assert {row.name for row in rows} == {on} and {row.seed for row in rows} == {0}
+    assert {row.fingerprint for row in rows} == {one.key[0] for one in planned}
+    assert len(rows) == 3 and all(row.values["fits"] == 1.0 for row in rows)
+    assert all(0 < row.values["hbm_gib"] < 1 for row in rows)
+    monkeypatch.setattr(compiled, "examined", lambda *_: pytest.fail("it is compiled already"))
+    assert compile_all(planned, tmp_path) == rows
+
+
+def test_what_a_pod_would_need_is_in_the_report(tmp_path, monkeypatch):
+    """4.5 s a step at least, 4 steps; and one that does not fit, of which nothing else is known."""
+    scale = small.scale(**{"mesh.data": -1, "train.batch_size": 64})
+    planned = run.plan([small.Twins()], scale)
+    steps = planned[0].config.train.steps
+    found = iter([TPU, TPU, TPU | {"fits": False, "hbm_bytes": 99 * GIB, "bounds": None}])
+
+    def examine(*_):
+        one = next(found)
+        return {name: value for name, value in one.items() if value is not None}
+
+    monkeypatch.setattr(compiled.compile, "examine", examine)
+    monkeypatch.setattr(compiled, "devices", lambda topology: [])
+    rows = compile_all(planned, tmp_path, "v5p:4x4x4")
+    of = small.Twins()
+    page = report.page(of, study.results_of(of, scale, []), rows)
+    hours = f"{4.5 * steps / 3600:.1f}"
+    on = "v5p:4x4x4, mesh 64x1x1, remat none, accumulate 1"
+    assert f"| vanilla | {on} | 24.0 of 95 | yes | 1e+06 | {hours} |" in page
+    assert f"| tau .25 | {on} | 99.0 of 95 | **no** |  |  |" in page
+    assert "Compiled" not in report.page(of, study.results_of(of, scale, []), [])
+
+
+def test_a_topology_that_does_not_go_with_a_run_is_named(planned, tmp_path):
+    with pytest.raises(ConfigError, match="--topology=v5p:big is not known"):
+        compile_all(planned, tmp_path, "v5p:big")
+    with pytest.raises(ConfigError, match=r"^vanilla: .*mesh"):
+        compile_all(planned, tmp_path, "cpu:6")
+    assert not compiled.file_of("small", tmp_path).exists()
+
+
+def test_meshes_lie_on_their_slices():
+    usual = PAPER.variant("7B", of=PAPER.sizes["16+4, larger"]).config
+    for name, size in pods.SIZES.items():
+        topology = compiled.Topology.parse(name)
+        assert size.chips == topology.num_devices
+        config = pods.on(usual, size)
+        assert config.train.batch_size >= size.chips
+        assert dataclasses.replace(config, mesh=usual.mesh, train=usual.train) == usual
+        assert runs.fingerprint(config) == runs.fingerprint(
+            dataclasses.replace(usual, train=config.train)
+        )
