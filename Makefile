@@ -3,7 +3,7 @@ SHELL := /bin/bash
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 PY := .venv/bin/python
 
-.PHONY: help train test test-slow test-torch test-eval test-newest test-tpu-compile pods check format benchmark lock clean
+.PHONY: help train test test-slow test-torch test-eval test-newest test-tpu-compile test-browser pods check format benchmark lock clean
 
 help:
 	@echo "make train      train a tiny MoE++ model and its vanilla twin on real text, and compare them"
@@ -13,6 +13,7 @@ help:
 	@echo "make test-eval  the tests against the lm-evaluation-harness: installs it, and PyTorch"
 	@echo "make test-newest  the quick tests with the newest JAX there is for this Python"
 	@echo "make test-tpu-compile  compile for TPU pods, which need not be there: ten minutes"
+	@echo "make test-browser  the routing page in Chromium, which has to be there (Debian: apt install chromium)"
 	@echo "make pods       compile the 7B model for 8 to 4,096 TPU chips, which need not be there"
 	@echo "make check      lint and format checks"
 	@echo "make format     mend what they find, where it can be mended"
@@ -60,6 +61,10 @@ test-eval: .venv/dev requirements-eval.txt
 test-tpu-compile: .venv/tpu
 	PYTHONPATH=.venv/tpu $(PY) -m pytest -m tpu_compile tests/tpu
 
+test-browser: .venv/dev requirements-browser.txt
+	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements-browser.txt
+	$(PY) -m pytest -m browser -s tests/browser
+
 # Not what is pinned but what is newest for this Python, in an environment of its own.
 test-newest: .venv/run
 	@test -x .venv/newest/bin/python || $(PYTHON) -m venv .venv/newest
@@ -87,7 +92,7 @@ benchmark: .venv/run
 
 lock: .venv/dev
 	$(PY) -m pip install --quiet pip-tools==7.6.2
-	for f in requirements requirements-cloud requirements-cuda requirements-data requirements-dev requirements-eval requirements-tpu; do \
+	for f in requirements requirements-analysis requirements-browser requirements-cloud requirements-cuda requirements-dev requirements-eval requirements-tpu; do \
 	  $(PY) -m piptools compile --quiet --no-header --no-annotate --strip-extras \
 	    --no-emit-index-url --no-emit-find-links --output-file $$f.txt $$f.in; done
 

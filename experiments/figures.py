@@ -2,29 +2,17 @@
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 if TYPE_CHECKING:
     from experiments.study import Results
 
-FORMATS = ("png", "svg")
 GREY = "0.45"
-
-
-def drawn(figure: Figure, kind: str) -> bytes:
-    """The figure as a file of one of FORMATS."""
-    out = io.BytesIO()
-    # Neither the time nor random names: what is committed changes only where numbers do.
-    with matplotlib.rc_context({"svg.hashsalt": "moepp_jax", "svg.fonttype": "none"}):
-        figure.savefig(out, format=kind, metadata={"Date": None} if kind == "svg" else None)
-    return out.getvalue()
 
 
 def new(width: float = 7.5, height: float = 4.5) -> Figure:

@@ -6,11 +6,12 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from experiments import compiled, figures, gain, measure, runs, study
+from experiments import compiled, gain, measure, runs, study
 from experiments.results import RESULTS, Row
 from experiments.scale import Scale
 from experiments.study import Results, Study
 from moepp_jax import flops
+from moepp_jax.analysis import drawing
 from moepp_jax.config import Config
 from moepp_jax.storage import write_atomic
 
@@ -37,10 +38,10 @@ def write(
     folder = results / scale.name / of.name
     folder.mkdir(parents=True, exist_ok=True)
     found = study.results_of(of, scale, rows, measured(of, scale, results), seeds)
-    for kind in figures.FORMATS:
+    for kind in drawing.FORMATS:
         file = folder / f"figure.{kind}"
         if _compares(found):
-            write_atomic(file, figures.drawn(of.figure(found), kind))
+            write_atomic(file, drawing.drawn(of.figure(found), kind))
         else:
             file.unlink(missing_ok=True)
     compiled_for = compiled.read(scale.name, results)

@@ -9,7 +9,8 @@ Refuted    if the loss is higher by more than seeds differ, or the time does not
 
 Trains both (each resumes by itself), evaluates both on all held-out text beside n-gram baselines,
 times one layer and a training step of each by turns, and writes into the work directory:
-summary.json, curves.png, sample.txt, and a run's usual files in moepp/ and moe/.
+summary.json, curves.png, sample.txt, and a run's usual files in moepp/ and moe/; moepp/analysis
+has a page that shows where every token of held-out text went.
 """
 
 from __future__ import annotations
@@ -32,10 +33,11 @@ from rich.table import Table
 import moepp_jax
 from benchmarks import timing
 from configs import base
-from moepp_jax import cli, flops, host_memory, moe
+from moepp_jax import cli, flops, host_memory, moe, observe
 from moepp_jax import mesh as mesh_lib
 from moepp_jax import model as model_lib
 from moepp_jax import state as state_lib
+from moepp_jax.analysis import draw
 from moepp_jax.analysis.curves import plot_curves
 from moepp_jax.analysis.ngram import ngram_loss
 from moepp_jax.config import Config
@@ -47,6 +49,7 @@ from moepp_jax.workdir import write_atomic
 TWINS = ("moepp", "moe")
 NAMES = {"moepp": "MoE++", "moe": "vanilla MoE"}
 BASELINES = {"unigram": 1, "bigram": 2, "trigram": 3}
+PAGE_TOKENS = 20_000  # of held-out text, whose routing is shown
 PROMPTS = ("In the beginning", "The village of", "KING HENRY\n")
 
 
@@ -85,6 +88,8 @@ def twins(recipe: ConfigDict, workdir: Path, report: Callable[[str], None] = pri
     labels = {NAMES[n]: folders[n] for n in TWINS}
     plot_curves(labels, workdir / "curves.png", baselines)
     write_atomic(workdir / "sample.txt", sample(folders["moepp"]))
+    report("showing where the tokens of held-out text went")
+    show_routing(configs["moepp"], folders["moepp"])
     return summary
 
 
@@ -157,6 +162,14 @@ def sample(folder: Path) -> str:
     return "\n\n".join(p + t for p, t in zip(PROMPTS, texts, strict=True)) + "\n"
 
 
+def show_routing(config: Config, folder: Path) -> Path:
+    """The routing page of held-out text, in the run's folder, with what it shows as tables."""
+    where, text = folder / "analysis", observe.Text(tokens=PAGE_TOKENS)
+    observe.analyze(config, folder, config.train.steps, text, [where / draw.RECORD])
+    command = f"python -m moepp_jax.main analyze --workdir={folder} --tokens={PAGE_TOKENS} --page"
+    return draw.draw(where, command, PAGE_TOKENS)[-1]
+
+
 def show(summary: dict[str, Any], workdir: Path, console: Console) -> None:
     table = Table(title=f"held-out text, {summary['held_out_tokens']:,} tokens")
     for column in ("", "loss", "perplexity", "bits/byte", "FFN experts/token"):
@@ -191,6 +204,7 @@ def show(summary: dict[str, Any], workdir: Path, console: Console) -> None:
         f"curves   {workdir / 'curves.png'}\n"
         f"numbers  {workdir / 'summary.json'}\n"
         f"logs     {workdir}/*/metrics.jsonl, and tensorboard --logdir={workdir}\n"
+        f"routing  {workdir / 'moepp' / 'analysis' / draw.PAGE}, and REPORT.md beside it\n"
         f"sample   {workdir / 'sample.txt'}\n",
         highlight=False,
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +21,9 @@ from moepp_jax.errors import ConfigError
 from moepp_jax.generation import Generator, Reader, Speed
 from moepp_jax.run import open_run
 
+if TYPE_CHECKING:
+    from moepp_jax.analysis.shown import Routing
+
 
 class Model:
     """A language model with its parameters and its tokenizer.
@@ -29,6 +32,8 @@ class Model:
       config: of the run that trained it.
       params: a plain nested dictionary of arrays; None in a model that only generates.
       tokenizer: None where the work directory has none; texts then cannot be given, tokens can.
+      mesh: that the parameters are cut over, None for one device.
+      name, step: of the run and its checkpoint.
       speed: of the last generation.
     """
 
@@ -39,6 +44,8 @@ class Model:
         tokenizer: Tokenizer | None = None,
         mesh: Mesh | None = None,
         only_generate: bool = False,
+        name: str = "",
+        step: int = 0,
     ):
         """
         Args:
@@ -48,15 +55,17 @@ class Model:
         self.config = config
         self.params = None if only_generate else params
         self.tokenizer = tokenizer
-        self._model = model_lib.build(config, mesh, dispatch="dropless")
+        self.name, self.step = name, step
+        self.network = model_lib.build(config, mesh, dispatch="dropless")
+        self.mesh = mesh
         self._devices = 1 if mesh is None else mesh.size
         forward = self._forward
         if mesh is not None:
             rows = mesh_lib.BATCH
-            specs = (mesh_lib.specs(self._model.described), rows, rows)
+            specs = (mesh_lib.specs(self.network.described), rows, rows)
             forward = jax.shard_map(forward, mesh=mesh, in_specs=specs, out_specs=rows)
         self._logits = jax.jit(forward)
-        self._generator = Generator(self._model, params, mesh, use_up=only_generate)
+        self._generator = Generator(self.network, params, mesh, use_up=only_generate)
         self.speed = Speed()
 
     def logits(self, tokens, mask=None) -> Float[Array, "B S V"]:
@@ -148,6 +157,25 @@ class Model:
             raise ConfigError(f"prompt = {prompt!r} must be one text to be streamed")
         return self._pieces(self._request([prompt], True, stop, 1, settings))
 
+    def routing(self, texts: str | Sequence[str]) -> Routing:
+        """How the tokens of texts were routed; in a notebook the result shows itself.
+
+        Args:
+          texts: one, or several; each is a document, in rows as long as those of training.
+
+        Raises:
+          ConfigError: there is no tokenizer, or no text.
+        """
+        # Matplotlib and Parquet are for those who ask.
+        from moepp_jax.observe import loaded
+
+        if self.params is None:
+            raise ValueError("this model was loaded with only_generate: it has no routing")
+        if self.tokenizer is None:
+            raise ConfigError("this model has no tokenizer: its tokens cannot be shown")
+        listed = [texts] if isinstance(texts, str) else list(texts)
+        return loaded.routing(self, listed)
+
     def _pieces(self, request: _Request) -> Iterator[str]:
         (reader,) = request.readers
         for _ in self._stream(request, slice(None)):
@@ -191,7 +219,7 @@ class Model:
         S = tokens.shape[1]
         positions = jnp.maximum(jnp.cumsum(real, axis=1) - 1, 0)
         mask = jnp.tril(jnp.ones((S, S), bool)) & real[:, None, :]
-        out = self._model(params, tokens, positions, mask)
+        out = self.network(params, tokens, positions, mask)
         return vocabulary.logits(out.matrix, out.hidden)
 
 
@@ -243,7 +271,8 @@ def load(
         run = run._replace(config=run.config.replace("moe.rule", zero_offset=zero_offset))
     mesh = _over_all_devices(run.config) if all_devices else None
     params = run.params(mesh, as_used=only_generate)
-    return Model(run.config, params, run.tokenizer(), mesh, only_generate)
+    name, at = Path(run.workdir).name, run.step or 0
+    return Model(run.config, params, run.tokenizer(), mesh, only_generate, name, at)
 
 
 def _over_all_devices(config: Config) -> Mesh:

@@ -15,6 +15,7 @@ from jax.sharding import PartitionSpec as P
 
 from moepp_jax import mesh as mesh_lib
 from moepp_jax import moe
+from moepp_jax.analysis import health
 from moepp_jax.config import Config
 from moepp_jax.data import Dataset, open_dataset
 from moepp_jax.errors import ConfigError
@@ -38,11 +39,12 @@ def make_evaluate(
     The metrics: eval_loss (nats a target), eval_perplexity, eval_tokens (targets),
     eval_ffn_experts_per_token, eval_drop_rate, and that by eighth of the sequences and by kind of
     expert (FFN, constant, copy, zero) as eval_drop_rate_by_part and eval_drop_rate_by_kind; and by
-    layer eval_load (share of the tokens that choose each expert),
-    eval_ffn_experts_per_token_by_layer and eval_router_entropy_by_layer.
+    layer eval_load (share of the tokens that choose each expert), what `health.by_layer` makes of
+    it, eval_ffn_experts_per_token_by_layer and eval_router_entropy_by_layer.
     Routing is averaged over the real tokens' groups; padding rows do not count.
     """
-    model, pool = parts.evaluated, parts.evaluated.rule.pool
+    model, rule = parts.evaluated, parts.evaluated.rule
+    pool = rule.pool
 
     def on_device(params, batch):
         out, nll = model.of_batch(params, batch)
@@ -87,11 +89,16 @@ def make_evaluate(
             "eval_drop_rate_by_part": by_layer["drop_rate_by_part"].mean(axis=0),
             "eval_drop_rate_by_kind": by_layer["drop_rate_by_kind"].mean(axis=0),
             "eval_load": stats.load,
+            **{f"eval_{name}": of for name, of in _health(stats.load, rule).items()},
             "eval_ffn_experts_per_token_by_layer": by_layer["ffn_experts_per_token"],
             "eval_router_entropy_by_layer": by_layer["router_entropy"],
         }
 
     return evaluate
+
+
+def _health(load_JN: np.ndarray, rule: moe.Rule) -> dict[str, np.ndarray]:
+    return health.by_layer(load_JN, rule.pool.n_ffn, rule.load)
 
 
 def evaluate_mixture(

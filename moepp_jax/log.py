@@ -11,6 +11,7 @@ import jax
 import numpy as np
 
 from moepp_jax import flops
+from moepp_jax.analysis import health
 from moepp_jax.config import Config
 from moepp_jax.data import Dataset
 from moepp_jax.metrics import MetricsWriter, require_finite
@@ -44,6 +45,8 @@ class Log:
         self._since = time.perf_counter()
         self._waited = 0.0
         self._warned = False
+        rule = config.moe.rule
+        self._watch = health.Watch(rule.pool.n_ffn, rule.load)
 
     def waited_for(self, batches: Iterator) -> Iterator:
         """The batches; the time that each takes to come is noted as waiting for data."""
@@ -91,12 +94,16 @@ class Log:
             values |= {f"tokens/{name}": taken.tokens, f"epochs/{name}": taken.epochs}
         if mfu is not None:
             values["mfu"] = mfu
+        rule, load = self._config.moe.rule, np.asarray(values.pop("load"))
+        values |= health.by_layer(load, rule.pool.n_ffn, rule.load)
         self._writer.write(step, **values)
         self._progress.update(step, **values)
         said = _starving(values["drop_rate"], values.get("drop_rate_by_part", []))
         if said and not self._warned:
             self._progress.message(f"step {step}: {said}")
             self._warned = True
+        for said in self._watch.look(load):
+            self._progress.message(f"step {step}: {said}")
 
     def held_out(self, step: int, values: dict[str, Any]) -> None:
         """Writes the row of an evaluation."""

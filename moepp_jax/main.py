@@ -3,6 +3,7 @@
     python -m moepp_jax.main train    --config=configs/tiny.py --workdir=runs/x
     python -m moepp_jax.main evaluate --workdir=runs/x
     python -m moepp_jax.main generate --workdir=runs/x --prompt="In the beginning"
+    python -m moepp_jax.main analyze  --workdir=runs/x --page
     python -m moepp_jax.main compile  --config=configs/moepp_7b.py --topology=v5p:4x4x4
     python -m moepp_jax.main lm_eval  --workdir=runs/x --suite=paper
 
@@ -18,10 +19,10 @@ the work directory's configuration; with --config they check that it is the same
 where there is one already. With --config, convert from-hf and upcycle take all but the model from
 it.
 
-train, evaluate and lm_eval run on many hosts: start the same command on each. Under SLURM, Open
-MPI, on Cloud TPU and with JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID set the
-processes find each other; else tell them with --coordinator, --num_processes and --process_id. A
-work directory may be in a bucket: gs://bucket/run, s3://bucket/run. --profile=10:13 traces three
+train, evaluate, analyze and lm_eval run on many hosts: start the same command on each. Under SLURM,
+Open MPI, on Cloud TPU and with JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID set
+the processes find each other; else tell them with --coordinator, --num_processes and --process_id.
+A work directory may be in a bucket: gs://bucket/run, s3://bucket/run. --profile=10:13 traces three
 steps.
 
 A training run that is killed goes on when the same command is given again, and one that has ended
@@ -42,12 +43,13 @@ from collections.abc import Sequence
 from absl import flags
 
 from moepp_jax import cli
-from moepp_jax.commands import compile, convert, data, evaluate, generate, lm_eval, train
+from moepp_jax.commands import analyze, compile, convert, data, evaluate, generate, lm_eval, train
 from moepp_jax.errors import ConfigError
 
 COMMANDS = {
     "train": train,
     "evaluate": evaluate,
+    "analyze": analyze,
     "generate": generate,
     "lm_eval": lm_eval,
     "compile": compile,

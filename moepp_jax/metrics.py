@@ -3,9 +3,11 @@
 A training row has step, loss, balance_loss, z_loss, grad_norm, lr, tokens (seen so far),
 tokens_per_s, ffn_experts_per_token, drop_rate (a share; also drop_rate_by_part, of each eighth of
 the sequences, and drop_rate_by_kind, of FFN, constant, copy and zero experts), router_entropy,
-seconds, data_wait (the share of the time since the row before in which the loop waited for
-batches) and, of each source of text, tokens/NAME and epochs/NAME so far; a row of an evaluation has
-step, eval_loss and what else was measured. A rule may have other losses than these.
+of each MoE layer router_entropy_by_layer, load_largest_by_layer, load_smallest_by_layer and
+dead_experts_by_layer (see `analysis.health`), seconds, data_wait (the share of the time since the
+row before in which the loop waited for batches) and, of each source of text, tokens/NAME and
+epochs/NAME so far; a row of an evaluation has step, eval_loss and what else was measured. A rule
+may have other losses than these.
 Numbers that are not finite have no form in JSON: they stand as null in metrics.jsonl (and as they
 are in TensorBoard).
 """
@@ -14,7 +16,7 @@ import json
 import logging
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -82,8 +84,8 @@ class MetricsWriter:
         self._file.write(json.dumps(row, allow_nan=False) + "\n")
         self._file.flush()
         for name, value in values.items():
-            if not isinstance(value, list):
-                self._events.add_scalar(name, value, step)
+            for tag, number in _series(name, value):
+                self._events.add_scalar(tag, number, step)
         self._staging.copy()
 
     def flush(self) -> None:
@@ -127,6 +129,15 @@ def read_metrics(workdir: str | os.PathLike) -> list[dict[str, Any]]:
                 "line or take it away"
             )
     return rows
+
+
+def _series(name: str, value: Any) -> Iterator[tuple[str, float]]:
+    """What TensorBoard shows of a value: a number, or one of each layer or kind of expert."""
+    if not isinstance(value, list):
+        yield name, value
+    elif name.endswith(("_by_layer", "_by_kind")):
+        digits = len(str(len(value)))
+        yield from ((f"{name}/{i:0{digits}}", v) for i, v in enumerate(value, 1))
 
 
 def _repair(file: Path, last_step: int | float) -> list[dict[str, Any]]:

@@ -184,6 +184,8 @@ def make_train_step(parts: Assembly) -> Callable[[State, Batch], tuple[State, Me
         params = parts.model.with_rule_state(params, moved)
         # Rates are of the whole batch: parts have other shares of the choices.
         metrics |= moe.summarise(jax.tree.map(lambda a: a.mean(axis=0), stats), rule.pool)
+        # The log makes a few numbers of a layer's loads.
+        metrics |= {"load": stats.load, "router_entropy_by_layer": stats.entropy}
         metrics |= {"grad_norm": optax.global_norm(grads), "lr": lr(state.step)}
         return State(state.step + 1, params, opt_state), metrics
 

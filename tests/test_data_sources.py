@@ -3,7 +3,6 @@
 import gzip
 import io
 import json
-import re
 from pathlib import Path
 
 import pyarrow
@@ -222,13 +221,3 @@ def test_the_fingerprint_reads_samples_only_and_sees_names_sizes_and_samples(tmp
     content[200_000] = 121  # between the samples: the price of not reading terabytes
     file.write_bytes(content)
     assert FilesCorpus(str(file)).fingerprint == before
-
-
-def test_pyarrow_is_asked_for_when_it_is_needed_and_missing(tmp_path, monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "pyarrow", None)
-    (tmp_path / "a.jsonl").write_bytes(json_lines())
-    assert documents(FilesCorpus(str(tmp_path / "a.jsonl"))) == TEXTS
-    for name in ("a.jsonl.zst", "a.parquet"):
-        (tmp_path / name).write_bytes(AS_PUBLISHED.get(name, b""))
-        with pytest.raises(ConfigError, match=re.escape("pip install -r requirements-data.txt")):
-            documents(FilesCorpus(str(tmp_path / name)))

@@ -203,8 +203,9 @@ def cases(folder: Path) -> list[tuple[list[str], str]]:
     tiny_flags, run = flags(folder), f"--workdir={folder / 'run'}"
     new, recipe = f"--workdir={folder / 'new'}", "--config=configs/tiny.py"
     generate = ["generate", run, "--prompt=a"]
+    analyze = ["analyze", run, f"--out={folder / 'new'}"]
     return [
-        ([], "give one command of train, evaluate, generate, lm_eval"),
+        ([], "give one command of train, evaluate, analyze, generate, lm_eval"),
         (["fly"], "give one command of train, .*, not 'fly'"),
         (["trian", recipe], "give one command .*, not 'trian'; did you mean train?"),
         (["train", "now", recipe], "'now' is too much: this command takes flags only"),
@@ -313,6 +314,17 @@ def cases(folder: Path) -> list[tuple[list[str], str]]:
             ["evaluate", run, *tiny_flags, f"--config.data.dir={folder}/elsewhere"],
             "the data of this configuration is not prepared",
         ),
+        (["analyze", "--redraw"], "no --workdir was given"),
+        (["analyze", f"--out={folder}/no", "--redraw"], "there is no .*/no/routing.parquet"),
+        ([*analyze, "--tokens=0"], "--tokens=0 must be at least 1"),
+        ([*analyze, "--source=wiki"], "--source=wiki: the run has the sources text"),
+        ([*analyze, f"--text={folder}/no.txt"], "--text=.*no.txt cannot be read: No such file"),
+        ([*analyze, f"--text={folder}/file"], "--text=.*file is empty: there is no token"),
+        ([*analyze, "--suite=paper", "--benchmarks=no"], "--benchmarks=no has no files of sciq"),
+        ([*analyze, f"--against={folder}/no"], "workdir .*no is no folder"),
+        ([*analyze, "--page_tokens=0"], "flag --page_tokens=0: .*"),
+        ([*analyze, f"--workdir={folder}/mute"], ".*tokenizer.model is missing: put the token"),
+        (["analyze", "--workdir=memory://x", "--config=configs/tiny.py"], "memory:// is no known"),
         (["generate", run], "no --prompt was given: write --prompt='some text'"),
         ([*generate, "--step=4"], "checkpoint 4 .*; steps that may be used instead: 3"),
         ([*generate, "--temperature=-1"], "config.generate.temperature = -1.0 must be at least 0"),

@@ -38,6 +38,19 @@ def test_rows_are_written_at_once_and_read_back_as_plain_numbers(tmp_path):
     assert isinstance(rows[0]["tokens"], int)
 
 
+def test_of_layers_and_kinds_tensorboard_has_a_series_each(tmp_path, monkeypatch):
+    """And of other arrays none: loads of every layer and expert would be thousands."""
+    seen = {}
+    with MetricsWriter(tmp_path) as metrics:
+        monkeypatch.setattr(metrics._events, "add_scalar", lambda *a: seen.update({a[0]: a[1]}))
+        by_layer = np.arange(12.0)
+        metrics.write(1, loss=2.0, entropy_by_layer=by_layer, drop_rate_by_kind=[0, 1, 2, 3])
+        metrics.write(1, eval_load=np.ones((12, 20)), drop_rate_by_part=by_layer)
+    kinds = {f"drop_rate_by_kind/{i + 1}": i for i in range(4)}
+    layers = {f"entropy_by_layer/{i + 1:02}": float(i) for i in range(12)}
+    assert seen == {"loss": 2.0} | kinds | layers
+
+
 def test_what_is_not_finite_is_null_in_strict_json(tmp_path):
     with MetricsWriter(tmp_path) as metrics:
         metrics.write(1, loss=math.nan, grad_norm=jnp.inf, load=np.array([1.0, -np.inf]))

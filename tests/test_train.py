@@ -29,7 +29,8 @@ from tests import tiny
 
 # What every training row holds; others may join them.
 ROW = {"step", "loss", "balance_loss", "z_loss", "grad_norm", "lr", "tokens", "tokens_per_s"}
-ROW |= {"drop_rate_by_part", "drop_rate_by_kind", "router_entropy"}
+ROW |= {"drop_rate_by_part", "drop_rate_by_kind", "router_entropy", "router_entropy_by_layer"}
+ROW |= {"load_largest_by_layer", "load_smallest_by_layer", "dead_experts_by_layer"}
 ROW |= {"ffn_experts_per_token", "drop_rate", "seconds", "data_wait", "tokens/text", "epochs/text"}
 
 
@@ -208,7 +209,8 @@ def pretended(
             if at_step:
                 at_step()
             names = ("loss", "grad_norm", "lr", "ffn_experts_per_token", "drop_rate")
-            return state, dict.fromkeys(names, 1.0)
+            load = np.full((2, parts.model.rule.pool.size), 0.2)
+            return state, dict.fromkeys(names, 1.0) | {"load": load}
 
         return step
 

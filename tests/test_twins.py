@@ -49,6 +49,9 @@ def test_files(job):
     assert (workdir / "curves.png").read_bytes().startswith(b"\x89PNG")
     text = (workdir / "sample.txt").read_text()
     assert all(prompt in text for prompt in twins.PROMPTS)
+    analysis = workdir / "moepp" / "analysis"
+    assert "</html>" in (analysis / "page.html").read_text()
+    assert "# Routing of moepp" in (analysis / "REPORT.md").read_text()
 
 
 def test_table(job):

@@ -9,16 +9,11 @@ from moepp_jax.commands import devices, options
 from moepp_jax.errors import ConfigError
 from moepp_jax.harness import needed, suite
 
-for _name in ("workdir", "step", "config", "json"):
+for _name in ("workdir", "step", "config", "json", "suite", "tasks", "benchmarks"):
     flags.declare_key_flag(_name)
 flags.adopt_module_key_flags(devices)
-_SUITE = flags.DEFINE_enum("suite", "paper", ["paper"], "the tasks and their shots")
-_TASKS = flags.DEFINE_list("tasks", [], "some tasks of the suite; by default all")
 _LIMIT = flags.DEFINE_integer(
     "limit", None, "items of each task (each subject of MMLU)", lower_bound=1
-)
-_BENCHMARKS = flags.DEFINE_string(
-    "benchmarks", "data/benchmarks", f"folder of `data benchmarks`, or {suite.HUB}"
 )
 _BATCH_SIZE = flags.DEFINE_string("batch_size", "auto", "rows of full length in a batch")
 
@@ -27,7 +22,8 @@ def run(arguments: list[str]) -> None:
     options.no_more(arguments)
     needed.require("lm_eval")
     config, folder = options.config_of_run(), options.given_workdir()
-    tasks = suite.select(_TASKS.value, _BENCHMARKS.value)
+    benchmarks = options.BENCHMARKS.value
+    tasks = suite.select(options.TASKS.value, benchmarks)
     file = storage.open_path(options.JSON.value) if options.JSON.value else None
     if file and not file.parent.is_dir():
         raise ConfigError(f"--json={file}: there is no such folder")
@@ -35,7 +31,7 @@ def run(arguments: list[str]) -> None:
     from moepp_jax.harness.model import MoEPPJax
 
     model = MoEPPJax(folder, options.STEP.value, config, _BATCH_SIZE.value, count_generated=True)
-    result = suite.run(model, tasks, _BENCHMARKS.value, _LIMIT.value)
+    result = suite.run(model, tasks, benchmarks, _LIMIT.value)
     if not processes.is_first():
         return
     print(f"{folder}, step {model.step}\n\n{suite.table(result['rows'])}")

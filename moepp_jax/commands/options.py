@@ -7,6 +7,7 @@ from absl import flags
 from moepp_jax import cli, parent, workdir
 from moepp_jax.config import Config
 from moepp_jax.errors import ConfigError
+from moepp_jax.harness import suite
 
 CONFIG = cli.define_config()
 WORKDIR = flags.DEFINE_string("workdir", None, "folder of the run")
@@ -17,6 +18,11 @@ ZERO_OFFSET = flags.DEFINE_float(
     "zero_offset",
     None,
     "added to the logits of zero-computation experts: above 0 fewer FFN experts run, below 0 more",
+)
+SUITE = flags.DEFINE_enum("suite", None, ["paper"], "benchmark tasks and their shots: the paper's")
+TASKS = flags.DEFINE_list("tasks", [], "some tasks of the suite; by default all")
+BENCHMARKS = flags.DEFINE_string(
+    "benchmarks", "data/benchmarks", f"folder of `data benchmarks`; for lm_eval also {suite.HUB}"
 )
 JSON = flags.DEFINE_string("json", None, "write the result to this file")
 

@@ -13,20 +13,6 @@ from moepp_jax.errors import ConfigError
 _ROWS = 256
 
 
-def pyarrow(what: str) -> Any:
-    """
-    Raises:
-      ConfigError: it is not installed.
-    """
-    try:
-        import pyarrow
-    except ImportError:
-        raise ConfigError(
-            f"{what} need the package pyarrow: pip install -r requirements-data.txt"
-        ) from None
-    return pyarrow
-
-
 def row_groups(file: Path) -> int:
     with _opened(file) as table:
         return table.num_row_groups
@@ -51,7 +37,8 @@ def rows(file: Path, field: str, start: int, stop: int) -> Iterator[tuple[int, f
 
 
 def _check_column(file: Path, schema: Any, field: str) -> None:
-    types = pyarrow("Parquet files").types
+    from pyarrow import types
+
     if field not in schema.names:
         raise ConfigError(
             f"{file}: no column {field!r}; there is {', '.join(map(repr, schema.names))}: set "
@@ -65,7 +52,8 @@ def _check_column(file: Path, schema: Any, field: str) -> None:
 
 def _as_bytes(column: Any) -> list[bytes | None]:
     """Undecoded, as Arrow does not check that text is UTF-8."""
-    arrow = pyarrow("Parquet files")
+    import pyarrow as arrow
+
     if arrow.types.is_dictionary(column.type):
         column = column.dictionary_decode()
     return column.cast(arrow.large_binary()).to_pylist()
@@ -73,7 +61,7 @@ def _as_bytes(column: Any) -> list[bytes | None]:
 
 @contextlib.contextmanager
 def _opened(file: Path) -> Iterator[Any]:
-    arrow = pyarrow("Parquet files")
+    import pyarrow as arrow
     import pyarrow.parquet as arrow_parquet
 
     try:

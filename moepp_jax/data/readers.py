@@ -205,7 +205,8 @@ def _opened(file: Path) -> Iterator[tuple[BinaryIO, BinaryIO]]:
             if file.suffix == ".gz":
                 yield stack.enter_context(gzip.GzipFile(fileobj=raw)), raw
             elif file.suffix == ".zst":
-                arrow = parquet.pyarrow(".zst files")
+                import pyarrow as arrow
+
                 inner = arrow.CompressedInputStream(arrow.PythonFile(raw), "zstd")
                 yield stack.enter_context(io.BufferedReader(inner)), raw
             else:

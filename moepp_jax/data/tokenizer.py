@@ -96,6 +96,18 @@ class Tokenizer:
         """The text of the ids; BOS, EOS and padding have none."""
         return self._processor.decode([int(i) for i in ids if int(i) not in self._specials])
 
+    def piece(self, token: int) -> tuple[str, bytes | None]:
+        """A token's name, and what it adds to a text, which may be a part of a character.
+
+        None for what stands for no text: BOS, EOS, padding, unknown.
+        """
+        name, of = self._processor.id_to_piece(token), self._processor
+        if token in self._specials or of.is_control(token) or of.is_unknown(token):
+            return name, None
+        if of.is_byte(token):
+            return name, bytes([int(name[1:-1], 16)])
+        return name, name.replace(_SPACE, " ").encode()
+
     def save(self, path: str | os.PathLike) -> None:
         publish(Path(path), lambda made: made.write_bytes(self.model))
 

@@ -4,10 +4,11 @@ import dataclasses
 
 import pytest
 
-from experiments import figures, gain, report, run, study
+from experiments import gain, report, run, study
 from experiments.results import DIVERGED, file_of, write
 from experiments.scale import VANILLA
 from experiments.study import FAILS, HOLDS, MISSING, OPEN, Verdict
+from moepp_jax.analysis import drawing
 from tests.experiments import small
 from tests.experiments.small import row
 from tests.experiments.test_results import NOTHING
@@ -85,7 +86,7 @@ def reported(rows, folder):
     (written,) = run.write_reports([small.Twins()], SCALE, folder)
     there = written.parent
     return [written.read_text()] + [
-        (there / f"figure.{kind}").read_bytes() for kind in figures.FORMATS
+        (there / f"figure.{kind}").read_bytes() for kind in drawing.FORMATS
     ]
 
 

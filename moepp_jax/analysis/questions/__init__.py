@@ -1,0 +1,1 @@
+"""The questions that `main analyze` answers, one a file."""

@@ -1,0 +1,93 @@
+"""analyze --workdir=RUN: where the tokens of a text go, as a file, tables, figures and a page.
+
+    analyze --workdir=RUN                              # held-out text of all the run's sources
+    analyze --workdir=RUN --suite=paper --source=NAME  # the paper's tasks, and one source
+    analyze --workdir=RUN --text=FILE --page           # a file; and a page to read it on
+    analyze --workdir=RUN --against=RUN2               # two runs beside each other
+    analyze --out=FOLDER --redraw                      # tables and figures anew from the file
+
+What was routed is written to OUT/routing.parquet; OUT/REPORT.md, tables (CSV) and figures are drawn
+from it alone, by `python -m moepp_jax.analysis OUT` too, which needs no JAX.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import jax
+from absl import flags
+
+from moepp_jax import processes, progress
+from moepp_jax.analysis import draw
+from moepp_jax.commands import devices, options
+from moepp_jax.errors import ConfigError
+from moepp_jax.storage import is_local, open_path
+
+for _name in ("workdir", "step", "config", "suite", "tasks", "benchmarks"):
+    flags.declare_key_flag(_name)
+flags.adopt_module_key_flags(devices)
+_TEXT = flags.DEFINE_multi_string("text", [], "a file of text; may be given several times")
+_SOURCE = flags.DEFINE_multi_string(
+    "source", [], "held-out text of a source of the run; may be given several times"
+)
+_TOKENS = flags.DEFINE_integer("tokens", 200_000, "of all text together, as many of each part")
+_OUT = flags.DEFINE_string("out", None, "folder to write to; by default WORKDIR/analysis")
+_AGAINST = flags.DEFINE_string("against", None, "folder of a run to be shown beside it")
+_PAGE = flags.DEFINE_bool("page", False, "write page.html too, which shows every token")
+_PAGE_TOKENS = flags.DEFINE_integer("page_tokens", 50_000, "of the page, at most", lower_bound=1)
+_REDRAW = flags.DEFINE_bool("redraw", False, "draw anew from OUT/routing.parquet, run no model")
+
+
+def run(arguments: list[str]) -> None:
+    options.no_more(arguments)
+    if _REDRAW.value:
+        folder = _folder()
+        _draw(folder)
+        return
+    # What takes long to import is imported once the flags are known to be right.
+    from moepp_jax import observe
+
+    config, workdir = options.config_of_run(), options.given_workdir()
+    folder = _folder()
+    text = observe.Text(
+        files=_TEXT.value,
+        sources=_SOURCE.value,
+        suite=options.SUITE.value is not None or bool(options.TASKS.value),
+        tasks=options.TASKS.value,
+        benchmarks=options.BENCHMARKS.value,
+        tokens=_TOKENS.value,
+    )
+    jax.config.update("jax_enable_preemption_service", False)
+    devices.start(config)
+    against = [_AGAINST.value] if _AGAINST.value else []
+    files = [folder / draw.RECORD, *(folder / draw.AGAINST for _ in against)]
+    with progress.passing_bar("batches") as moved:
+        observe.analyze(config, workdir, options.STEP.value, text, files, against, moved)
+    if processes.is_first():
+        if not against:  # that of an earlier analysis is of another text
+            (folder / draw.AGAINST).unlink(missing_ok=True)
+        _draw(folder)
+
+
+def _folder() -> Path:
+    """
+    Raises:
+      ConfigError: none is given, or the one that follows from the work directory is in a bucket.
+    """
+    if _OUT.value:
+        return Path(_OUT.value)
+    workdir = options.given_workdir()
+    if not is_local(open_path(workdir)):
+        raise ConfigError(f"--workdir={workdir} is in a bucket: say --out=FOLDER, of this machine")
+    return Path(workdir) / "analysis"
+
+
+def _draw(folder: Path) -> None:
+    command = " ".join(["python -m moepp_jax.main", *map(_quoted, sys.argv[1:])])
+    for written in draw.draw(folder, command, _PAGE_TOKENS.value if _PAGE.value else 0):
+        print(f"written {written}")
+
+
+def _quoted(word: str) -> str:
+    return f'"{word}"' if " " in word else word
