@@ -165,9 +165,10 @@ def sample(folder: Path) -> str:
 def show_routing(config: Config, folder: Path) -> Path:
     """The routing page of held-out text, in the run's folder, with what it shows as tables."""
     where, text = folder / "analysis", observe.Text(tokens=PAGE_TOKENS)
-    observe.analyze(config, folder, config.train.steps, text, [where / draw.RECORD])
     command = f"python -m moepp_jax.main analyze --workdir={folder} --tokens={PAGE_TOKENS} --page"
-    return draw.draw(where, command, PAGE_TOKENS)[-1]
+    files = [where / draw.RECORD]
+    observe.analyze(config, folder, config.train.steps, text, files, command=command)
+    return draw.draw(where, PAGE_TOKENS)[-1]
 
 
 def show(summary: dict[str, Any], workdir: Path, console: Console) -> None:

@@ -18,9 +18,8 @@ def main() -> None:
     parser.add_argument("--page", action="store_true", help="write page.html too")
     parser.add_argument("--page_tokens", type=int, default=50_000, help="of the page, at most")
     given = parser.parse_args()
-    command = f"python -m moepp_jax.analysis {given.folder}"
     try:
-        for written in draw.draw(given.folder, command, given.page_tokens if given.page else 0):
+        for written in draw.draw(given.folder, given.page_tokens if given.page else 0):
             print(f"written {written}")
     except ConfigError as error:
         sys.exit(f"error: {error}")

@@ -10,11 +10,10 @@ from moepp_jax.storage import write_atomic
 RECORD, AGAINST, PAGE = "routing.parquet", "against.parquet", "page.html"
 
 
-def draw(folder: Path, command: str, page_tokens: int = 0) -> list[Path]:
+def draw(folder: Path, page_tokens: int = 0) -> list[Path]:
     """Writes REPORT.md with what it shows, and the page; returns what was written.
 
     Args:
-      command: that made it, for the report.
       page_tokens: of the page, at most; 0 for none.
 
     Raises:
@@ -22,7 +21,7 @@ def draw(folder: Path, command: str, page_tokens: int = 0) -> list[Path]:
     """
     files = [folder / RECORD, folder / AGAINST]
     records = [record.read(file) for file in files if file == files[0] or file.exists()]
-    written = [report.write(folder, records, command)]
+    written = [report.write(folder, records, records[0].meta.more.get("command", ""))]
     if page_tokens:
         write_atomic(folder / PAGE, page.build(records, page_tokens))
         written.append(folder / PAGE)

@@ -26,8 +26,8 @@ FORMATS = ("png", "svg")
 Numbers = np.ndarray | Sequence[float | int]
 GREY = "0.45"
 # Okabe and Ito's, which the colour-blind can tell apart too.
-KIND_COLORS = dict(zip(KINDS, ("#0072B2", "#E69F00", "#009E73", "#D55E00"), strict=True))
-RUN_COLORS = ("#0072B2", "#CC79A7")
+KIND_COLORS = dict(zip(KINDS, ("#0072B2", "#E69F00", "#009E73", "#CC79A7"), strict=True))
+RUN_COLORS = ("#0072B2", "#D55E00")
 RUN_STYLES = ("-", "--")
 SEQUENTIAL = "cividis"
 DIVERGING = "RdBu_r"

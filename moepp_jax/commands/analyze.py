@@ -12,6 +12,7 @@ from it alone, by `python -m moepp_jax.analysis OUT` too, which needs no JAX.
 
 from __future__ import annotations
 
+import shlex
 import sys
 from pathlib import Path
 
@@ -63,7 +64,9 @@ def run(arguments: list[str]) -> None:
     against = [_AGAINST.value] if _AGAINST.value else []
     files = [folder / draw.RECORD, *(folder / draw.AGAINST for _ in against)]
     with progress.passing_bar("batches") as moved:
-        observe.analyze(config, workdir, options.STEP.value, text, files, against, moved)
+        observe.analyze(
+            config, workdir, options.STEP.value, text, files, against, moved, _command()
+        )
     if processes.is_first():
         if not against:  # that of an earlier analysis is of another text
             (folder / draw.AGAINST).unlink(missing_ok=True)
@@ -84,10 +87,9 @@ def _folder() -> Path:
 
 
 def _draw(folder: Path) -> None:
-    command = " ".join(["python -m moepp_jax.main", *map(_quoted, sys.argv[1:])])
-    for written in draw.draw(folder, command, _PAGE_TOKENS.value if _PAGE.value else 0):
+    for written in draw.draw(folder, _PAGE_TOKENS.value if _PAGE.value else 0):
         print(f"written {written}")
 
 
-def _quoted(word: str) -> str:
-    return f'"{word}"' if " " in word else word
+def _command() -> str:
+    return shlex.join(["python", "-m", "moepp_jax.main", *sys.argv[1:]])

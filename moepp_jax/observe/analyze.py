@@ -52,6 +52,7 @@ def analyze(
     files: Sequence[Path],
     against: Sequence[str] = (),
     progress: Callable[..., Any] = lambda done, total=None: None,
+    command: str = "",
 ) -> None:
     """Writes the record of a run's checkpoint, and of other runs' on the same text.
 
@@ -62,6 +63,7 @@ def analyze(
       files: to write, one a run.
       against: work directories of the other runs.
       progress: called with the batches done since the last call, and their total.
+      command: that asked for it, for the report.
 
     Raises:
       ConfigError, CheckpointError: no tokenizer, text or checkpoint, or one that cannot be read;
@@ -78,7 +80,7 @@ def analyze(
     progress(0, sum(work.num_batches for work in works))
     for work, file in zip(works, files, strict=True):
         file.parent.mkdir(parents=True, exist_ok=True)
-        work.write(file, progress)
+        work.write(file, command, progress)
 
 
 def _require_same_tokens(runs: Sequence[Run]) -> None:
@@ -112,7 +114,7 @@ class _Work:
         )
         return of_text + times * len(self._sample)
 
-    def write(self, file: Path, progress: Callable[..., Any]) -> None:
+    def write(self, file: Path, command: str, progress: Callable[..., Any]) -> None:
         run, config = self._run, self._run.config
         params = run.params(self._mesh)
         usual = self._observe(self._rule)
@@ -123,6 +125,7 @@ class _Work:
             self._with(usual, params), self._parts, self._each, self._size, progress
         )
         with _writer(file, about) as writer:
+            writer.add(command=command)
             for batch in rows:
                 writer.write(batch)
             if self._kinds:
@@ -167,6 +170,7 @@ def parts_of(config: Config, run: Run, text: Text) -> list[texts.Part]:
       ConfigError: a part cannot be read, or two have one name.
     """
     tokenizer, length = run.tokenizer(_TOKENIZER), config.data.seq_len
+    texts.require_fits(tokenizer, config.model.vocab_size)
     parts = [texts.of_file(Path(f), tokenizer, length, text.tokens) for f in text.files]
     if text.sources or not (text.files or text.suite):
         parts += texts.of_sources(open_dataset(config), text.sources)

@@ -24,6 +24,7 @@ def routing(model: Any, given: Sequence[str]) -> Routing:
     Raises:
       ConfigError: there is nothing in the texts.
     """
+    texts.require_fits(model.tokenizer, model.config.model.vocab_size)
     documents = model.tokenizer.encode_batch(given)
     if not any(documents):
         raise ConfigError("there is no text to route: the texts are empty")

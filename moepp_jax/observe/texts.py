@@ -36,6 +36,18 @@ class Part(NamedTuple):
         return min(len(self.rows), max(1, tokens // self.rows.row_length))
 
 
+def require_fits(tokenizer: Tokenizer, vocab_size: int) -> None:
+    """
+    Raises:
+      ConfigError: the tokenizer has ids that the model has no embedding of.
+    """
+    if tokenizer.vocab_size > vocab_size:
+        raise ConfigError(
+            f"the tokenizer has {tokenizer.vocab_size} pieces, more than config.model.vocab_size = "
+            f"{vocab_size}: it is not the one that this model was trained with"
+        )
+
+
 class _Listed:
     """Documents in memory, end to end."""
 

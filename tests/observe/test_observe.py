@@ -1,23 +1,25 @@
 """What is observed is what evaluation measures, on any mesh; and beside it, what a mask changes."""
 
+import io
 import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import sentencepiece
 
-from moepp_jax import api, observe
+from moepp_jax import api, interop, observe
 from moepp_jax import evaluate as evaluate_lib
 from moepp_jax import mesh as mesh_lib
 from moepp_jax.analysis import record
-from moepp_jax.data import open_dataset
+from moepp_jax.data import Tokenizer, open_dataset
 from moepp_jax.errors import ConfigError
 from moepp_jax.moe import rules
 from moepp_jax.moe.experts import Pool
 from moepp_jax.observe import beside
-from moepp_jax.workdir import tokenizer_file
-from tests import tiny
+from moepp_jax.workdir import read_config, tokenizer_file
+from tests import reference, tiny
 
 
 def config(data, axes=(1, 1, 1), **changes):
@@ -203,6 +205,43 @@ def test_a_model_without_a_tokenizer(root, tmp_path):
     with pytest.raises(ConfigError, match="no tokenizer"):
         api.load(folder).routing("x")
     assert not (tmp_path / "x.parquet").exists()
+
+
+def test_a_released_checkpoint(tmp_path):
+    """In the authors' layout, with a tokenizer for its vocabulary; a larger one is refused."""
+    folder = tmp_path / "released"
+    interop.from_hf(reference.ROOT / "default", folder)
+    write_characters(folder, 100)
+    c = read_config(folder).replace("mesh", data=1).replace("train", batch_size=1)
+    file, note = tmp_path / "x.parquet", tmp_path / "note.txt"
+    note.write_text("the beginning of all " * 20)
+    observe.analyze(c, folder, None, observe.Text(files=[str(note)]), [file])
+    found = record.read(file)
+    assert found.meta.counts == tuple(c.moe.rule.pool) and found.num_layers == 3
+    assert found.rows.experts.max() < found.meta.num_experts
+    seen = b"".join(found.bytes_of(token) for token in found.rows.token.tolist()).decode()
+    assert seen.strip() in note.read_text() and len(seen) > 300
+    write_characters(folder, 100, like=tiny.TEXT)
+    with pytest.raises(ConfigError, match=r"pieces, more than config\.model\.vocab_size = 128"):
+        observe.analyze(c, folder, None, observe.Text(files=[str(note)]), [file])
+
+
+def write_characters(folder, size, like=None):
+    """A tokenizer of characters, or that of a text with bytes."""
+    if like is not None:
+        lines = [file.read_text(errors="ignore") for file in sorted(like.iterdir())]
+        Tokenizer.train(lines, 384).save(tokenizer_file(folder))
+        return
+    made = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["the beginning of all things was here"] * 9),
+        model_writer=made,
+        model_type="char",
+        vocab_size=size,
+        hard_vocab_limit=False,
+        minloglevel=2,
+    )
+    tokenizer_file(folder).write_bytes(made.getvalue())
 
 
 @pytest.mark.parametrize(
