@@ -69,6 +69,8 @@ def curve(scale: Scale, rows: Sequence[Row]) -> Curve | None:
         by_seed.setdefault(row.seed, []).append((row.realised_flops, row.eval_loss))
     # A seed that has not all lengths yet would bend what is drawn of it alone.
     whole = {seed: found for seed, found in by_seed.items() if len(found) == len(lengths)}
+    if whole:
+        points = [row for row in points if row.seed in whole]
     compute = [row.realised_flops for row in points]
     law = stats.power_law(compute, [row.eval_loss for row in points])
     fits = stats.bootstrapped(whole) if whole else []

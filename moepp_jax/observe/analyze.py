@@ -21,8 +21,6 @@ from moepp_jax.processes import Rows, agree, is_first, require_alike
 from moepp_jax.run import Run, open_run
 from moepp_jax.state import assemble
 
-# Tokens of the text on which kinds of experts are switched off and checkpoints are compared.
-SAMPLE = 40_000
 _TOKENIZER = "put the tokenizer of this model there: tokens are shown as text"
 
 
@@ -34,6 +32,8 @@ class Text(NamedTuple):
       sources: of the run.
       suite: whether the paper's tasks, of which `tasks` are some, from the items in `benchmarks`.
       tokens: of all parts together, about.
+      sample: of these, on which kinds of experts are switched off and earlier checkpoints are
+        compared; 0 leaves both out.
     """
 
     files: Sequence[str] = ()
@@ -42,6 +42,7 @@ class Text(NamedTuple):
     tasks: Sequence[str] = ()
     benchmarks: str = "data/benchmarks"
     tokens: int = 200_000
+    sample: int = 40_000
 
 
 def analyze(
@@ -76,7 +77,7 @@ def analyze(
     runs = [open_run(workdir, step, config), *(open_run(other) for other in against)]
     parts = agree(lambda: parts_of(config, runs[0], text))
     agree(lambda: _require_same_tokens(runs))
-    works = [_Work(run, parts, text.tokens) for run in runs]
+    works = [_Work(run, parts, text) for run in runs]
     progress(0, sum(work.num_batches for work in works))
     for work, file in zip(works, files, strict=True):
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -96,15 +97,16 @@ def _require_same_tokens(runs: Sequence[Run]) -> None:
 class _Work:
     """One run on the text."""
 
-    def __init__(self, run: Run, parts: Sequence[texts.Part], tokens: int):
+    def __init__(self, run: Run, parts: Sequence[texts.Part], text: Text):
         config = run.config
-        self._run, self._parts, self._each = run, parts, max(1, tokens // len(parts))
+        self._run, self._parts, self._each = run, parts, max(1, text.tokens // len(parts))
         self._mesh = mesh_lib.make_mesh(config)
         self._size, self._rule = config.train.batch_size, config.moe.rule
         self._place = Rows(mesh_lib.batch_sharding(self._mesh), self._size)
-        self._sample = beside.sample(parts, min(SAMPLE, tokens), self._size)
-        self._steps = steps_of(run)
-        self._kinds = beside.kinds_to_mask(self._rule)
+        sampled = min(text.sample, text.tokens)
+        self._sample = beside.sample(parts, sampled, self._size) if sampled else []
+        self._steps = steps_of(run) if sampled else []
+        self._kinds = beside.kinds_to_mask(self._rule) if sampled else {}
 
     @property
     def num_batches(self) -> int:
