@@ -4,16 +4,20 @@ import io
 import json
 import math
 import re
+from types import SimpleNamespace
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from rich.console import Console
 
 from moepp_jax import log, progress
+from moepp_jax.data import prepare
 from moepp_jax.errors import ConfigError
 from moepp_jax.metrics import MetricsWriter, read_metrics
 from moepp_jax.progress import Progress
+from tests import tiny
 
 
 def _run(workdir, steps, resume_step=None):
@@ -115,7 +119,7 @@ def _console(**options):
 
 def test_off_a_terminal_an_update_is_one_line(monkeypatch):
     clock = iter([0.0, 50.0, 60.0, 80.0])
-    monkeypatch.setattr(progress.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: next(clock)))
     console = _console()
     with Progress(500, start_step=100, console=console) as shown:
         values = {"ffn_experts_per_token": np.float32(1.19), "drop_rate": 0.021, "lr": 1.0}
@@ -162,3 +166,26 @@ def test_on_a_terminal_an_interrupt_gives_the_cursor_back():
 def test_a_part_of_the_sequences_that_starves_is_told(mean, by_part, said):
     line = log._starving(mean, by_part)
     assert (line is None) if said is None else re.match(said, line)
+
+
+def test_a_router_that_stops_using_an_expert_is_told_once(tmp_path):
+    """And the rows have its numbers by layer, but not its loads."""
+    c = tiny.config(**{"data.dir": str(tmp_path / "data")})
+    out, dataset = io.StringIO(), prepare(c, lambda line: None)
+    mesh = SimpleNamespace(devices=np.array([jax.devices()[0]]), size=1)
+    with MetricsWriter(tmp_path) as writer:
+        shown = Progress(9, console=Console(file=out, width=200))
+        log_of_run = log.Log(c, mesh, dataset, writer, shown, 0)
+        load = np.full((2, c.moe.num_experts), 0.2)
+        for step in range(1, 7):
+            if step > 2:
+                load[1, 3] = 0.0
+            values = {"loss": 1.0, "grad_norm": 1.0, "ffn_experts_per_token": 1.0}
+            log_of_run.note(step, values | {"drop_rate": 0.0, "load": load.copy()})
+            log_of_run.flush()
+    said = [line for line in out.getvalue().splitlines() if "MoE layer" in line]
+    assert len(said) == 1 and said[0].startswith("step 5: MoE layer 2: no token chooses expert 3")
+    last = read_metrics(tmp_path)[-1]
+    assert last["dead_experts_by_layer"] == [0, 1] and "load" not in last
+    assert last["load_smallest_by_layer"] == pytest.approx([1.0, 0.0])
+    assert last["load_largest_by_layer"] == pytest.approx([1.0, 8 / 7])
