@@ -12,7 +12,7 @@ import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from experiments.claim import waiting_for
+from moepp_jax.claim import waiting_for
 from moepp_jax.errors import ConfigError
 from moepp_jax.storage import write_atomic
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from experiments import results, worker
 from experiments.board import Board
-from experiments.claim import is_taken
+from moepp_jax.claim import is_taken
 from experiments.results import Row
 from experiments.runs import Run, missing
 from experiments.scale import Scale

@@ -22,7 +22,7 @@ from absl import flags
 
 from benchmarks import timing
 from experiments import runs, scale
-from experiments.claim import TakenError, claimed
+from moepp_jax.claim import TakenError, claimed
 from experiments.results import DIVERGED, DONE, Row
 from moepp_jax import cli, flops
 from moepp_jax.commands import devices

@@ -26,7 +26,14 @@ from moepp_jax.parent import Parent
 from moepp_jax.profiling import Profile
 from moepp_jax.progress import Progress
 from moepp_jax.storage import open_path
-from moepp_jax.workdir import check_workdir, holds_run, keep_tokenizer, open_workdir, read_config
+from moepp_jax.workdir import (
+    alone,
+    check_workdir,
+    holds_run,
+    keep_tokenizer,
+    open_workdir,
+    read_config,
+)
 
 
 def train(
@@ -49,7 +56,7 @@ def train(
 
     Raises:
       ConfigError: the configuration does not fit the devices, the data, the work directory or the
-        parent, or computes in float16.
+        parent, or computes in float16; or another process trains there.
       CheckpointError: every checkpoint there is damaged, or they are of another architecture; or
         the parent's is.
       DataError: a record of the data is damaged; the checkpoints before it are kept.
@@ -68,12 +75,20 @@ def train(
     report = report if first else _in_silence
     may_hold = parent_lib.LEFT if parent else ()
     processes.on_first(lambda: check_workdir(workdir, config, may_hold))
-    with Checkpoints(workdir, config.train.keep) as checkpoints:
+    with contextlib.ExitStack() as held:
+
+        def hold() -> None:
+            held.enter_context(alone(workdir))
+
+        # Before checkpoints are opened, which tidies up; a new folder is not there yet.
+        processes.on_first(lambda: holds_run(workdir) and hold())
+        checkpoints = held.enter_context(Checkpoints(workdir, config.train.keep))
         if parent and not checkpoints.steps():
             parent = parent_lib.located(parent, config, workdir)
         dataset = _open_data(config, workdir, parent, report)
         state, step = _beginning(parts, checkpoints, parent, report)
         processes.on_first(lambda: _make(config, workdir, dataset.tokenizer, parent, step, report))
+        processes.on_first(hold)  # once more is as good as once
         report(describe(dataset, config.train.steps))
         report(_headline(config, mesh, step))
         if step >= config.train.steps:

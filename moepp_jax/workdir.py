@@ -6,17 +6,21 @@ It is local or in an object store (gs://, s3://).
 must compute the same thing. It may go on for longer: then the new number of steps is noted there.
 """
 
+import contextlib
+import errno
 import json
 import os
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
-from moepp_jax import earlier
+from moepp_jax import claim, earlier
 from moepp_jax.config import Config, differences
 from moepp_jax.errors import ConfigError
 from moepp_jax.storage import AnyPath, is_local, open_path, write_atomic
 
 _CONFIG = "config.json"
+_LOCK = ".train.lock"
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 # Fields (or groups, with the dot) that may change between runs: they say where, how often and on
 # what a run works, not what it computes.
@@ -88,6 +92,34 @@ def open_workdir(
     except OSError as error:
         raise ConfigError(f"workdir {folder} cannot be written: {error}") from error
     return folder
+
+
+@contextlib.contextmanager
+def alone(path: str | os.PathLike) -> Iterator[None]:
+    """This process is the only one that trains in a local folder while the context lasts.
+
+    What dies lets go of it, however it dies. A disk that knows no locks, or an object store, keeps
+    nobody out.
+
+    Raises:
+      ConfigError: another process trains there; or the folder cannot be written.
+    """
+    folder = open_path(path)
+    if not is_local(folder):
+        yield
+        return
+    with contextlib.ExitStack() as held:
+        try:
+            held.enter_context(claim.claimed(folder / _LOCK, leave=False))
+        except claim.TakenError as error:
+            raise ConfigError(
+                f"workdir {folder}: {error.holder}, trains there: wait for it, stop it, or give "
+                "another --workdir"
+            ) from error
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise ConfigError(f"workdir {folder} cannot be written: {error}") from error
+        yield
 
 
 def holds_run(path: str | os.PathLike) -> bool:

@@ -6,6 +6,8 @@ import json
 import math
 import os
 import signal
+import subprocess
+import sys
 import time
 from types import SimpleNamespace
 
@@ -121,6 +123,36 @@ def test_another_configuration_changes_nothing(finished, data):
     with pytest.raises(ConfigError, match=r"config.moe.rule.tau: 0.75 there, 0.5 now"):
         train(config(data, **{"moe.rule.tau": 0.5}), folder)
     assert files(folder) == before
+
+
+HOLDS = """
+import sys, time
+from moepp_jax.workdir import alone
+with alone(sys.argv[1]):
+    print("trains", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_no_two_processes_train_in_one_folder(finished, data, tmp_path):
+    """However they call it; what the second one finds is left as it is, and death lets go."""
+    folder, *_ = finished
+    link = tmp_path / "link"
+    link.symlink_to(folder, target_is_directory=True)
+    longer = config(data, **{"train.steps": 9})
+    other = subprocess.Popen([sys.executable, "-c", HOLDS, str(link)], stdout=subprocess.PIPE)
+    try:
+        assert other.stdout.readline() == b"trains\n"
+        before = files(folder)
+        for name in (folder, link):
+            said = rf"workdir {name}: process {other.pid} of .*, since .*, trains there: wait for"
+            with pytest.raises(ConfigError, match=said):
+                train(longer, name, lambda line: None)
+        assert files(folder) == before
+    finally:
+        other.kill()
+        other.wait()
+    train(config(data), folder, lambda line: None)
 
 
 def test_text_that_is_not_there_leaves_no_run(data, tmp_path):

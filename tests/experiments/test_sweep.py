@@ -17,10 +17,10 @@ import pytest
 from rich.console import Console
 
 from experiments import board, results, run, runs, study, sweep, worker
-from experiments.claim import claimed
 from experiments.results import DIVERGED, DONE
 from experiments.scale import TINY
 from moepp_jax import mesh as mesh_lib
+from moepp_jax.claim import claimed
 from moepp_jax.errors import ConfigError
 from moepp_jax.interrupt import Stopped
 from moepp_jax.metrics import read_metrics
@@ -144,7 +144,7 @@ def test_what_another_process_is_at_is_left_to_it(swept, scale, tmp_path):
     workdir, file = tmp_path / "runs", tmp_path / "runs.csv"
     lock = workdir / planned[0].folder / worker.LOCK
     code = (
-        "import sys, pathlib\nfrom experiments.claim import claimed\n"
+        "import sys, pathlib\nfrom moepp_jax.claim import claimed\n"
         "with claimed(pathlib.Path(sys.argv[1])):\n    print(flush=True)\n    sys.stdin.read()\n"
     )
     there = {one.folder: (root / "runs" / one.folder / worker.ROW).read_bytes() for one in planned}

@@ -8,11 +8,12 @@ import time
 
 import pytest
 
-from experiments.claim import TakenError, claimed, is_taken, waiting_for
+from moepp_jax import claim
+from moepp_jax.claim import TakenError, claimed, is_taken, waiting_for
 
 HOLD = """
 import sys, time
-from experiments.claim import claimed
+from moepp_jax.claim import claimed
 with claimed(__import__("pathlib").Path(sys.argv[1])):
     print("has it", flush=True)
     time.sleep(60)
@@ -54,7 +55,7 @@ def test_waiting_for_another(tmp_path):
     file = tmp_path / ".lock"
     code = (
         "import sys, time, pathlib\n"
-        "from experiments.claim import waiting_for\n"
+        "from moepp_jax.claim import waiting_for\n"
         "with waiting_for(pathlib.Path(sys.argv[1])):\n"
         "    print('has it', flush=True)\n"
         "    time.sleep(0.5)\n"
@@ -66,3 +67,21 @@ def test_waiting_for_another(tmp_path):
         start = time.monotonic()
         with waiting_for(file):
             assert time.monotonic() - start > 0.2
+
+
+def test_a_file_that_is_not_to_stay_goes_with_the_lock(tmp_path):
+    """And who opened it before it went takes the new one of its name."""
+    file = tmp_path / ".lock"
+    with claimed(file, leave=False):
+        assert file.exists()
+    assert list(tmp_path.iterdir()) == []
+    lock = claim._lock
+
+    def too_late(opened):
+        file.unlink(missing_ok=True)  # its holder has just ended
+        claim._lock = lock
+        return lock(opened)
+
+    claim._lock = too_late
+    with claimed(file):
+        assert f"process {os.getpid()} of" in file.read_text()

@@ -16,23 +16,42 @@ from pathlib import Path
 
 
 class TakenError(Exception):
-    """Another process has it; the message says which, and since when."""
+    """Another process has it; the message says which, and since when.
+
+    Attributes:
+      holder: of the lock, in words.
+    """
+
+    def __init__(self, file: Path, holder: str):
+        super().__init__(f"{file}: {holder} has it")
+        self.holder = holder
 
 
 @contextlib.contextmanager
-def claimed(file: Path) -> Iterator[None]:
+def claimed(file: Path, leave: bool = True) -> Iterator[None]:
     """Holds a lock while the context lasts.
+
+    Args:
+      leave: the file stays; else it goes with the lock.
 
     Raises:
       TakenError: another process does.
     """
     with _opened(file) as held:
         if not _lock(held):
-            raise TakenError(f"{file}: {_read(held) or 'another process'} has it")
+            raise TakenError(file, _read(held) or "another process")
+        if not _is_at(held, file):  # who had it took it away in between
+            with claimed(file, leave):
+                yield
+            return
         host, now = socket.gethostname(), time.strftime("%Y-%m-%d %H:%M:%S")
         os.ftruncate(held, 0)
         os.pwrite(held, f"process {os.getpid()} of {host}, since {now}\n".encode(), 0)
-        yield
+        try:
+            yield
+        finally:
+            if not leave:
+                file.unlink(missing_ok=True)
 
 
 def is_taken(file: Path) -> bool:
@@ -68,6 +87,14 @@ def _lock(opened: int) -> bool:
     except (BlockingIOError, PermissionError):  # which of them is the system's choice
         return False
     return True
+
+
+def _is_at(opened: int, file: Path) -> bool:
+    """Whether what is open is the file of this name."""
+    try:
+        return os.path.samestat(os.fstat(opened), os.stat(file))
+    except FileNotFoundError:
+        return False
 
 
 def _read(opened: int) -> str:
