@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -157,7 +157,7 @@ class Model:
             raise ConfigError(f"prompt = {prompt!r} must be one text to be streamed")
         return self._pieces(self._request([prompt], True, stop, 1, settings))
 
-    def routing(self, texts: str | Sequence[str]) -> Routing:
+    def routing(self, texts: Any) -> Routing:
         """How the tokens of texts were routed; in a notebook the result shows itself.
 
         Args:
@@ -173,7 +173,8 @@ class Model:
             raise ValueError("this model was loaded with only_generate: it has no routing")
         if self.tokenizer is None:
             raise ConfigError("this model has no tokenizer: its tokens cannot be shown")
-        listed = [texts] if isinstance(texts, str) else list(texts)
+        alone = isinstance(texts, str) or not isinstance(texts, Iterable)
+        listed = [texts] if alone else list(texts)
         return loaded.routing(self, listed)
 
     def _pieces(self, request: _Request) -> Iterator[str]:

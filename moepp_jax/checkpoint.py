@@ -7,12 +7,15 @@ without it a flipped byte would restore silently. The checksums are taken before
 step, in its background thread, so a step is never there without them.
 """
 
+import contextlib
 import dataclasses
+import errno
 import json
 import math
 import os
+import re
 import shutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -28,6 +31,10 @@ _ITEMS = ("params", "rest", "meta")
 
 class CheckpointError(ValueError):
     """A checkpoint that is not there, is damaged or is of another model; the message says which."""
+
+
+class SaveError(CheckpointError):
+    """A checkpoint that cannot be written; the message says why, and which ones there are."""
 
 
 class Checkpoints:
@@ -46,6 +53,7 @@ class Checkpoints:
         folder = open_path(workdir)
         self._folder = (folder.absolute() if is_local(folder) else folder) / "checkpoints"
         self._saving: int | None = None
+        self._bytes = 0  # that it takes at most, of this process
         self._policy = _NewestAndBest(keep)
         self._manager = _Manager(
             self._folder,
@@ -63,7 +71,8 @@ class Checkpoints:
     def save(self, step: int, state: Any, metrics: Mapping[str, Any] | None = None) -> None:
         """Starts to save a step; a step that is there already, and not damaged, stays as it is.
 
-        Raises what went wrong with the save before, if anything did.
+        Raises:
+          SaveError: it cannot be written, or the one before could not.
         """
         self.wait()
         if step in self.steps():
@@ -73,17 +82,18 @@ class Checkpoints:
         metrics = {name: float(value) for name, value in (metrics or {}).items()}
         items = _split(state)
         meta = {"metrics": metrics, "shapes": _shapes(items)}
-        self._saving = step
+        self._saving, self._bytes = step, _bytes_here(items)
         self._remove_leftover()
         self._policy.note(step, metrics)
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                meta=ocp.args.JsonSave(meta),
-                **{name: ocp.args.StandardSave(tree) for name, tree in items.items()},
-            ),
-            force=True,  # orbax would silently skip a step before a damaged one
-        )
+        with self._telling():
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    meta=ocp.args.JsonSave(meta),
+                    **{name: ocp.args.StandardSave(tree) for name, tree in items.items()},
+                ),
+                force=True,  # orbax would silently skip a step before a damaged one
+            )
 
     def save_params(self, step: int, params: Any) -> None:
         """Starts to save a step of parameters alone, of leaves that `handlers` can write."""
@@ -169,12 +179,34 @@ class Checkpoints:
         return self._folder / str(step) / "params"
 
     def wait(self) -> None:
-        """Until nothing is being saved; raises what went wrong."""
-        try:
+        """Until nothing is being saved.
+
+        Raises:
+          SaveError: what is being saved cannot be written.
+        """
+        with self._telling():
             self._manager.wait_until_finished()
-        except Exception:
+
+    @contextlib.contextmanager
+    def _telling(self) -> Iterator[None]:
+        """What goes wrong in saving, as one error; nothing of the step is left behind."""
+        try:
+            yield
+        except Exception as error:  # orbax and TensorStore raise bare ones
             self._manager.reload()  # orbax forgot the steps that the save was to replace
-            raise
+            self._remove_leftover()
+            why = _reason(error)
+            if is_local(self._folder) and _is_full(error):
+                free = shutil.disk_usage(self._existing()).free
+                why += f", where {free:,} bytes are free and it takes up to {self._bytes:,}"
+            there = ", ".join(map(str, self.steps()))
+            kept = f"steps {there} are kept" if there else "there is no other one"
+            raise SaveError(
+                f"checkpoint {self._saving} in {self._folder} cannot be saved: {why}; {kept}"
+            ) from error
+
+    def _existing(self) -> AnyPath:
+        return next(place for place in (self._folder, *self._folder.parents) if place.exists())
 
     def close(self) -> None:
         self._manager.close()
@@ -183,8 +215,10 @@ class Checkpoints:
         return self
 
     def __exit__(self, *error: object) -> None:
-        # A process that fails would wait here for the others, which wait for it.
-        if error[0] is None or jax.process_count() == 1:
+        # A process that fails would wait here for the others, which wait for it; and who waits for
+        # a save that cannot be finished may wait for ever.
+        unfinished = error[0] is not None and issubclass(error[0], SaveError)
+        if error[0] is None or (jax.process_count() == 1 and not unfinished):
             self.close()
 
     def _read(self, step: int | None, items: dict[str, Any]) -> dict[str, Any]:
@@ -295,6 +329,24 @@ class _NewestAndBest:
         steps = sorted({checkpoint.step for checkpoint in checkpoints} - self.damaged)
         preserved = {*steps[-self.keep :], self.best(steps)}
         return [checkpoint.step in preserved for checkpoint in checkpoints]
+
+
+def _bytes_here(tree: Any) -> int:
+    """Of the parts of arrays that this process has, each once."""
+    leaves = [leaf for leaf in jax.tree.leaves(tree) if isinstance(leaf, jax.Array)]
+    return sum(s.data.nbytes for a in leaves for s in a.addressable_shards if s.replica_id == 0)
+
+
+def _is_full(error: Exception) -> bool:
+    return getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
+
+
+def _reason(error: Exception) -> str:
+    """In the system's words, of which TensorStore writes many more."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.strerror} ({error.filename})" if error.filename else error.strerror
+    said = re.search(r"(\w[\w ]+) \[(?:os_error_code|OS error)", str(error))
+    return said[1].strip() if said else " ".join(str(error).split())[:300]
 
 
 def _split(state: Any) -> dict[str, Any]:

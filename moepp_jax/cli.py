@@ -11,14 +11,14 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
 from moepp_jax import distributed, processes
-from moepp_jax.checkpoint import CheckpointError
+from moepp_jax.checkpoint import CheckpointError, SaveError
 from moepp_jax.data.storage import DataError
 from moepp_jax.errors import ConfigError
 from moepp_jax.interrupt import Stopped
@@ -67,6 +67,8 @@ def run(
         # Where several arrays of a checkpoint cannot be read, the first is an error, and the others
         # would be tracebacks of asyncio's beside it.
         logging_of_python.getLogger("asyncio").setLevel(logging_of_python.CRITICAL)
+        logging.get_absl_logger().addFilter(_but_of_orbax)
+        sys.excepthook = _but_of_closed_loops
         main(argv)
 
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
@@ -77,6 +79,10 @@ def run(
         if processes.is_first():
             print(stopped)
         sys.exit(stopped.status)
+    except SaveError as error:
+        # Threads that still write would be waited for, and tell of it in a thousand lines.
+        of = f"process {jax.process_index()}: " if jax.distributed.is_initialized() else ""
+        _end_at_once(f"error: {of}{error}\n", 1)
     except (ConfigError, CheckpointError, DivergedError) as error:
         # A damaged record is read by one process alone; all else is an error in each.
         if isinstance(error, DataError) and jax.distributed.is_initialized():
@@ -92,15 +98,31 @@ def run(
         raise
 
 
+def _but_of_orbax(said: logging_of_python.LogRecord) -> bool:
+    """Its threads tell of an error, in a traceback each, before it is raised: see `SaveError`."""
+    return not (said.exc_info and "orbax" in Path(said.pathname).parts)
+
+
+def _but_of_closed_loops(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+    """TensorStore's threads tell a save of their ends, when it has failed and gone already."""
+    if not (kind is RuntimeError and str(error) == "Event loop is closed"):
+        sys.__excepthook__(kind, error, trace)
+
+
 def _end_now(number: int, frame: FrameType | None) -> NoReturn:
     """What Ctrl-C does where nothing is to be saved.
 
     A KeyboardInterrupt is lost where it meets one of JAX's callbacks, and what ends in good order
     may end in the middle of a computation.
     """
-    show_cursor = b"\x1b[?25h" if os.isatty(2) else b""  # a progress bar hides it
-    os.write(2, show_cursor + b"\ninterrupted\n")
-    os._exit(128 + number)
+    _end_at_once("\ninterrupted\n", 128 + number)
+
+
+def _end_at_once(message: str, status: int) -> NoReturn:
+    sys.stdout.flush()
+    show_cursor = "\x1b[?25h" if os.isatty(2) else ""  # a progress bar hides it
+    os.write(2, (show_cursor + message).encode())
+    os._exit(status)
 
 
 def _parse(argv: Sequence[str]) -> list[str]:

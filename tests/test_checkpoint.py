@@ -1,5 +1,6 @@
 """Checkpoints: equal bit for bit on any mesh, and never wrong in silence."""
 
+import errno
 from pathlib import Path
 
 import flax.struct
@@ -11,7 +12,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from moepp_jax import checksums
-from moepp_jax.checkpoint import CheckpointError, Checkpoints
+from moepp_jax.checkpoint import CheckpointError, Checkpoints, SaveError
 
 
 @flax.struct.dataclass
@@ -263,18 +264,45 @@ def test_without_any_checkpoint_the_error_says_so_and_nothing_is_made(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_save_that_fails_is_raised_and_leaves_the_steps_before(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (
+            OSError(errno.ENOSPC, "No space left on device"),
+            r"No space left on device, where [\d,]+ bytes .* it takes up to [\d,]+; steps 10",
+        ),
+        (
+            OSError(errno.EROFS, "Read-only file system", "/x"),
+            r"Read-only file system \(/x\); steps",
+        ),
+        (
+            ValueError(
+                'Error writing "/a": Failed to write: No space left on device [os_error_code'
+            ),
+            r"No space left on device, where",
+        ),
+    ],
+)
+def test_a_save_that_fails_is_told_and_leaves_the_steps_before(tmp_path, monkeypatch, error, said):
     _save(tmp_path, 10)
 
     def fail(*_):
-        raise OSError("disk full")
+        raise error
 
     with Checkpoints(tmp_path, 1) as checkpoints:
         monkeypatch.setattr(checksums, "write_atomic", fail)
         checkpoints.save(20, _state())
-        with pytest.raises(OSError, match="disk full"):
+        with pytest.raises(SaveError, match=f"checkpoint 20 in .* cannot be saved: {said}"):
             checkpoints.wait()
         assert checkpoints.latest_intact_step() == 10
+    assert [entry.name for entry in (tmp_path / "checkpoints").iterdir()] == ["10"]
+
+
+def test_who_cannot_save_does_not_wait_for_it(tmp_path, monkeypatch):
+    """It would wait for ever where the write cannot be finished."""
+    with pytest.raises(SaveError), Checkpoints(tmp_path, 1) as checkpoints:
+        monkeypatch.setattr(checkpoints, "close", lambda: pytest.fail("it waits"))
+        raise SaveError("no room")
 
 
 def test_saving_and_restoring_move_no_array_implicitly(tmp_path):

@@ -18,6 +18,8 @@ def main() -> None:
     parser.add_argument("--page", action="store_true", help="write page.html too")
     parser.add_argument("--page_tokens", type=int, default=50_000, help="of the page, at most")
     given = parser.parse_args()
+    if given.page_tokens < 1:
+        parser.error(f"--page_tokens={given.page_tokens} must be at least 1")
     try:
         for written in draw.draw(given.folder, given.page_tokens if given.page else 0):
             print(f"written {written}")

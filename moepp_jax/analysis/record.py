@@ -102,6 +102,8 @@ class Meta:
           ValueError: it is no Meta, or one of another version.
         """
         said = json.loads(text)
+        if not isinstance(said, dict):
+            raise ValueError("its description is damaged")
         version = said.pop("version", None)
         if version != VERSION:
             raise ValueError(f"it is of version {version}, and this program reads {VERSION}")
@@ -235,12 +237,13 @@ class Writer:
         self._meta = dataclasses.replace(self._meta, more={**self._meta.more, **found})
 
     def __exit__(self, kind: object, *error: object) -> None:
-        if kind is None:
-            self._writer.add_key_value_metadata({_META: self._meta.to_json().encode()})
-        self._writer.close()
-        if kind is None:
-            self._made.replace(self._file)
-        else:
+        try:
+            if kind is None:
+                self._writer.add_key_value_metadata({_META: self._meta.to_json().encode()})
+            self._writer.close()
+            if kind is None:
+                self._made.replace(self._file)
+        finally:
             self._made.unlink(missing_ok=True)
 
 
@@ -292,11 +295,23 @@ def read(file: str | os.PathLike) -> Record:
             if _META not in said:
                 raise ValueError("it has no routing in it")
             meta = Meta.from_json(said[_META].decode())
-            return Record(meta, _rows(there.read(), meta))
-    except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
+            made = Record(meta, _rows(there.read(), meta))
+            _require_sound(made)
+            return made
+    except (OSError, LookupError, TypeError, ValueError, pa.ArrowException) as error:
         raise ConfigError(
             f"{file} cannot be read: {error}; it must be a routing.parquet of `main analyze`"
         ) from error
+
+
+def _require_sound(made: Record) -> None:
+    meta, rows = made.meta, made.rows
+    if len(meta.counts) != len(KINDS) or not made.num_layers:
+        raise ValueError("its description is damaged")
+    if made.num_tokens and not 0 <= rows.token.min() <= rows.token.max() < len(meta.pieces):
+        raise ValueError(f"it has tokens beyond the {len(meta.pieces)} that it describes")
+    if made.num_tokens and rows.experts.max() > meta.num_experts:
+        raise ValueError(f"it has experts beyond the {meta.num_experts} that it describes")
 
 
 def _rows(table: pa.Table, meta: Meta) -> Rows:

@@ -25,7 +25,7 @@ from moepp_jax.commands import devices, options
 from moepp_jax.errors import ConfigError
 from moepp_jax.storage import is_local, open_path
 
-for _name in ("workdir", "step", "config", "suite", "tasks", "benchmarks"):
+for _name in ("workdir", "step", "config", "zero_offset", "suite", "tasks", "benchmarks"):
     flags.declare_key_flag(_name)
 flags.adopt_module_key_flags(devices)
 _TEXT = flags.DEFINE_multi_string("text", [], "a file of text; may be given several times")
@@ -50,6 +50,8 @@ def run(arguments: list[str]) -> None:
     from moepp_jax import observe
 
     config, workdir = options.config_of_run(), options.given_workdir()
+    if options.ZERO_OFFSET.value is not None:
+        config = config.replace("moe.rule", zero_offset=options.ZERO_OFFSET.value)
     folder = _folder()
     text = observe.Text(
         files=_TEXT.value,
@@ -68,8 +70,6 @@ def run(arguments: list[str]) -> None:
             config, workdir, options.STEP.value, text, files, against, moved, _command()
         )
     if processes.is_first():
-        if not against:  # that of an earlier analysis is of another text
-            (folder / draw.AGAINST).unlink(missing_ok=True)
         _draw(folder)
 
 
@@ -79,7 +79,11 @@ def _folder() -> Path:
       ConfigError: none is given, or the one that follows from the work directory is in a bucket.
     """
     if _OUT.value:
+        if "://" in _OUT.value:
+            raise ConfigError(f"--out={_OUT.value} is in a bucket: name a folder of this machine")
         return Path(_OUT.value)
+    if _REDRAW.value and not options.WORKDIR.value:
+        raise ConfigError("--redraw of what? Write --out=FOLDER, or --workdir=RUN")
     workdir = options.given_workdir()
     if not is_local(open_path(workdir)):
         raise ConfigError(f"--workdir={workdir} is in a bucket: say --out=FOLDER, of this machine")

@@ -82,6 +82,16 @@ class PackedRows:
         tokens[real] = self._stream.read(begin, size)
         return self._described(tokens, self._opens(inside, begin, size, real.shape), real)
 
+    def standing(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Of the tokens of rows, [rows, L]: number of the document in the stream, and place in it.
+
+        Unlike `positions` the place goes on from row to row. What is past the stream is as if the
+        last document went on.
+        """
+        at = rows.astype(np.int64)[:, None] * self.row_length + np.arange(self.row_length)
+        document = np.searchsorted(self._stream.starts[1:-1], at, side="right")
+        return document, at - self._stream.starts[document]
+
     def _opens(self, rows: np.ndarray, begin, size, shape: tuple[int, int]) -> np.ndarray:
         """Where segments begin: at the start of each of these rows, and of documents in it."""
         opens = np.zeros(shape, bool)

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import functools
 import os
-from collections.abc import Callable, Sequence
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from moepp_jax import claim, processes
 from moepp_jax import mesh as mesh_lib
-from moepp_jax.analysis import record
+from moepp_jax.analysis import draw, record
 from moepp_jax.checkpoint import Checkpoints
 from moepp_jax.config import Config
 from moepp_jax.data import open_dataset
@@ -21,6 +26,7 @@ from moepp_jax.processes import Rows, agree, is_first, require_alike
 from moepp_jax.run import Run, open_run
 from moepp_jax.state import assemble
 
+_UNFINISHED = ".analyze-"  # begins the name of a folder of records that are being written
 _TOKENIZER = "put the tokenizer of this model there: tokens are shown as text"
 
 
@@ -74,14 +80,66 @@ def analyze(
     require_alike(f"{workdir} {config.to_json()} {step} {text} {against}")
     if text.tokens < 1:
         raise ConfigError(f"--tokens={text.tokens} must be at least 1")
-    runs = [open_run(workdir, step, config), *(open_run(other) for other in against)]
+    runs = [open_run(workdir, step, config), *(_other(name, config) for name in against)]
     parts = agree(lambda: parts_of(config, runs[0], text))
     agree(lambda: _require_same_tokens(runs))
     works = [_Work(run, parts, text) for run in runs]
     progress(0, sum(work.num_batches for work in works))
-    for work, file in zip(works, files, strict=True):
-        file.parent.mkdir(parents=True, exist_ok=True)
-        work.write(file, command, progress)
+    with _folder_of(files[0]) as folder:
+        for work, file in zip(works, files, strict=True):
+            work.write(folder / file.name, command, progress)
+        processes.on_first(lambda: _publish(folder, files))
+
+
+def _other(workdir: str, config: Config) -> Run:
+    """A run to compare with, on the mesh of the first one.
+
+    Raises:
+      ConfigError: as `open_run`, naming the flag.
+    """
+    try:
+        run = open_run(workdir)
+    except ConfigError as error:
+        raise ConfigError(f"--against={workdir}: {error}") from error
+    return run._replace(config=dataclasses.replace(run.config, mesh=config.mesh))
+
+
+@contextlib.contextmanager
+def _folder_of(file: Path) -> Iterator[Path]:
+    """A folder beside the file for what is not finished; the first process makes it, and it goes.
+
+    Raises:
+      ConfigError: the folder of the file cannot be written, or another process is at work there.
+    """
+    with contextlib.ExitStack() as held:
+
+        def make() -> Path:
+            try:
+                file.parent.mkdir(parents=True, exist_ok=True)
+                held.enter_context(claim.claimed(file.parent / ".analyze.lock", leave=False))
+                for left in file.parent.glob(f"{_UNFINISHED}*"):  # by one that was killed
+                    shutil.rmtree(left, ignore_errors=True)
+                return Path(tempfile.mkdtemp(prefix=_UNFINISHED, dir=file.parent))
+            except claim.TakenError as error:
+                raise ConfigError(
+                    f"{file.parent}: {error.holder}, writes there: wait for it, or give another "
+                    "--out"
+                ) from error
+            except OSError as error:
+                raise ConfigError(f"--out={file.parent} cannot be written: {error}") from error
+
+        folder = processes.on_first(make) or file.parent
+        if processes.is_first():
+            held.callback(shutil.rmtree, folder, ignore_errors=True)
+        yield folder
+
+
+def _publish(folder: Path, files: Sequence[Path]) -> None:
+    """Records of one text together: what was compared with before is of another."""
+    for file in (files[0].parent / draw.AGAINST, files[0].parent / draw.PAGE):
+        file.unlink(missing_ok=True)
+    for file in files:
+        (folder / file.name).replace(file)
 
 
 def _require_same_tokens(runs: Sequence[Run]) -> None:
@@ -121,7 +179,7 @@ class _Work:
         params = run.params(self._mesh)
         usual = self._observe(self._rule)
         kinds = {part.name: part.kind for part in self._parts}
-        name = Path(run.workdir).name
+        name = Path(run.workdir).resolve().name if "://" not in run.workdir else run.workdir
         about = routed.describe(config, name, run.step, run.tokenizer(), kinds)
         rows = routed.observe_parts(
             self._with(usual, params), self._parts, self._each, self._size, progress
@@ -176,6 +234,8 @@ def parts_of(config: Config, run: Run, text: Text) -> list[texts.Part]:
     parts = [texts.of_file(Path(f), tokenizer, length, text.tokens) for f in text.files]
     if text.sources or not (text.files or text.suite):
         parts += texts.of_sources(open_dataset(config), text.sources)
+    if text.suite and text.benchmarks == suite.HUB:
+        raise ConfigError(f"--benchmarks={suite.HUB}: analyze reads items from a folder")
     if text.suite:
         tasks = suite.select(text.tasks, text.benchmarks)
         of_tasks = (Path(text.benchmarks), tokenizer, length, text.tokens // len(tasks))

@@ -34,6 +34,11 @@ def masked(rule: Router, experts: range) -> Router:
         def scored(self, logits):
             return jnp.where(off, _NEVER, super().scored(logits))
 
+        def route(self, x_GSD, previous_GSN, params):
+            if "bias" in params:  # some rules choose by scores with a bias on them
+                params = {**params, "bias": jnp.where(off, _NEVER, params["bias"])}
+            return super().route(x_GSD, previous_GSN, params)
+
     fields = {f.name: getattr(rule, f.name) for f in dataclasses.fields(rule)}
     return Masked(**fields)
 

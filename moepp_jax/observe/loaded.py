@@ -18,18 +18,21 @@ from moepp_jax.processes import Rows
 _TOGETHER = 8  # rows that run at once on a device
 
 
-def routing(model: Any, given: Sequence[str]) -> Routing:
+def routing(model: Any, given: Sequence[Any]) -> Routing:
     """Of a `moepp_jax.api.Model`.
 
     Raises:
       ConfigError: there is nothing in the texts.
     """
+    if not all(isinstance(text, str) for text in given):
+        raise ConfigError(f"{given!r} must be one text or several")
     texts.require_fits(model.tokenizer, model.config.model.vocab_size)
     documents = model.tokenizer.encode_batch(given)
     if not any(documents):
         raise ConfigError("there is no text to route: the texts are empty")
     longest = max(map(len, documents)) + 2
-    length = min(model.config.data.seq_len, longest)
+    chunk = model.config.model.loss_chunk  # which has to divide the row
+    length = min(model.config.data.seq_len, -(-longest // chunk) * chunk)
     part = texts.listed("text", "file", documents, model.tokenizer, length)
     size = _TOGETHER * (1 if model.mesh is None else model.mesh.size)
     place = model.mesh and Rows(mesh_lib.batch_sharding(model.mesh), size)

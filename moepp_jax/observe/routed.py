@@ -105,19 +105,27 @@ def observe_parts(
     """
     documents = 0
     for number, part in enumerate(parts):
-        for batch in batches_of(part, tokens, batch_size):
-            rows = rows_of(batch, run(batch), number, documents)
-            documents += int(np.sum(rows.position == 0))
+        before = documents
+        for rows_read in rows_in_batches(part, tokens, batch_size):
+            batch = part.rows.read(rows_read)
+            document, place = part.rows.standing(rows_read)
+            rows = rows_of(batch, run(batch), number, before + document, place)
+            documents = int(rows.document[-1]) + 1
             yield rows
             done(1)
 
 
-def batches_of(part: Part, tokens: int, batch_size: int) -> Iterator[Batch]:
-    """So many tokens of a part; the last batch is filled up with rows of padding."""
+def rows_in_batches(part: Part, tokens: int, batch_size: int) -> Iterator[np.ndarray]:
+    """Numbers of rows with so many tokens of a part, the last ones filled up with padding."""
     count = part.count(tokens)
     for start in range(0, count, batch_size):
         numbers = start + np.arange(batch_size)
-        yield part.rows.read(np.where(numbers < count, numbers, len(part.rows)))
+        yield np.where(numbers < count, numbers, len(part.rows))
+
+
+def batches_of(part: Part, tokens: int, batch_size: int) -> Iterator[Batch]:
+    """So many tokens of a part."""
+    yield from map(part.rows.read, rows_in_batches(part, tokens, batch_size))
 
 
 def count_batches(parts: Sequence[Part], tokens: int, batch_size: int) -> int:
@@ -125,21 +133,22 @@ def count_batches(parts: Sequence[Part], tokens: int, batch_size: int) -> int:
     return sum(-(-part.count(tokens) // batch_size) for part in parts)
 
 
-def rows_of(batch: Batch, found: Observed, source: int, documents: int) -> RecordRows:
+def rows_of(
+    batch: Batch, found: Observed, source: int, document: np.ndarray, position: np.ndarray
+) -> RecordRows:
     """The tokens of a batch that are no padding.
 
     Args:
-      documents: there were before.
+      document, position: of every token, [B, L].
     """
     real = batch["segments"] > 0
-    position = batch["positions"][real]
     places = np.broadcast_to(np.arange(real.shape[1]), real.shape)
     loss = np.where(batch["loss_mask"] > 0, found.nll, np.nan)[real]
     return RecordRows(
         token=batch["tokens"][real],
-        source=np.full(len(position), source, np.int16),
-        document=(documents - 1 + np.cumsum(position == 0)).astype(np.int32),
-        position=position.astype(np.int32),
+        source=np.full(np.sum(real), source, np.int16),
+        document=document[real].astype(np.int32),
+        position=position[real].astype(np.int32),
         place=places[real].astype(np.int32),
         loss=loss.astype(np.float32),
         **{name: getattr(found, name)[:, real] for name in Observed._fields[1:]},

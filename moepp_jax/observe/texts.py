@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import itertools
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -11,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from moepp_jax.data import Dataset, Tokenizer
-from moepp_jax.data.packing import PackedRows, ranges
+from moepp_jax.data.packing import Batch, PackedRows
 from moepp_jax.errors import ConfigError
 from moepp_jax.harness.tasks import Task
 
@@ -24,12 +25,13 @@ class Part(NamedTuple):
 
     Attributes:
       kind: "source", "file" or "task".
-      rows: its documents, each from BOS to EOS.
+      rows: its documents, each from BOS to EOS; held-out text as evaluation has it, cut anywhere,
+        all else whole where a row can hold it.
     """
 
     name: str
     kind: str
-    rows: PackedRows
+    rows: PackedRows | WholeRows
 
     def count(self, tokens: int) -> int:
         """Rows that hold at most so many tokens, and one at least."""
@@ -48,22 +50,85 @@ def require_fits(tokenizer: Tokenizer, vocab_size: int) -> None:
         )
 
 
-class _Listed:
-    """Documents in memory, end to end."""
+class WholeRows:
+    """Documents in rows of one length, none cut that a row can hold.
 
-    def __init__(self, documents: Sequence[Sequence[int]]):
-        self.starts = np.cumsum([0, *map(len, documents)])
-        self._tokens = np.fromiter(itertools.chain.from_iterable(documents), np.int32)
+    A row takes documents, one after the other, as long as they fit; a longer one has rows of its
+    own. What is left of a row is padding. Rows are read as those of `PackedRows`.
+    """
 
-    def read(self, begin: np.ndarray, size: np.ndarray) -> np.ndarray:
-        return self._tokens[ranges(begin, size)]
+    def __init__(self, documents: Sequence[Sequence[int]], row_length: int, pad_id: int):
+        self.row_length, self._pad_id = row_length, pad_id
+        self._documents = [np.asarray(document, np.int32) for document in documents]
+        self._rows = list(_filled(list(map(len, documents)), row_length))
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def read(self, rows: np.ndarray) -> Batch:
+        """Rows by number; numbers past the last row give padding."""
+        shape = (len(rows), self.row_length)
+        batch: Batch = {name: np.zeros(shape, np.int32) for name in _NAMES}
+        batch["tokens"] += self._pad_id
+        batch["loss_mask"] = np.zeros(shape, np.float32)
+        for row, segment, here, document, start in self._spans(rows):
+            ids = self._documents[document]
+            size = here.stop - here.start
+            known = len(ids[start + 1 : start + 1 + size])
+            batch["tokens"][row, here] = ids[start : start + size]
+            batch["targets"][row, here][:known] = ids[start + 1 : start + 1 + size]
+            batch["segments"][row, here] = segment
+            batch["positions"][row, here] = np.arange(size)
+            batch["loss_mask"][row, here][:known] = 1
+        return batch
+
+    def standing(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """As `PackedRows.standing`."""
+        document, place = (np.zeros((len(rows), self.row_length), np.int64) for _ in range(2))
+        for row, _, here, number, start in self._spans(rows):
+            document[row, here] = number
+            place[row, here] = start + np.arange(here.stop - here.start)
+        return document, place
+
+    def _spans(self, rows: np.ndarray) -> Iterator[tuple[int, int, slice, int, int]]:
+        """Row among those asked for, segment, where it lies, document and its first token there."""
+        for row, number in enumerate(rows.tolist()):
+            place = 0
+            for segment, (document, start, size) in enumerate(self._row(number), 1):
+                yield row, segment, slice(place, place + size), document, start
+                place += size
+
+    def _row(self, number: int) -> list[tuple[int, int, int]]:
+        return self._rows[number] if number < len(self) else []
 
 
-def listed(name: str, kind: str, documents: list[list[int]], tokenizer: Tokenizer, length: int):
+_NAMES = ("tokens", "targets", "segments", "positions")
+
+
+def _filled(sizes: Sequence[int], length: int) -> Iterator[list[tuple[int, int, int]]]:
+    """Rows as (document, first token, tokens) of what they hold."""
+    row: list[tuple[int, int, int]] = []
+    left = length
+    for document, size in enumerate(sizes):
+        if row and size > left:
+            yield row
+            row, left = [], length
+        for start in range(0, size, length):
+            part = min(size - start, length)
+            row, left = [*row, (document, start, part)], left - part
+            if left == 0:
+                yield row
+                row, left = [], length
+    if row:
+        yield row
+
+
+def listed(
+    name: str, kind: str, documents: list[list[int]], tokenizer: Tokenizer, length: int
+) -> Part:
     """A part of documents without BOS and EOS, in rows of `length` tokens."""
     whole = [[tokenizer.bos_id, *ids, tokenizer.eos_id] for ids in documents]
-    rows = PackedRows(_Listed(whole), length, pad_id=tokenizer.pad_id, drop_last=False)
-    return Part(name, kind, rows)
+    return Part(name, kind, WholeRows(whole, length, tokenizer.pad_id))
 
 
 def of_sources(dataset: Dataset, names: Sequence[str] = ()) -> list[Part]:
@@ -85,6 +150,8 @@ def of_file(path: Path, tokenizer: Tokenizer, length: int, tokens: int) -> Part:
     Raises:
       ConfigError: the file cannot be read, is empty or no text.
     """
+    if not str(path).strip("."):
+        raise ConfigError(f"--text={path}: name a file of text")
     try:
         with path.open("rb") as file:
             raw = file.read(_BYTES * tokens)
@@ -92,7 +159,8 @@ def of_file(path: Path, tokenizer: Tokenizer, length: int, tokens: int) -> Part:
         raise ConfigError(f"--text={path} cannot be read: {error.strerror}") from error
     try:
         # A character that the limit cuts in two is no fault of the file's.
-        text = raw.decode("utf-8", errors="strict" if len(raw) < _BYTES * tokens else "ignore")
+        decoder = codecs.getincrementaldecoder("utf-8")()
+        text = decoder.decode(raw, final=len(raw) < _BYTES * tokens)
     except UnicodeDecodeError as error:
         raise ConfigError(
             f"--text={path} is not UTF-8 text: byte {error.start} is {raw[error.start]:#04x}"
@@ -116,6 +184,11 @@ def of_tasks(
             count += len(documents[-1]) + 2
             if count > tokens + length:
                 break
+        if not documents:
+            raise ConfigError(
+                f"there is no item of {task.name} in {benchmarks / task.name}: `main data "
+                "benchmarks` makes them"
+            )
         parts.append(listed(task.name, "task", documents, tokenizer, length))
     return parts
 
@@ -140,12 +213,13 @@ def texts_of(task: Task, benchmarks: Path) -> Iterator[str]:
 
 
 def _items(file: Path) -> Iterator[tuple[Path, int, Any]]:
-    with file.open(encoding="utf-8") as lines:
+    with file.open("rb") as lines:
         for number, line in enumerate(lines, 1):
             try:
-                yield file, number, json.loads(line)
+                item = json.loads(line)
             except ValueError as error:
                 raise ConfigError(f"{file}, line {number} is no JSON: {error}") from error
+            yield file, number, item
 
 
 def _lettered(question: str, choices: Sequence[str], answer: int) -> str:

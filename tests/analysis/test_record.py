@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from moepp_jax.analysis import record
+from moepp_jax.analysis import draw, record
 from moepp_jax.errors import ConfigError
 from tests.analysis import made_up
 
@@ -83,6 +83,29 @@ def test_what_is_no_record_is_refused(tmp_path, monkeypatch):
         record.write(file, made.meta, [made.rows])
     with pytest.raises(ConfigError, match="it is of version 99, and this program reads 1"):
         record.read(file)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"pieces": ("a",)}, "tokens beyond the 1 that"),
+        ({"counts": (1, 0, 0, 0)}, "experts beyond the 1 that"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(tmp_path, changes, said):
+    made, file = made_up.record(50), tmp_path / "x.parquet"
+    record.write(file, record.dataclasses.replace(made.meta, **changes), [made.rows])
+    with pytest.raises(ConfigError, match=said):
+        record.read(file)
+
+
+def test_records_of_different_texts_are_not_drawn(tmp_path):
+    for name, seed in ((draw.RECORD, 0), (draw.AGAINST, 1)):
+        made = made_up.record(50, seed=seed)
+        record.write(tmp_path / name, made.meta, [made.rows])
+    with pytest.raises(ConfigError, match=r"against\.parquet are of different texts"):
+        draw.draw(tmp_path)
+    assert not (tmp_path / "REPORT.md").exists()
 
 
 def test_it_is_read_without_jax(tmp_path):

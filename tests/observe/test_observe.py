@@ -2,6 +2,8 @@
 
 import io
 import math
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -91,11 +93,13 @@ def test_documents_are_those_of_the_text(root, one):
     documents = dataset.sources["text"].eval_documents
     assert text == "".join(tokenizer.decode(documents[i]) for i in range(len(documents)))
     assert one.text_of(tokenizer.bos_id) == "<s>"
-    for part in one.documents():
-        assert one.rows.position[part].tolist() == list(range(part.stop - part.start))
-        assert (
-            np.isnan(one.rows.loss[part]) == [False] * (part.stop - part.start - 1) + [True]
-        ).all() or (one.rows.place[part][-1] == config(root).data.seq_len - 1)
+    whole = list(one.documents())
+    assert len(whole) == len(documents)
+    for part in whole:
+        size = part.stop - part.start
+        assert one.rows.position[part].tolist() == list(range(size))
+        # A row's last token is followed by the first of the next row; a document's by nothing.
+        assert np.isnan(one.rows.loss[part]).tolist() == [False] * (size - 1) + [True]
 
 
 @pytest.mark.parametrize("axes", [(2, 2, 2), (1, 1, 4)])
@@ -146,6 +150,55 @@ def test_a_masked_expert_is_never_chosen():
     assert beside.kinds_to_mask(rules.make("vanilla", Pool(4), top_k=2)) == {}
 
 
+@pytest.mark.parametrize("name", ["deepseek", "longcat"])
+def test_a_bias_on_the_scores_brings_no_masked_expert_back(name):
+    pool = Pool(4, 0, 1, 0) if name == "longcat" else Pool(5)
+    rule = rules.make(name, pool, top_k=2)
+    keys = jax.random.split(jax.random.key(0), 3)
+    described = rule.params(8, 1.0)
+    params = {
+        n: p.mean + p.std * jax.random.normal(k, p.shape)
+        for k, (n, p) in zip(keys, described.items(), strict=False)
+    }
+    params |= {n: jnp.full(p.shape, p.mean) for n, p in rule.state().items()}
+    params["bias"] = jnp.where(jnp.arange(pool.size) < 4, -0.6, 0.6)
+    x, previous = jax.random.normal(keys[2], (1, 200, 8)), jnp.zeros((1, 200, pool.size))
+    assert (rule.route(x, previous, params).experts == 4).any()
+    found = beside.masked(rule, range(4, 5)).route(x, previous, params).experts
+    assert not (found == 4).any()
+
+
+def test_no_two_analyses_write_into_one_folder(root, tmp_path):
+    out, text = tmp_path / "out", observe.Text(tokens=64, sample=0)
+    out.mkdir()
+    (out / ".analyze-left").mkdir()
+    hold = (
+        "import sys, time, pathlib\nfrom moepp_jax.claim import claimed\n"
+        "with claimed(pathlib.Path(sys.argv[1])):\n    print('has', flush=True)\n    time.sleep(60)"
+    )
+    lock = out / ".analyze.lock"
+    other = subprocess.Popen([sys.executable, "-c", hold, lock], stdout=subprocess.PIPE)
+    try:
+        assert other.stdout.readline() == b"has\n"
+        with pytest.raises(ConfigError, match=rf"process {other.pid} of .*, writes there: wait"):
+            observe.analyze(config(root), root / "run", None, text, [out / "routing.parquet"])
+    finally:
+        other.kill()
+        other.wait()
+    (out / "against.parquet").write_bytes(b"of an earlier text")
+    observe.analyze(config(root), root / "run", None, text, [out / "routing.parquet"])
+    # What a killed one left is gone, and what is of another text.
+    assert [entry.name for entry in out.iterdir()] == ["routing.parquet"]
+
+
+def test_a_folder_that_cannot_be_written_is_named(root, tmp_path):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(ConfigError, match=r"--out=.*file cannot be written: "):
+        observe.analyze(
+            config(root), root / "run", None, observe.Text(tokens=64), [tmp_path / "file" / "x"]
+        )
+
+
 def test_saturation_by_hand():
     """One layer, two tokens, K = 2: of the last four choices two were there, then three."""
     at = {1: [[0, 1], [5, 6]], 2: [[1, 0], [2, 6]], 3: [[0, 1], [2, 3]]}
@@ -173,6 +226,8 @@ def test_two_runs_are_observed_on_the_same_tokens(root, tmp_path):
     assert (a.meta.name, b.meta.name) == ("run", "other")
     changed = config(tmp_path, **{"model.vocab_size": 400})
     foreign = tiny.run_folder(tmp_path / "foreign", changed)
+    with pytest.raises(ConfigError, match="--against=nowhere: workdir nowhere is no folder"):
+        observe.analyze(config(root), root / "run", None, text, files, ["nowhere"])
     with pytest.raises(ConfigError, match=r"foreign: its tokenizer is another than that of"):
         observe.analyze(config(root), root / "run", None, text, files, [str(foreign)])
 
@@ -183,11 +238,18 @@ def test_a_loaded_model_tells_its_routing(root, one):
     ids = [model.tokenizer.bos_id, *model.tokenizer.encode("In the beginning")]
     assert told.record.rows.token.tolist() == [*ids, model.tokenizer.eos_id]
     assert repr(told).startswith("Routing(run, step 3: ")
-    again = model.routing(["In the beginning", "Of two"])
+    again = model.routing(["In the beginning", "Of two", "and the third of all of these"])
     first = slice(0, len(ids))
     np.testing.assert_array_equal(
         again.record.rows.experts[:, first], told.record.rows.experts[:, first]
     )
+    third = again.record.rows.document == 2
+    alone = model.routing("and the third of all of these").record.rows
+    np.testing.assert_array_equal(again.record.rows.experts[:, third], alone.experts)
+    np.testing.assert_allclose(again.record.rows.loss[third], alone.loss, rtol=1e-4)
+    for wrong in (5, ["a", 3], None, b"abc"):
+        with pytest.raises(ConfigError, match="must be one text or several"):
+            model.routing(wrong)
     with pytest.raises(ConfigError, match="the texts are empty"):
         model.routing(["", ""])
     whole = api.load(root / "run", all_devices=True).routing("In the beginning")

@@ -81,14 +81,42 @@ def test_subjects_take_turns(tmp_path):
 
 def test_an_item_is_a_document(tmp_path, tokenizer):
     write(tmp_path, "piqa", [ITEMS["piqa"][0]] * 50)
-    (part,) = texts.of_tasks([task_of("piqa")], tmp_path, tokenizer, 16, 100)
-    assert (part.name, part.kind) == ("piqa", "task")
     ids = tokenizer.encode(ITEMS["piqa"][1])
     whole = [tokenizer.bos_id, *ids, tokenizer.eos_id]
-    read = part.rows.read(np.arange(len(part.rows)))["tokens"].reshape(-1)
-    assert read[: 2 * len(whole)].tolist() == 2 * whole
-    assert 100 <= part.rows.num_tokens < 100 + 16 + len(whole) + 2  # no more items than it takes
-    assert part.count(100) == 6 and part.count(1) == 1
+    length = 2 * len(whole) + 3
+    (part,) = texts.of_tasks([task_of("piqa")], tmp_path, tokenizer, length, 100)
+    assert (part.name, part.kind) == ("piqa", "task")
+    batch = part.rows.read(np.arange(len(part.rows)))
+    for row in range(len(part.rows) - 1):  # two are whole, and of a third there is nothing
+        assert batch["tokens"][row].tolist() == [*whole, *whole, *[tokenizer.pad_id] * 3]
+        assert batch["segments"][row].tolist() == [1] * len(whole) + [2] * len(whole) + [0] * 3
+    items = sum(int(row.max()) for row in batch["segments"])
+    assert items * len(whole) <= 100 + length + len(whole)  # no more than it takes
+    assert part.count(100) == max(1, 100 // length) and part.count(1) == 1
+
+
+def test_rows_by_hand():
+    """Rows of 4: a document of 2, one of 3 that does not fit beside it, one of 6 over rows."""
+    rows = texts.WholeRows([[1, 2], [3, 4, 5], [6, 7, 8, 9, 10, 11], [12]], 4, pad_id=0)
+    batch = rows.read(np.arange(6))
+    assert batch["tokens"].tolist() == [
+        [1, 2, 0, 0], [3, 4, 5, 0], [6, 7, 8, 9], [10, 11, 12, 0], [0] * 4, [0] * 4
+    ]  # fmt: skip
+    assert batch["targets"].tolist() == [
+        [2, 0, 0, 0], [4, 5, 0, 0], [7, 8, 9, 10], [11, 0, 0, 0], [0] * 4, [0] * 4
+    ]  # fmt: skip
+    assert batch["loss_mask"].tolist() == (batch["targets"] > 0).tolist()
+    assert batch["segments"].tolist() == [
+        [1, 1, 0, 0], [1, 1, 1, 0], [1, 1, 1, 1], [1, 1, 2, 0], [0] * 4, [0] * 4
+    ]  # fmt: skip
+    assert batch["positions"][3].tolist() == [0, 1, 0, 0]
+    document, place = rows.standing(np.arange(6))
+    assert document[3].tolist() == [2, 2, 3, 0] and place[3].tolist() == [4, 5, 0, 0]
+    assert len(rows) == 4
+    alike = tiny.packed([np.arange(1, 7), np.arange(7, 10)], 4, drop_last=False)
+    document, place = alike.standing(np.arange(2))
+    assert document.tolist() == [[0] * 4, [0, 0, 1, 1]]
+    assert place.tolist() == [[0, 1, 2, 3], [4, 5, 0, 1]]
 
 
 def test_a_damaged_item_is_named(tmp_path):
@@ -115,7 +143,7 @@ def test_of_a_long_file_no_more_is_read_than_is_of_use(tmp_path, tokenizer):
     file = tmp_path / "long.txt"
     file.write_text("é" * 100_000, encoding="utf-8")
     part = texts.of_file(file, tokenizer, 8, 7)  # 112 bytes: of a character of two, no half
-    assert part.rows.num_tokens <= 7 * 16 + 2
+    assert len(part.rows) * 8 <= 7 * 16 + 2 + 8
 
 
 @pytest.mark.parametrize(
@@ -125,6 +153,7 @@ def test_of_a_long_file_no_more_is_read_than_is_of_use(tmp_path, tokenizer):
         (b" \n\t", "is empty"),
         (b"ab\xff\xfe", "is not UTF-8 text: byte 2 is 0xff"),
         (b"ab\0cd", "there is a zero byte in it"),
+        (b"x" * 100 + b"\xff" + b"x" * 9000, "is not UTF-8 text: byte 100 is 0xff"),
         (None, "cannot be read: No such file"),
     ],
 )
