@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from moepp_jax.claim import waiting_for
 from experiments.runs import NUMERICS, Run
+from moepp_jax.claim import waiting_for
 from moepp_jax.errors import ConfigError
 from moepp_jax.storage import write_atomic
 

@@ -14,10 +14,10 @@ from pathlib import Path
 
 from experiments import results, worker
 from experiments.board import Board
-from moepp_jax.claim import is_taken
 from experiments.results import Row
 from experiments.runs import Run, missing
 from experiments.scale import Scale
+from moepp_jax.claim import is_taken
 from moepp_jax.errors import ConfigError
 from moepp_jax.interrupt import Stopped, StopRequest
 from moepp_jax.workdir import open_workdir

@@ -22,9 +22,9 @@ from absl import flags
 
 from benchmarks import timing
 from experiments import runs, scale
-from moepp_jax.claim import TakenError, claimed
 from experiments.results import DIVERGED, DONE, Row
 from moepp_jax import cli, flops
+from moepp_jax.claim import TakenError, claimed
 from moepp_jax.commands import devices
 from moepp_jax.config import Config
 from moepp_jax.metrics import DivergedError, read_metrics
