@@ -38,8 +38,8 @@ from moepp_jax.data.prepare import prepare_sources, prepared_sources
 from moepp_jax.mesh import batch_sharding, make_mesh
 from moepp_jax.processes import Rows
 
-SCALING = Path(__file__).parents[1] / "docs" / "scaling" / "scaling.csv"
-CHIPS, CHIPS_A_HOST = 64, 4
+PODS = Path(__file__).parents[1] / "experiments" / "results" / "paper" / "pods" / "measured.csv"
+POD, CHIPS, CHIPS_A_HOST = "v5p:4x4x4", 64, 4
 DEFAULT_JOB = 10_000  # tokens a second that the default job trains with on two CPU cores
 FAR = 10**6  # a step
 BOOKS = 4
@@ -55,8 +55,8 @@ class Shape(NamedTuple):
 
 
 def shapes() -> list[Shape]:
-    with SCALING.open() as file:
-        (row,) = (r for r in csv.DictReader(file) if int(r["chips"]) == CHIPS)
+    with PODS.open(newline="") as file:
+        (row,) = (r for r in csv.DictReader(file) if r["name"] == POD)
     hosts = CHIPS // CHIPS_A_HOST
     needed = float(row["tokens_per_second"]) / hosts  # an upper bound
     return [

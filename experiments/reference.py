@@ -96,7 +96,7 @@ def _forward(config: Config, params: dict[str, Any], tokens: np.ndarray) -> dict
     out, logits, loss, routing = jax.device_get(run(params, tokens))
     one_hot = routing.experts[..., None] == np.arange(pool.size)
     return {
-        "router_logits": out.router_logits,
+        "router_logits": out.routed.routing.logits,
         "selected": one_hot.any(axis=-2),
         "gates": (one_hot * routing.gates[..., None]).sum(axis=-2),
         "hidden_states": np.concatenate([out.states, out.hidden[None]]),

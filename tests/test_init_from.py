@@ -102,7 +102,8 @@ def still(monkeypatch):
             with jax.transfer_guard("allow"):
                 after = jax.device_put(np.int32(before + 1), state.step.sharding)
             names = ("loss", "grad_norm", "lr", "ffn_experts_per_token", "drop_rate")
-            return state.replace(step=after), dict.fromkeys(names, 1.0)
+            load = np.full((2, parts.model.rule.pool.size), 0.2)
+            return state.replace(step=after), dict.fromkeys(names, 1.0) | {"load": load}
 
         return step
 
