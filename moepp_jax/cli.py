@@ -68,7 +68,7 @@ def run(
         # would be tracebacks of asyncio's beside it.
         logging_of_python.getLogger("asyncio").setLevel(logging_of_python.CRITICAL)
         logging.get_absl_logger().addFilter(_but_of_orbax)
-        sys.excepthook = _but_of_closed_loops
+        sys.unraisablehook = _but_of_closed_loops
         main(argv)
 
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
@@ -103,10 +103,10 @@ def _but_of_orbax(said: logging_of_python.LogRecord) -> bool:
     return not (said.exc_info and "orbax" in Path(said.pathname).parts)
 
 
-def _but_of_closed_loops(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+def _but_of_closed_loops(what: Any) -> None:
     """TensorStore's threads tell a save of their ends, when it has failed and gone already."""
-    if not (kind is RuntimeError and str(error) == "Event loop is closed"):
-        sys.__excepthook__(kind, error, trace)
+    if str(what.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(what)
 
 
 def _end_now(number: int, frame: FrameType | None) -> NoReturn:
