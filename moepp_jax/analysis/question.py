@@ -119,6 +119,12 @@ def each_said(records: Sequence[Record], lines: Iterable[str]) -> list[str]:
     ]
 
 
+def sample_said(records: Sequence[Record], found: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Of how many tokens a thing is that was found beside the rows."""
+    lines = (f"of {of['tokens']:,} tokens." if "tokens" in of else "not asked." for of in found)
+    return each_said(records, lines)
+
+
 def beside(
     records: Sequence[Record],
     keys: Sequence[str],

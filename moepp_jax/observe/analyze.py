@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from moepp_jax import claim, processes
+from moepp_jax import claim
 from moepp_jax import mesh as mesh_lib
 from moepp_jax.analysis import draw, record
 from moepp_jax.checkpoint import Checkpoints
@@ -22,7 +22,7 @@ from moepp_jax.errors import ConfigError
 from moepp_jax.harness import suite
 from moepp_jax.moe import Rule
 from moepp_jax.observe import beside, routed, texts
-from moepp_jax.processes import Rows, agree, is_first, require_alike
+from moepp_jax.processes import Rows, agree, is_first, on_first, require_alike
 from moepp_jax.run import Run, open_run
 from moepp_jax.state import assemble
 
@@ -63,7 +63,7 @@ def analyze(
 ) -> None:
     """Writes the record of a run's checkpoint, and of other runs' on the same text.
 
-    The first process writes. Other runs take their own configuration, and the batch and mesh of it.
+    The first process writes. Other runs have their own configuration, on the mesh of the first.
 
     Args:
       step: of the first run; by default the best, or the newest if none was evaluated.
@@ -88,7 +88,7 @@ def analyze(
     with _folder_of(files[0]) as folder:
         for work, file in zip(works, files, strict=True):
             work.write(folder / file.name, command, progress)
-        processes.on_first(lambda: _publish(folder, files))
+        on_first(lambda: _publish(folder, files))
 
 
 def _other(workdir: str, config: Config) -> Run:
@@ -128,8 +128,8 @@ def _folder_of(file: Path) -> Iterator[Path]:
             except OSError as error:
                 raise ConfigError(f"--out={file.parent} cannot be written: {error}") from error
 
-        folder = processes.on_first(make) or file.parent
-        if processes.is_first():
+        folder = on_first(make) or file.parent
+        if is_first():
             held.callback(shutil.rmtree, folder, ignore_errors=True)
         yield folder
 
@@ -190,7 +190,8 @@ class _Work:
                 writer.write(batch)
             if self._kinds:
                 found = beside.switched_off(
-                    lambda rule: self._with(self._observe(rule), params),
+                    # Of the rule itself there is a program already.
+                    lambda r: self._with(usual if r is self._rule else self._observe(r), params),
                     self._rule,
                     self._kinds,
                     self._sample,

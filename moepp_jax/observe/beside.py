@@ -1,7 +1,7 @@
 """What is found of a model beside the record's rows, on a sample of the same text.
 
 switched_off  held-out loss with all zero, copy or constant experts masked, one kind at a time:
-              tokens then choose the next best
+              tokens then choose the next best, where their rule gives them so many
 saturation    share of its experts that a token had chosen already at earlier checkpoints
               (router saturation: OLMoE, arXiv 2409.02060, section 5.1)
 """

@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from moepp_jax.analysis import drawing, means, question, sums, words
+from moepp_jax.analysis import drawing, means, question, sums
 from moepp_jax.analysis.questions import (
     coactivation,
     destinations,
@@ -121,7 +121,6 @@ def test_ffn_by_token_needs_tokens_that_occur_twice():
     assert "twice" in ffn_by_token.FFNByToken().missing([made])
 
 
-@pytest.mark.skipif(not words.can_tag(), reason="textblob is not installed")
 def test_part_of_speech():
     """the (2), hou-se (0, 1: fragments), ran (2), a full stop (1), the (1)."""
     pieces = ("", " the", " hou", "se", " ran", ".")
@@ -146,7 +145,6 @@ def test_part_of_speech_takes_the_same_share_of_every_source(monkeypatch):
     assert part_of_speech._sample(made).tolist() == [0, 1, 2, 6]
 
 
-@pytest.mark.skipif(not words.can_tag(), reason="textblob is not installed")
 def test_part_of_speech_of_a_sample(monkeypatch):
     monkeypatch.setattr(part_of_speech, "_MOST", 4)
     experts = [[*[[0, 1]] * 6, *[[8, 9]] * 2]]

@@ -4,7 +4,6 @@ import dataclasses
 import importlib.util
 
 import numpy as np
-import pytest
 
 from moepp_jax.analysis import words
 from moepp_jax.analysis.record import Record
@@ -102,7 +101,6 @@ def test_context_stays_in_its_document():
     assert words.context(record, 1) == "»b« c d⏎e"
 
 
-@pytest.mark.skipif(not words.can_tag(), reason="textblob is not installed")
 def test_parts_of_speech():
     units = ["the", "green", "house", "ran", "quickly", ".", "did", "n't", "/", "go"]
     parts = words.parts_of_speech(units)

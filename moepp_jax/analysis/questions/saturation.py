@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
 from moepp_jax.analysis import drawing
-from moepp_jax.analysis.question import Question, Table, beside, each_said, labels
+from moepp_jax.analysis.question import Question, Table, beside, labels, sample_said
 from moepp_jax.analysis.record import Record
 
 
@@ -43,11 +43,7 @@ class Saturation(Question):
         return {self.name: beside(records, keys, ("share chosen already",), each, shown=12)}
 
     def said(self, records: Sequence[Record]) -> list[str]:
-        lines = (
-            f"of {of['tokens']:,} tokens." if "tokens" in of else "not asked."
-            for of in self.found(records)
-        )
-        return each_said(records, lines)
+        return sample_said(records, self.found(records))
 
     def figure(self, records: Sequence[Record]) -> Figure:
         shown = [

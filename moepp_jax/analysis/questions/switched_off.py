@@ -1,7 +1,8 @@
 """What is each kind of expert worth: what if it cannot be chosen?
 
 The loss, and the FFN experts per token, of the model as it is and with the experts of one kind
-masked: tokens then go to the best of the others. It is not trained again for it.
+masked: tokens then go to the best of the others, where their rule gives each so many. It is not
+trained again for it.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from moepp_jax.analysis import drawing
-from moepp_jax.analysis.question import Question, Table, beside, each_said, labels
+from moepp_jax.analysis.question import Question, Table, beside, labels, sample_said
 from moepp_jax.analysis.record import Record
 
 _NONE = "none"
@@ -42,11 +43,7 @@ class SwitchedOff(Question):
         return {self.name: beside(records, ("without",), columns, each)}
 
     def said(self, records: Sequence[Record]) -> list[str]:
-        lines = (
-            f"of {of['tokens']:,} tokens." if "tokens" in of else "not asked."
-            for of in self.found(records)
-        )
-        return each_said(records, lines)
+        return sample_said(records, self.found(records))
 
     def figure(self, records: Sequence[Record]) -> Figure:
         found = self.found(records)
