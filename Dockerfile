@@ -21,7 +21,7 @@ COPY configs configs
 COPY moepp_jax moepp_jax
 COPY benchmarks benchmarks
 COPY experiments experiments
-RUN python -c "import moepp_jax.main, experiments.run" && useradd --uid 1000 --create-home moepp
+RUN python -m moepp_jax.main completion bash > /dev/null && useradd --uid 1000 --create-home moepp
 
 # What nvidia's container runtime gives to an image that is not its own.
 ENV NVIDIA_VISIBLE_DEVICES=all NVIDIA_DRIVER_CAPABILITIES=compute,utility

@@ -23,9 +23,9 @@ from typing import NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks import timing
-from configs import moepp_7b
+from moepp_jax.benchmarks import timing
 from moepp_jax.config import Config
+from moepp_jax.configs import moepp_7b
 from moepp_jax.interop import hf_config, shards
 from moepp_jax.interop.layout import layout
 

@@ -30,15 +30,22 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import timing
-from configs import tiny
+from moepp_jax.benchmarks import timing
 from moepp_jax.config import Config
+from moepp_jax.configs import tiny
 from moepp_jax.data import Dataset, open_dataset, prepare
 from moepp_jax.data.prepare import prepare_sources, prepared_sources
 from moepp_jax.mesh import batch_sharding, make_mesh
 from moepp_jax.processes import Rows
 
-PODS = Path(__file__).parents[1] / "experiments" / "results" / "paper" / "pods" / "measured.csv"
+PODS = (
+    Path(__file__).resolve().parents[1]
+    / "experiments"
+    / "results"
+    / "paper"
+    / "pods"
+    / "measured.csv"
+)
 POD, CHIPS, CHIPS_A_HOST = "v5p:4x4x4", 64, 4
 DEFAULT_JOB = 10_000  # tokens a second that the default job trains with on two CPU cores
 FAR = 10**6  # a step

@@ -27,12 +27,12 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from benchmarks import timing
-from benchmarks.layer import TAUS, TOP_K, Subject
-from configs import base
 from moepp_jax import model as model_lib
 from moepp_jax import moe
+from moepp_jax.benchmarks import timing
+from moepp_jax.benchmarks.layer import TAUS, TOP_K, Subject
 from moepp_jax.config import Config
+from moepp_jax.configs import base
 from moepp_jax.generation import Generator
 
 PROMPT = 16  # tokens

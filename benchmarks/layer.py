@@ -25,8 +25,8 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import timing
 from moepp_jax import host_memory, moe
+from moepp_jax.benchmarks import timing
 from moepp_jax.moe import kernels
 
 TAUS = (0.1, 0.25, 0.5, 0.75, 1.0)

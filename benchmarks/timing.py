@@ -6,12 +6,14 @@ import platform
 import random
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 from rich.progress import track
+
+Name = TypeVar("Name", bound=Hashable)
 
 
 class Seconds(NamedTuple):
@@ -30,8 +32,8 @@ class Case(NamedTuple):
 
 
 def interleaved(
-    cases: Mapping[str, Case], rounds: int, label: str = "timing"
-) -> dict[str, Seconds]:
+    cases: Mapping[Name, Case], rounds: int, label: str = "timing"
+) -> dict[Name, Seconds]:
     """Runs every case once a round, so that what disturbs the machine disturbs all alike.
 
     Each round has an order of its own: what a case leaves in caches falls to no one in particular.
@@ -41,7 +43,7 @@ def interleaved(
     for case in cases.values():
         jax.block_until_ready(case.function(*case.arguments))
     order = random.Random(0)
-    taken: dict[str, list[float]] = {name: [] for name in cases}
+    taken: dict[Name, list[float]] = {name: [] for name in cases}
     for _ in track(range(rounds), label, transient=True):
         for name in order.sample(list(cases), len(cases)):
             case = cases[name]

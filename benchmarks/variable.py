@@ -20,8 +20,8 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import timing
 from moepp_jax import host_memory, moe
+from moepp_jax.benchmarks import timing
 from moepp_jax.moe import kernels
 
 USED = (1, 2, 4, 8)

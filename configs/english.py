@@ -8,7 +8,7 @@ Wikipedia 0.59; held-out loss is told for each domain and for the mixture of the
 
 from ml_collections import ConfigDict
 
-from configs import base, tiny
+from moepp_jax.configs import base, tiny
 
 
 def get_config(variant: str = "moepp") -> ConfigDict:

@@ -7,7 +7,7 @@ Expected (paper, table 3): 44.3 on average over nine tasks.
 
 from ml_collections import ConfigDict
 
-from configs import base, moepp_0p6b
+from moepp_jax.configs import base, moepp_0p6b
 
 
 def get_config(corpora: str = "") -> ConfigDict:

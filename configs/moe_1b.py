@@ -7,7 +7,7 @@ Expected (paper, table 3): 45.3 on average over nine tasks.
 
 from ml_collections import ConfigDict
 
-from configs import base, moepp_1b
+from moepp_jax.configs import base, moepp_1b
 
 
 def get_config(corpora: str = "") -> ConfigDict:

@@ -9,8 +9,8 @@ Expected (paper, table 3): 46.1 on average over nine tasks, its vanilla twin 45.
 
 from ml_collections import ConfigDict
 
-from configs import base
-from configs.data import paper_mixture
+from moepp_jax.configs import base
+from moepp_jax.configs.data import paper_mixture
 
 
 def get_config(corpora: str = "") -> ConfigDict:

@@ -10,8 +10,8 @@ Expected (paper, table 3): 53.1 on average over nine tasks, its vanilla twin 52.
 
 from ml_collections import ConfigDict
 
-from configs import base
-from configs.data import paper_mixture
+from moepp_jax.configs import base
+from moepp_jax.configs.data import paper_mixture
 
 
 def get_config(corpora: str = "") -> ConfigDict:

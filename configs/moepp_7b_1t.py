@@ -11,7 +11,7 @@ Expected: the paper gives numbers after all 1T tokens only; see there.
 
 from ml_collections import ConfigDict
 
-from configs import moepp_7b
+from moepp_jax.configs import moepp_7b
 
 
 def get_config(corpora: str = "") -> ConfigDict:

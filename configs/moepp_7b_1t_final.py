@@ -13,8 +13,8 @@ Expected (paper): 56.2 on average over eleven tasks.
 
 from ml_collections import ConfigDict
 
-from configs import moepp_7b
-from configs.data import paper_mixture
+from moepp_jax.configs import moepp_7b
+from moepp_jax.configs.data import paper_mixture
 
 
 def get_config(corpora: str = "") -> ConfigDict:

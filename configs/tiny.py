@@ -8,7 +8,7 @@
 
 from ml_collections import ConfigDict
 
-from configs import base
+from moepp_jax.configs import base
 
 
 def get_config(variant: str = "moepp") -> ConfigDict:

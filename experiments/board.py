@@ -11,8 +11,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from experiments.results import Row
-from experiments.runs import Run
+from moepp_jax.experiments.results import Row
+from moepp_jax.experiments.runs import Run
 
 _SHOWN = 8  # finished runs, and those to come, in the table
 

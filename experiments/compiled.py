@@ -11,15 +11,15 @@ import functools
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from experiments import measure
-from experiments.measure import Measured, Measurement
-from experiments.runs import Run
 from moepp_jax import compile
 from moepp_jax import mesh as mesh_lib
 from moepp_jax.chips import GIB
 from moepp_jax.compile.topology import Topology, devices
 from moepp_jax.config import Config
 from moepp_jax.errors import ConfigError
+from moepp_jax.experiments import measure
+from moepp_jax.experiments.measure import Measured, Measurement
+from moepp_jax.experiments.runs import Run
 
 _HOUR = 3600.0
 

@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 if TYPE_CHECKING:
-    from experiments.study import Results
+    from moepp_jax.experiments.study import Results
 
 GREY = "0.45"
 
@@ -87,4 +87,4 @@ def labelled(axes: Axes, points: Mapping[str, tuple[float, float]]) -> None:
 
 def _overlap(a: Sequence[float], b: Sequence[float]) -> bool:
     """Whether two boxes (left, bottom, right, top) do."""
-    return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
+    return bool(a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3])

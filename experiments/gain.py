@@ -6,9 +6,9 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from experiments import runs, stats
-from experiments.results import Row
-from experiments.scale import VANILLA, Scale, Variant
+from moepp_jax.experiments import runs, stats
+from moepp_jax.experiments.results import Row
+from moepp_jax.experiments.scale import VANILLA, Scale, Variant
 
 
 class Curve(NamedTuple):

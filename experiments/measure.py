@@ -12,9 +12,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from experiments.runs import NUMERICS, Run
 from moepp_jax.claim import waiting_for
 from moepp_jax.errors import ConfigError
+from moepp_jax.experiments.runs import NUMERICS, Run
 from moepp_jax.storage import write_atomic
 
 _OWN = ("name", "fingerprint", "seed", "machine")

@@ -26,15 +26,15 @@ from typing import Any
 import jax
 from absl import flags
 
-from benchmarks import timing
-from experiments import rows as rows_lib
-from experiments import runs
 from moepp_jax import cli, evaluate, host_memory
 from moepp_jax import mesh as mesh_lib
 from moepp_jax import state as state_lib
+from moepp_jax.benchmarks import timing
 from moepp_jax.config import Config
 from moepp_jax.data import prepare
 from moepp_jax.errors import ConfigError
+from moepp_jax.experiments import rows as rows_lib
+from moepp_jax.experiments import runs
 from moepp_jax.moe import rules
 from moepp_jax.processes import Rows
 from moepp_jax.storage import write_atomic
@@ -54,7 +54,7 @@ def recipe(rule: str) -> Config:
     """
     if rule not in rules.names():
         raise ConfigError(f"--only={rule}: there is no such rule, but {', '.join(rules.names())}")
-    module = "configs.tiny" if rule == "moepp" else f"configs.routing.{rule}"
+    module = "moepp_jax.configs.tiny" if rule == "moepp" else f"moepp_jax.configs.routing.{rule}"
     return Config.parse(importlib.import_module(module).get_config())
 
 

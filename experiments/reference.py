@@ -31,7 +31,7 @@ from moepp_jax import model as model_lib
 from moepp_jax.config import Config
 from moepp_jax.errors import ConfigError
 
-ROOT = Path(__file__).parents[1] / "tests" / "data" / "reference"
+ROOT = Path(__file__).resolve().parents[1] / "tests" / "data" / "reference"
 TOLERANCE = 2e-5
 
 

@@ -6,13 +6,13 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from experiments import compiled, gain, measure, runs, study
-from experiments.results import RESULTS, Row
-from experiments.scale import Scale
-from experiments.study import Results, Study
 from moepp_jax import flops
 from moepp_jax.analysis import drawing
 from moepp_jax.config import Config
+from moepp_jax.experiments import compiled, gain, measure, runs, study
+from moepp_jax.experiments.results import RESULTS, Row
+from moepp_jax.experiments.scale import Scale
+from moepp_jax.experiments.study import Results, Study
 from moepp_jax.storage import write_atomic
 
 README = "README.md"

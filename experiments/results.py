@@ -16,7 +16,8 @@ from moepp_jax.claim import waiting_for
 from moepp_jax.errors import ConfigError
 from moepp_jax.storage import write_atomic
 
-RESULTS = Path(__file__).parent / "results"
+_COMMITTED = Path(__file__).resolve().parent / "results"
+RESULTS = _COMMITTED if _COMMITTED.is_dir() else Path("experiments", "results")  # if installed
 DONE, DIVERGED = "done", "diverged"
 # What a run that diverged does not have.
 _MEASURED_AT_THE_END = ("eval_loss", "bits_per_byte", "ffn_experts", "experts")

@@ -1,37 +1,34 @@
-"""Trains what an experiment needs and does not have yet, and writes its report.
+"""What `moepp experiments` does: trains what experiments need and do not have yet, and reports.
 
-    python -m experiments.run --list                       # experiments, runs, the time they take
-    python -m experiments.run tau gating_residual          # trains what has no row yet, and reports
-    python -m experiments.run all --scale=small --seeds=1  # every experiment, one seed each
-    python -m experiments.run tau --list                   # its runs, each with its number
-    python -m experiments.run tau --only=3                 # the run of that number alone
-    python -m experiments.run tau --report                 # from the rows that are there
-    python -m experiments.run tau --only=3 --again         # trains it anew, beside its row
-    python -m experiments.run tau --scale=paper --topology=v5p:4x4x4  # compiles it for a pod
-
-Rows are in experiments/results/SCALE/runs.csv, known by what a run computes: each is trained once,
-whichever experiment asks. Runs are in --workdir and go on where they were stopped. Any number of
-processes may share both folders; each takes runs that no other is at.
+`python -m experiments.run` is the same command.
 """
 
 from __future__ import annotations
 
 import re
 import shutil
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from absl import flags
-from rich.console import Console
 from rich.table import Table
 
-from benchmarks import timing
-from experiments import board, compiled, measure, report, results, runs, study, sweep, worker
-from experiments.runs import Run
-from experiments.scale import SCALES, Scale
-from experiments.scale import find as find_scale
-from moepp_jax import cli, host_memory
+from moepp_jax import host_memory, main
+from moepp_jax.benchmarks import timing
 from moepp_jax.errors import ConfigError
+from moepp_jax.experiments import (
+    board,
+    compiled,
+    measure,
+    report,
+    results,
+    runs,
+    study,
+    sweep,
+    worker,
+)
+from moepp_jax.experiments.runs import Run
+from moepp_jax.experiments.scale import Scale
 from moepp_jax.storage import write_atomic
 from moepp_jax.workdir import open_workdir
 
@@ -152,6 +149,25 @@ def measure_missing(of: Sequence[study.Study], scale: Scale, folder: Path, workd
             measure.take_missing(wanted, rows, trained, lock, timing.machine())
 
 
+def compile_missing(
+    planned: Sequence[Run], scale: Scale, topology: str, folder: Path, workdir: Path
+) -> None:
+    """Compiles runs for devices that are not there, each once."""
+    rows = compiled.file_of(scale.name, folder)
+    compiled.compile_missing(planned, topology, rows, workdir / sweep.ROWS_LOCK, timing.machine())
+
+
+def train_missing(
+    of: Sequence[study.Study], planned: Sequence[Run], scale: Scale, folder: Path, workdir: Path
+) -> None:
+    """Trains runs that have no row, then measures what the experiments measure of all theirs."""
+    file = results.file_of(scale.name, folder)
+    if others := sweep.train_missing(planned, scale, file, workdir):
+        print(f"{others} runs are at work in other processes")
+    else:
+        measure_missing(of, scale, folder, workdir)
+
+
 def again(planned: Sequence[Run], scale: Scale, file: Path, workdir: Path) -> None:
     """Trains runs anew in folders of their own, and says how far they end from their rows.
 
@@ -178,51 +194,6 @@ def again(planned: Sequence[Run], scale: Scale, file: Path, workdir: Path) -> No
             print(f"{name}: {before} in the row, {now} again: {same}")
 
 
-def main(arguments: Sequence[str]) -> None:
-    names, scale = list(arguments[1:]), find_scale(_SCALE.value)
-    folder = Path(_RESULTS.value)
-    file = results.file_of(scale.name, folder)
-    workdir = Path(_WORKDIR.value) / scale.name
-    if _SEEDS.value is not None and _SEEDS.value < 1:
-        raise ConfigError(f"--seeds={_SEEDS.value} must be at least 1")
-    if _LIST.value:
-        of = experiments(names or [ALL], scale)
-        rows = results.read(file)
-        table = listed_runs(of[0], scale, rows) if len(of) == 1 else listed(of, scale, rows)
-        Console(width=140).print(table)
-        return
-    if not names:
-        raise ConfigError(f"which experiment? There are {', '.join(study.names())}, and {ALL}")
-    of = experiments(names, scale)
-    if not _REPORT.value:
-        planned = chosen(plan(of, scale, _SEEDS.value), _ONLY.value)
-        if _AGAIN.value:
-            again(planned, scale, file, workdir)
-            return
-        lock = workdir / sweep.ROWS_LOCK
-        if _TOPOLOGY.value:
-            rows = compiled.file_of(scale.name, folder)
-            compiled.compile_missing(planned, _TOPOLOGY.value, rows, lock, timing.machine())
-        elif others := sweep.train_missing(planned, scale, file, workdir):
-            print(f"{others} runs are at work in other processes")
-        elif _ONLY.value is None:
-            measure_missing(of, scale, folder, workdir)
-    for written in write_reports(of, scale, folder, _SEEDS.value):
-        print(f"written {written}")
-
-
 if __name__ == "__main__":
-    _SCALE = flags.DEFINE_string("scale", "tiny", f"how large: {', '.join(SCALES)}")
-    _SEEDS = flags.DEFINE_integer("seeds", None, "of every variant; by default the experiment's")
-    _ONLY = flags.DEFINE_string("only", None, "numbers of runs to train: 3, or 0,4, or 0-7")
-    _LIST = flags.DEFINE_bool("list", False, "say what there is to train, and train nothing")
-    _REPORT = flags.DEFINE_bool("report", False, "write the report from rows, and train nothing")
-    _AGAIN = flags.DEFINE_bool("again", False, "train runs that have a row anew, and compare")
-    _TOPOLOGY = flags.DEFINE_string(
-        "topology", None, "compile for it instead of training: v5p:4x4x4, or cpu:8"
-    )
-    _WORKDIR = flags.DEFINE_string("workdir", "runs/experiments", "where the runs are")
-    _RESULTS = flags.DEFINE_string(
-        "results", str(results.RESULTS), "where rows and reports are written"
-    )
-    cli.run(main)
+    sys.argv.insert(1, "experiments")
+    main.main()

@@ -9,9 +9,9 @@ import json
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from experiments.scale import Scale, Variant
 from moepp_jax import earlier, flops
 from moepp_jax.config import Config, differences
+from moepp_jax.experiments.scale import Scale, Variant
 from moepp_jax.moe import rules
 
 # Of the arithmetic: one more where a commit changes the losses of a configuration by more than

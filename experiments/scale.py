@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
-from configs import base, english, moepp_0p6b, moepp_1b, moepp_2b, moepp_7b, tiny
 from moepp_jax.config import Config, differences
+from moepp_jax.configs import base, english, moepp_0p6b, moepp_1b, moepp_2b, moepp_7b, tiny
 from moepp_jax.errors import ConfigError
 from moepp_jax.moe import rules
 
@@ -83,7 +83,7 @@ class Scale:
 
     def routed_by(self, rule: str, against: str = "") -> Variant:
         """The usual recipe with a routing rule and its pool, as configs/routing has them."""
-        there = importlib.import_module(f"configs.routing.{rule}").get_config()
+        there = importlib.import_module(f"moepp_jax.configs.routing.{rule}").get_config()
         own = differences(tiny.get_config().to_dict(), there.to_dict())
         pool = {n: v for n, (_, v) in own.items() if not n.startswith("moe.rule.")}
         recipe = self.recipe()

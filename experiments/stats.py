@@ -82,7 +82,9 @@ def paired(ours: Mapping[int, float], theirs: Mapping[int, float]) -> Difference
 
 
 def power_law(
-    compute: Sequence[float], loss: Sequence[float], near: PowerLaw | None = None
+    compute: Sequence[float] | np.ndarray,
+    loss: Sequence[float] | np.ndarray,
+    near: PowerLaw | None = None,
 ) -> PowerLaw:
     """The least-squares fit, in the logarithm of the loss.
 

@@ -14,11 +14,11 @@ from typing import NamedTuple
 
 from matplotlib.figure import Figure
 
-from experiments import figures, gain, runs, stats, studies
-from experiments.measure import Measured, Measurement
-from experiments.results import Row
-from experiments.scale import Scale, Variant
 from moepp_jax.errors import ConfigError
+from moepp_jax.experiments import figures, gain, runs, stats, studies
+from moepp_jax.experiments.measure import Measured, Measurement
+from moepp_jax.experiments.results import Row
+from moepp_jax.experiments.scale import Scale, Variant
 
 HOLDS, FAILS, OPEN = "holds", "does not hold", "cannot be told at this scale"
 MISSING = "is open, as runs are missing"

@@ -12,13 +12,13 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from experiments import results, worker
-from experiments.board import Board
-from experiments.results import Row
-from experiments.runs import Run, missing
-from experiments.scale import Scale
 from moepp_jax.claim import is_taken
 from moepp_jax.errors import ConfigError
+from moepp_jax.experiments import results, worker
+from moepp_jax.experiments.board import Board
+from moepp_jax.experiments.results import Row
+from moepp_jax.experiments.runs import Run, missing
+from moepp_jax.experiments.scale import Scale
 from moepp_jax.interrupt import Stopped, StopRequest
 from moepp_jax.workdir import open_workdir
 
@@ -75,7 +75,13 @@ def in_child(run: Run, folder: Path, scale: Scale) -> Iterator[int]:
       ConfigError: the process failed.
       Stopped: SIGINT or SIGTERM asked for it; the run is saved.
     """
-    command = [sys.executable, "-m", "experiments.worker", f"--scale={scale.name}", str(folder)]
+    command = [
+        sys.executable,
+        "-m",
+        "moepp_jax.experiments.worker",
+        f"--scale={scale.name}",
+        str(folder),
+    ]
     log = folder / "log.txt"
     with StopRequest() as stop, log.open("a") as out:
         # In a session of its own Ctrl-C does not reach it twice.

@@ -31,8 +31,6 @@ from rich.console import Console
 from rich.table import Table
 
 import moepp_jax
-from benchmarks import timing
-from configs import base
 from moepp_jax import cli, flops, host_memory, moe, observe
 from moepp_jax import mesh as mesh_lib
 from moepp_jax import model as model_lib
@@ -40,7 +38,9 @@ from moepp_jax import state as state_lib
 from moepp_jax.analysis import draw
 from moepp_jax.analysis.curves import plot_curves
 from moepp_jax.analysis.ngram import ngram_loss
+from moepp_jax.benchmarks import timing
 from moepp_jax.config import Config
+from moepp_jax.configs import base
 from moepp_jax.data import Dataset, describe, prepare
 from moepp_jax.evaluate import evaluate_run
 from moepp_jax.train import train

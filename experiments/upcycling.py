@@ -32,10 +32,10 @@ import numpy as np
 from absl import flags
 from matplotlib.figure import Figure
 
-from experiments import rows as rows_lib
 from moepp_jax import cli, host_memory, interop
 from moepp_jax.config import Config
 from moepp_jax.errors import ConfigError
+from moepp_jax.experiments import rows as rows_lib
 from moepp_jax.metrics import read_metrics
 from moepp_jax.storage import write_atomic
 from moepp_jax.train import train

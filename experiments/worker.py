@@ -20,13 +20,12 @@ from typing import Any
 
 from absl import flags
 
-from benchmarks import timing
-from experiments import runs, scale
-from experiments.results import DIVERGED, DONE, Row
-from moepp_jax import cli, flops
+from moepp_jax import cli, devices, flops
+from moepp_jax.benchmarks import timing
 from moepp_jax.claim import TakenError, claimed
-from moepp_jax.commands import devices
 from moepp_jax.config import Config
+from moepp_jax.experiments import runs, scale
+from moepp_jax.experiments.results import DIVERGED, DONE, Row
 from moepp_jax.metrics import DivergedError, read_metrics
 from moepp_jax.storage import write_atomic
 from moepp_jax.train import train

@@ -1,10 +1,11 @@
 """moepp_jax: the open training system for MoE++ language models, in JAX.
 
 `load(workdir)` gives a trained model; `moepp_jax.moe` is the layer for models of one's own. The
-command line is `python -m moepp_jax.main`.
+command line is `moepp`, or `python -m moepp_jax.main`.
 """
 
-__all__ = ["load"]
+__all__ = ["__version__", "load"]
+__version__ = "0.1.0"
 
 
 def __getattr__(name: str):

@@ -2,27 +2,28 @@
 
 from __future__ import annotations
 
-import difflib
+import inspect
 import logging as logging_of_python
 import os
 import re
-import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import FrameType
-from typing import Any, NoReturn
+from types import ModuleType
+from typing import Any
 
 import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from moepp_jax import distributed, processes
+from moepp_jax import distributed, ending, processes, recipes
 from moepp_jax.checkpoint import CheckpointError, SaveError
 from moepp_jax.data.storage import DataError
 from moepp_jax.errors import ConfigError
 from moepp_jax.interrupt import Stopped
 from moepp_jax.metrics import DivergedError
+
+flags.disclaim_key_flags()  # those that it defines are of the module that asks for it
 
 _LARGER = (
     "Less is needed with more config.mesh.fsdp, a larger config.train.accumulate or a stronger "
@@ -38,27 +39,42 @@ def define_config(default: str | None = None) -> flags.FlagHolder:
     return config_flags.DEFINE_config_file(
         "config",
         default,
-        "recipe: a file of configs/; each field of configs/base.py is a flag too: "
+        "recipe: one of the package's, or a file; each field is a flag too: "
         "--config.moe.rule.tau=0.5",
         lock_config=False,
         accept_new_attributes=True,
     )
 
 
-def run(
-    main: Callable[[Sequence[str]], None], describe: Callable[[Sequence[str]], str] | None = None
-) -> None:
+class _Path(flags.ArgumentParser):
+    syntactic_help = "a path"
+
+    def parse(self, argument: str) -> str:
+        return os.path.expanduser(argument)  # no shell does so behind a "="
+
+
+def define_path(name: str, default: str | None, said: str) -> flags.FlagHolder:
+    """A flag that holds a path, in which ~ is the user's own folder."""
+    return flags.DEFINE(_Path(), name, default, said, serializer=flags.ArgumentSerializer())
+
+
+def define_paths(name: str, said: str) -> flags.FlagHolder:
+    """A flag of a path, which may be given several times."""
+    return flags.DEFINE_multi(_Path(), flags.ArgumentSerializer(), name, [], said)
+
+
+def run(main: Callable[[Sequence[str]], None], describe: Callable[[], str] | None = None) -> None:
     """As `absl.app.run`; what the user got wrong is told as `error: ...`, with exit status 1.
 
     One of several processes that fails otherwise ends the whole run.
 
     Args:
-      describe: the text of --help, given the other words; by default absl's.
+      describe: the text of --help; by default absl's.
     """
 
     def parse(argv):
         if describe and _HELP & set(argv):
-            print(describe([word for word in argv[1:] if not word.startswith("-")]))
+            print(describe())
             sys.exit()
         return _parse(argv)
 
@@ -71,8 +87,7 @@ def run(
         sys.unraisablehook = _but_of_closed_loops
         main(argv)
 
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        signal.signal(signal.SIGINT, _end_now)
+    ending.on_interrupt()
     try:
         app.run(quietly, flags_parser=parse)
     except Stopped as stopped:
@@ -82,7 +97,7 @@ def run(
     except SaveError as error:
         # Threads that still write would be waited for, and tell of it in a thousand lines.
         of = f"process {jax.process_index()}: " if jax.distributed.is_initialized() else ""
-        _end_at_once(f"error: {of}{error}\n", 1)
+        ending.at_once(f"error: {of}{error}\n", 1)
     except (ConfigError, CheckpointError, DivergedError) as error:
         # A damaged record is read by one process alone; all else is an error in each.
         if isinstance(error, DataError) and jax.distributed.is_initialized():
@@ -109,37 +124,22 @@ def _but_of_closed_loops(what: Any) -> None:
         sys.__unraisablehook__(what)
 
 
-def _end_now(number: int, frame: FrameType | None) -> NoReturn:
-    """What Ctrl-C does where nothing is to be saved.
-
-    A KeyboardInterrupt is lost where it meets one of JAX's callbacks, and what ends in good order
-    may end in the middle of a computation.
-    """
-    _end_at_once("\ninterrupted\n", 128 + number)
-
-
-def _end_at_once(message: str, status: int) -> NoReturn:
-    sys.stdout.flush()
-    show_cursor = "\x1b[?25h" if os.isatty(2) else ""  # a progress bar hides it
-    os.write(2, (show_cursor + message).encode())
-    os._exit(status)
+def describe(module: ModuleType) -> str:
+    """The text of --help of a command, with its flags."""
+    _, _, shown = flags.FLAGS.module_help(module).lstrip().partition("\n")  # the module's name
+    return f"{inspect.cleandoc(module.__doc__)}\n\n{shown}"
 
 
 def _parse(argv: Sequence[str]) -> list[str]:
-    # The flag itself would only tell later, and without the name of the file.
-    recipe = re.search(r"\0--?config[=\0]([^\0:]*)", "\0".join(argv))
-    if recipe and not Path(recipe[1]).is_file():
-        near = difflib.get_close_matches(recipe[1], map(str, Path("configs").glob("*.py")), n=1)
-        hint = f"did you mean {near[0]}?" if near else "recipes are in configs/"
-        raise ConfigError(f"--config={recipe[1]}: there is no such file; {hint}")
+    argv = _with_file_of_recipe(argv)
     try:
         return flags.FLAGS(argv)
     except flags.UnrecognizedFlagError as error:
-        if recipe or not error.flagname.startswith("config."):
+        if any(_GIVES_RECIPE.match(word) for word in argv) or "config." not in error.flagname:
             raise ConfigError(str(error)) from error
         raise ConfigError(
             f"--{error.flagname} changes a field of a recipe, and none was given: write "
-            "--config=configs/tiny.py, or --config=configs/run.py:WORKDIR for that of a run"
+            "--config=tiny, or --config=run:WORKDIR for that of a run"
         ) from error
     except flags.Error as error:
         # What a recipe raises comes with its traceback, the error itself in the last line.
@@ -150,3 +150,24 @@ def _parse(argv: Sequence[str]) -> list[str]:
     except KeyError as error:
         said = " ".join(str(error.args[0]).split())
         raise ConfigError(f"a flag names no field of the configuration: {said}") from error
+
+
+_GIVES_RECIPE = re.compile(r"--?config(=|$)")
+
+
+def _with_file_of_recipe(argv: Sequence[str]) -> list[str]:
+    """The arguments, with the file of the recipe that --config names.
+
+    Raises:
+      ConfigError: there is no such recipe; the flag itself would tell later, and not its name.
+    """
+    words, found = list(argv), False
+    for number, word in enumerate(argv):
+        if found and number == found:
+            words[number] = recipes.with_file(word)
+        elif match := _GIVES_RECIPE.match(word):
+            if match[1]:
+                words[number] = f"{match[0]}{recipes.with_file(word[match.end() :])}"
+            else:
+                found = number + 1
+    return words

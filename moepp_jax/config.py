@@ -12,6 +12,7 @@ import dataclasses
 import difflib
 import json
 import math
+import os
 from collections.abc import Mapping
 from typing import Any, get_args, get_origin, get_type_hints
 
@@ -281,6 +282,8 @@ def _typed(name: str, value: Any, kind: type) -> Any:
         value = float(value)
     if type(value) is not kind:
         raise ConfigError(f"{name} = {value!r} must be of type {kind.__name__}")
+    if kind is str and value.startswith("~"):
+        return os.path.expanduser(value)  # no shell does so behind a "="
     if kind is float and not math.isfinite(value):
         raise ConfigError(f"{name} = {value!r} must be finite")
     return value

@@ -1,21 +1,25 @@
-"""The command line: flags -> configuration -> one of the commands.
+"""moepp: MoE++ language models, trained, evaluated, looked into and converted.
 
-    python -m moepp_jax.main train    --config=configs/tiny.py --workdir=runs/x
-    python -m moepp_jax.main evaluate --workdir=runs/x
-    python -m moepp_jax.main generate --workdir=runs/x --prompt="In the beginning"
-    python -m moepp_jax.main analyze  --workdir=runs/x --page
-    python -m moepp_jax.main compile  --config=configs/moepp_7b.py --topology=v5p:4x4x4
-    python -m moepp_jax.main lm_eval  --workdir=runs/x --suite=paper
+    moepp train    --config=tiny --workdir=runs/x
+    moepp evaluate --workdir=runs/x
+    moepp generate --workdir=runs/x --prompt="In the beginning"
+    moepp analyze  --workdir=runs/x --page
+    moepp lm_eval  --workdir=runs/x --suite=paper
+    moepp compile  --config=moepp_7b --topology=v5p:4x4x4
 
-    python -m moepp_jax.main data prepare --config=configs/tiny.py
-    python -m moepp_jax.main data benchmarks
+    moepp data prepare --config=tiny
+    moepp data benchmarks
 
-    python -m moepp_jax.main convert from-hf path/of/released runs/x
-    python -m moepp_jax.main convert to-hf runs/x path/of/export
-    python -m moepp_jax.main convert upcycle path/of/mixtral runs/y --n_const=2 --tau=0.5
+    moepp convert from-hf path/of/released runs/x
+    moepp convert to-hf runs/x path/of/export
+    moepp convert upcycle path/of/mixtral runs/y --n_const=2 --tau=0.5
 
-Every field of the configuration is a flag: --config.moe.rule.tau=0.5. evaluate and generate take
-the work directory's configuration; with --config they check that it is the same. So does train
+    moepp experiments --list
+    moepp experiments tau gating_residual
+
+--config names a recipe that comes with the package, or a file of your own; `moepp recipes` lists
+them. Every field of the configuration is a flag: --config.moe.rule.tau=0.5. evaluate and generate
+take the work directory's configuration; with --config they check that it is the same. So does train
 where there is one already. With --config, convert from-hf and upcycle take all but the model from
 it.
 
@@ -33,49 +37,86 @@ one, with --init_optimizer from its optimizer's moments too.
 Errors end with status 1 and one message. compile needs no such devices, and ends with status 2
 where the training step does not fit them.
 
-    python -m moepp_jax.main generate --help     # a command with its flags; --helpfull: all flags
+    moepp generate --help             # a command with its flags; --helpfull: all flags
+    moepp --version
+    eval "$(moepp completion bash)"   # completes commands, flags and recipes; zsh too
+
+`python -m moepp_jax.main` is the same as `moepp`.
 """
 
+from __future__ import annotations
+
 import difflib
-import inspect
+import importlib
+import sys
 from collections.abc import Sequence
+from types import ModuleType
 
-from absl import flags
+from moepp_jax import __version__, ending
 
-from moepp_jax import cli
-from moepp_jax.commands import analyze, compile, convert, data, evaluate, generate, lm_eval, train
-from moepp_jax.errors import ConfigError
-
-COMMANDS = {
-    "train": train,
-    "evaluate": evaluate,
-    "analyze": analyze,
-    "generate": generate,
-    "lm_eval": lm_eval,
-    "compile": compile,
-    "data": data,
-    "convert": convert,
-}
-
-
-def main(argv: Sequence[str]) -> None:
-    _, *words = argv
-    if not words or words[0] not in COMMANDS:
-        near = difflib.get_close_matches(words[0], COMMANDS, n=1) if words else []
-        said = f"not {' '.join(words)!r}" if words else "as in moepp_jax.main train"
-        hint = f"did you mean {near[0]}?" if near else "--help describes them"
-        raise ConfigError(f"give one command of {', '.join(COMMANDS)}, {said}; {hint}")
-    COMMANDS[words[0]].run(words[1:])
+# A file of moepp_jax/commands each, imported when it is called for: JAX takes seconds to import.
+COMMANDS = (
+    "train",
+    "evaluate",
+    "analyze",
+    "generate",
+    "lm_eval",
+    "compile",
+    "data",
+    "convert",
+    "experiments",
+    "recipes",
+    "completion",
+)
+_HELP = {"--help", "-help", "-h", "-?"}
 
 
-def describe(words: Sequence[str]) -> str:
-    """The text of --help: of a command with its flags, or of all in short."""
-    if not words or words[0] not in COMMANDS:
-        return __doc__
-    module = COMMANDS[words[0]]
-    _, _, shown = flags.FLAGS.module_help(module).lstrip().partition("\n")  # the module's name
-    return f"{inspect.cleandoc(module.__doc__)}\n\n{shown}"
+def main() -> None:
+    """The command line, whole: what was asked for is in sys.argv."""
+    ending.on_interrupt()
+    name = command_of(sys.argv[1:])
+    if name is not None:
+        run(name)
+    elif "--version" in sys.argv:
+        print(f"moepp_jax {__version__}")
+    elif _HELP & set(sys.argv):
+        print(__doc__)
+    else:
+        sys.exit(f"error: {_unknown(sys.argv[1:])}")
+
+
+def command_of(arguments: Sequence[str]) -> str | None:
+    """The first word, or after flags the first that is a command; None if there is none."""
+    words = arguments[:1] if arguments and not arguments[0].startswith("-") else arguments
+    return next((word for word in words if word in COMMANDS), None)
+
+
+def load(name: str) -> ModuleType:
+    """A command's module, which has defined its flags by then."""
+    return importlib.import_module(f"moepp_jax.commands.{name}")
+
+
+def run(name: str) -> None:
+    """One command, with the flags of sys.argv."""
+    from moepp_jax import cli
+
+    module = load(name)
+
+    def command(argv: Sequence[str]) -> None:
+        words = argv[1:]
+        words.remove(name)
+        module.run(words)
+
+    cli.run(command, lambda: cli.describe(module))
+
+
+def _unknown(arguments: Sequence[str]) -> str:
+    words = [word for word in arguments if not word.startswith("-")]
+    said = f"not {' '.join(words)!r}" if words else "as in moepp train"
+    near = difflib.get_close_matches(words[0], COMMANDS, n=1) if words else []
+    hint = f"did you mean {near[0]}?" if near else "--help describes them"
+    return f"give one command of {', '.join(COMMANDS)}, {said}; {hint}"
 
 
 if __name__ == "__main__":
-    cli.run(main, describe)
+    main()

@@ -232,7 +232,7 @@ def _require_alike(parent: Parent, config: Config, workdir: str | os.PathLike) -
         raise ConfigError(
             f"--init_from={parent} is of another model, whose parameters mean something else:\n"
             + "\n".join(lines)
-            + f"\nGive its values; --config=configs/run.py:{parent.workdir} has them all."
+            + f"\nGive its values; --config=run:{parent.workdir} has them all."
         )
     file = tokenizer_file(parent.workdir)
     if not file.exists():

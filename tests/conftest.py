@@ -4,7 +4,7 @@ import dataclasses
 import gc
 import os
 
-from tests import hurry
+from tests import checked, hurry
 
 # Collectives block threads of JAX's CPU pools: with fewer threads than this they can deadlock.
 os.environ.setdefault("PJRT_NPROC", "32")
@@ -19,8 +19,8 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 from jaxtyping import install_import_hook
 
-# Shapes in signatures are checked whenever a test calls a function of these packages.
-install_import_hook("moepp_jax", "beartype.beartype")
+# Shapes and types in signatures are checked whenever a test calls a function of the package.
+install_import_hook("moepp_jax", f"{checked.__name__}.signature")
 
 # Tracing makes many objects and few cycles: looking for those was an eighth of all tests' time.
 gc.set_threshold(20_000, 20, 20)

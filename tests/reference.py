@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import load_file
 
-from configs import base
 from moepp_jax.config import Config
+from moepp_jax.configs import base
 
 ROOT = Path(__file__).parent / "data" / "reference"
 NAMES = ("default", "mixtral_gating", "released_flags")

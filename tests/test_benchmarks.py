@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import decode, layer, timing, variable
+from moepp_jax.benchmarks import decode, layer, timing, variable
 
 SHAPE = layer.Shape(
     tokens=128, groups=2, width=16, ffn_size=24, n_ffn=4, zero_computation=(1, 1, 1)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from benchmarks import conversion
+from moepp_jax.benchmarks import conversion
 from tests import tiny
 
 CONFIG = tiny.config(**{"model.num_layers": 2, "model.dtype": "bfloat16"})

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from benchmarks import data
+from moepp_jax.benchmarks import data
 from moepp_jax.data import prepare, reading
 from tests import tiny
 

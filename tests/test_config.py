@@ -8,9 +8,9 @@ from typing import get_args, get_origin, get_type_hints
 import numpy as np
 import pytest
 
-from configs import base, tiny
 from moepp_jax import config as config_lib
 from moepp_jax.config import Config, differences
+from moepp_jax.configs import base, tiny
 from moepp_jax.errors import ConfigError
 from moepp_jax.moe import Rule, rules
 from tests import tiny as small

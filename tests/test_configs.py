@@ -6,12 +6,12 @@ from pathlib import Path
 import jax
 import pytest
 
-from configs import moepp_7b, run
-from configs import moepp_7b_1t as first_1t
-from configs import moepp_7b_1t_final as last_1t
-from configs.data import paper_mixture
 from moepp_jax import flops, mesh, optim, state
 from moepp_jax.config import Config
+from moepp_jax.configs import moepp_7b, run
+from moepp_jax.configs import moepp_7b_1t as first_1t
+from moepp_jax.configs import moepp_7b_1t_final as last_1t
+from moepp_jax.configs.data import paper_mixture
 from moepp_jax.data.mixture import Mixture
 from moepp_jax.data.prepare import prepare_sources
 from moepp_jax.errors import ConfigError
@@ -35,7 +35,7 @@ FILES = sorted(
 
 
 def recipe(name: str) -> Config:
-    return Config.parse(importlib.import_module(f"configs.{name}").get_config())
+    return Config.parse(importlib.import_module(f"moepp_jax.configs.{name}").get_config())
 
 
 def count(config: Config) -> int:
@@ -56,7 +56,7 @@ def test_all_recipes_are_found():
 
 def test_the_recipe_of_a_run_is_that_of_its_folder(tmp_path):
     config = recipe("tiny")
-    assert Config.parse(run.get_config(open_workdir(tmp_path, config))) == config
+    assert Config.parse(run.get_config(str(open_workdir(tmp_path, config)))) == config
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -100,7 +100,7 @@ def test_vanilla_twin(name):
 def test_the_papers_models_train_on_its_mixture():
     for name in FILES:
         if name not in ("tiny", "english"):
-            module = importlib.import_module(f"configs.{name}")
+            module = importlib.import_module(f"moepp_jax.configs.{name}")
             sources = Config.parse(module.get_config("/mnt/corpora")).data.sources
             assert sources["redpajama_books"].path == "/mnt/corpora/redpajama/book"
             assert sources["dolma"].weight == (41.53 if name == LONG[1] else 61.28)

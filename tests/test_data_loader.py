@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from configs import base, tiny
 from moepp_jax.config import Config
+from moepp_jax.configs import base, tiny
 from moepp_jax.data import (
     DataError,
     Dataset,

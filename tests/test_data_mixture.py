@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from configs.data import paper_mixture
+from moepp_jax.configs.data import paper_mixture
 from moepp_jax.data.mixture import Mixture
 
 weights_of = st.lists(st.floats(1e-6, 1e6), min_size=1, max_size=12).map(

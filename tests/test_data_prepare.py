@@ -16,10 +16,10 @@ import tensorflow_datasets as tfds
 from absl import flags
 from absl.testing import flagsaver
 
-from configs import tiny
-from configs.base import source
 from moepp_jax.commands import data as command
 from moepp_jax.config import Config
+from moepp_jax.configs import tiny
+from moepp_jax.configs.base import source
 from moepp_jax.data import corpus, estimate, files, records, shards, storage, tokens, work
 from moepp_jax.data.prepare import prepare_sources, prepared_sources, verify
 from moepp_jax.errors import ConfigError

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
-from configs import tiny
-from configs.base import source
 from moepp_jax.config import Config
+from moepp_jax.configs import tiny
+from moepp_jax.configs.base import source
 from moepp_jax.data import corpus, records, storage, tfds_sets
 from moepp_jax.data.tfds_sets import TfdsCorpus
 from moepp_jax.errors import ConfigError

@@ -306,7 +306,7 @@ MEANING = [
 @pytest.mark.parametrize(("changes", "lines"), MEANING)
 def test_parameters_must_mean_the_same(old, data, tmp_path, changes, lines):
     said = rf"--init_from={old}@4 is of another model, .*:\n  " + r"\n  ".join(lines)
-    said += rf"\nGive its values; --config=configs/run.py:{old} has them all.$"
+    said += rf"\nGive its values; --config=run:{old} has them all.$"
     refused(config(data, **changes), tmp_path / "new", said, old, 4)
 
 

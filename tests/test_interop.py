@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 
 import moepp_jax
-from configs import base
 from moepp_jax import interop, train
 from moepp_jax.checkpoint import Checkpoints
 from moepp_jax.config import Config
+from moepp_jax.configs import base
 from moepp_jax.interop import ConversionError, streams
 from moepp_jax.workdir import read_config
 from tests import reference, tiny

@@ -7,8 +7,8 @@ import pytest
 from safetensors.numpy import load_file
 
 import moepp_jax
-from experiments import reference as experiment
 from moepp_jax import interop
+from moepp_jax.experiments import reference as experiment
 from tests import authors, checkpoints, reference
 
 SILENT = {"report": lambda line: None}

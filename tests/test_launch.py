@@ -39,6 +39,9 @@ from moepp_jax import distributed, main, mesh, profiling
 from moepp_jax.config import Config
 from moepp_jax.compile.topology import Topology
 
+for name in main.COMMANDS:
+    main.load(name)
+
 def check(arguments, devices):
     sys.argv = ["main", *arguments]  # where the flag of a recipe looks for those of its fields
     _, command, *_ = flags.FLAGS(sys.argv)

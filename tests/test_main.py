@@ -167,6 +167,9 @@ FORKS = """
 import json, os, signal, sys, traceback
 from moepp_jax import cli, main
 
+for name in main.COMMANDS:
+    main.load(name)
+
 # What a shell starts in the background ignores it.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -175,7 +178,7 @@ def run(arguments, stderr):
     os.dup2(sys.stderr.fileno(), 2)
     interrupt = lambda argv: signal.raise_signal(signal.SIGINT)
     try:
-        cli.run(interrupt if arguments == ["^C"] else main.main)
+        cli.run(interrupt) if arguments == ["^C"] else main.main()
     except SystemExit as end:
         if isinstance(end.code, str):
             print(end.code, file=sys.stderr)
@@ -209,16 +212,19 @@ def cases(folder: Path) -> list[tuple[list[str], str]]:
         (["fly"], "give one command of train, .*, not 'fly'"),
         (["trian", recipe], "give one command .*, not 'trian'; did you mean train?"),
         (["train", "now", recipe], "'now' is too much: this command takes flags only"),
-        (["train"], "no --config was given: write --config=configs/tiny.py"),
+        (["train"], "no --config was given: write --config=tiny"),
         (["data", "prepare"], "no --config was given"),
         (["data"], "write data followed by one of prepare"),
         (["compile", recipe], "no --topology was given: write --topology="),
         (["train", recipe], "no --workdir was given: write --workdir=runs/NAME"),
         (["evaluate"], "no --workdir was given"),
-        (["train", "--config=configs/no.py", new], "--config=configs/no.py: there is no such file"),
+        (
+            ["train", "--config=own/no.py", new],
+            "--config=own/no.py: there is no such file, and",
+        ),
         (
             ["train", "--config=configs/tny.py", new],
-            "configs/tny.py: .*; did you mean configs/tiny",
+            "configs/tny.py: .*; did you mean tiny",
         ),
         (["train", "--config", "no.py", "--config.seed=1"], "--config=no.py: there is no such"),
         (["train", "--config=README.md", new], "--config cannot be read: .*README.md"),
@@ -368,7 +374,7 @@ def test_help_is_of_the_command_and_no_error(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["main", "generate", "--help"])
     monkeypatch.setattr(signal, "signal", lambda *handler: None)  # pytest's own handler stays
     with pytest.raises(SystemExit) as end:
-        cli.run(main.main, main.describe)
+        main.main()
     assert not end.value.code
     said = capsys.readouterr()
     assert not said.err

@@ -328,7 +328,7 @@ def test_processes_wait_for_slow_work_and_learn_of_each_others_errors():
 # A mixture, four processes, and what kills them: minutes.
 
 MIXED = """
-from configs import base, tiny
+from moepp_jax.configs import base, tiny
 
 def get_config():
     c = tiny.get_config()

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 import moepp_jax
-from experiments import reference as experiment
 from moepp_jax import interop
 from moepp_jax import model as model_lib
 from moepp_jax.errors import ConfigError
+from moepp_jax.experiments import reference as experiment
 from tests import reference
 
 

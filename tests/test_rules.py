@@ -48,7 +48,7 @@ MORE = {"moepp with biases": {"moe.rule.bias_rate": 0.1}}
 
 
 def module_of(name: str) -> str:
-    return "configs.tiny" if name == "moepp" else f"configs.routing.{name}"
+    return "moepp_jax.configs.tiny" if name == "moepp" else f"moepp_jax.configs.routing.{name}"
 
 
 def recipe(name: str, **changes) -> Config:
@@ -137,7 +137,7 @@ def test_the_recipe_is_of_the_rule_and_says_how_it_is_run(name):
     assert said["type"] == name
     assert dict(module.get_config().moe.rule) == said  # every option stands there, to be changed
     assert Config.parse(config.to_dict()) == config
-    file = module.__name__.replace(".", "/") + ".py"
+    file = module.__name__.removeprefix("moepp_jax.").replace(".", "/") + ".py"
     assert f"    python -m moepp_jax.main train --config={file} --workdir=runs/" in module.__doc__
 
 

@@ -7,10 +7,10 @@ import math
 import pytest
 from rich.console import Console
 
-from configs import tiny as recipes
-from experiments import twins
 from moepp_jax.config import Config
+from moepp_jax.configs import tiny as recipes
 from moepp_jax.errors import ConfigError
+from moepp_jax.experiments import twins
 from tests import tiny
 
 

@@ -5,8 +5,8 @@ import re
 
 import pytest
 
-from experiments import rows as rows_lib
-from experiments import upcycling
+from moepp_jax.experiments import rows as rows_lib
+from moepp_jax.experiments import upcycling
 from moepp_jax.train import train
 from tests import tiny
 

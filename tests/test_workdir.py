@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from configs import tiny
 from moepp_jax.config import Config, SourceConfig, differences
+from moepp_jax.configs import tiny
 from moepp_jax.data import Tokenizer
 from moepp_jax.errors import ConfigError
 from moepp_jax.workdir import (

@@ -5,10 +5,10 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from configs import base
 from moepp_jax import state as state_lib
 from moepp_jax.checkpoint import Checkpoints
 from moepp_jax.config import Config
+from moepp_jax.configs import base
 from moepp_jax.data import PackedRows, prepare
 from moepp_jax.mesh import make_mesh
 from moepp_jax.workdir import keep_tokenizer, open_workdir

@@ -13,7 +13,7 @@ two runs, of which the second starts from the first: configs/moepp_7b_1t.py and
 configs/moepp_7b_1t_final.py.
 """
 
-from configs import base
+from moepp_jax.configs import base
 
 # Where each one is in the folder of corpora: a file, or a folder of files.
 PLACES = {

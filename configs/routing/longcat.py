@@ -9,7 +9,7 @@ Dropless, as nothing balances the copies one by one.
 
 from ml_collections import ConfigDict
 
-from configs import tiny
+from moepp_jax.configs import tiny
 
 
 def get_config() -> ConfigDict:

@@ -9,7 +9,7 @@ has grown, after a hundred steps or more.
 
 from ml_collections import ConfigDict
 
-from configs import tiny
+from moepp_jax.configs import tiny
 
 
 def get_config() -> ConfigDict:

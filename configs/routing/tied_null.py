@@ -8,7 +8,7 @@ with 0.95). 1.23 is the balance (rho = 8 / 13), from 0 to 2 each; a balance loss
 
 from ml_collections import ConfigDict
 
-from configs import tiny
+from moepp_jax.configs import tiny
 
 
 def get_config() -> ConfigDict:

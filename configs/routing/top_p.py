@@ -8,7 +8,7 @@ with 0.95). As many as the default job's vanilla twin has, and fewer the surer t
 
 from ml_collections import ConfigDict
 
-from configs import tiny
+from moepp_jax.configs import tiny
 
 
 def get_config() -> ConfigDict:

@@ -9,7 +9,7 @@ loss weighs twice as much; a balance loss that comes down to about 1.
 
 from ml_collections import ConfigDict
 
-from configs import tiny
+from moepp_jax.configs import tiny
 
 
 def get_config() -> ConfigDict:

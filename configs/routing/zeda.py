@@ -9,7 +9,7 @@ experts one by one: of a capacity they would seem dropped.
 
 from ml_collections import ConfigDict
 
-from configs import tiny
+from moepp_jax.configs import tiny
 
 
 def get_config() -> ConfigDict:

@@ -11,8 +11,8 @@ Refuted   if the interval of one of these paired differences is above 0.
 
 from __future__ import annotations
 
-from experiments.scale import MOEPP, VANILLA, Scale, Variant
-from experiments.study import Results, Study, Verdict
+from moepp_jax.experiments.scale import MOEPP, VANILLA, Scale, Variant
+from moepp_jax.experiments.study import Results, Study, Verdict
 
 NAMES = {MOEPP: "MoE++", VANILLA: "vanilla"}
 DROPLESS = "dropless"

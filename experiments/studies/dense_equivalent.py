@@ -12,10 +12,10 @@ from __future__ import annotations
 
 from matplotlib.figure import Figure
 
-from experiments import figures
-from experiments.scale import VANILLA, Scale, Variant
-from experiments.study import Results, Study, Verdict
 from moepp_jax.config import Config
+from moepp_jax.experiments import figures
+from moepp_jax.experiments.scale import VANILLA, Scale, Variant
+from moepp_jax.experiments.study import Results, Study, Verdict
 
 TIMES = (1, 2, 3)
 

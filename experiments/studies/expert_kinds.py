@@ -10,8 +10,8 @@ Refuted   if the interval of one of these paired differences is above 0.
 
 from __future__ import annotations
 
-from experiments.scale import Scale, Variant
-from experiments.study import Results, Study, Verdict
+from moepp_jax.experiments.scale import Scale, Variant
+from moepp_jax.experiments.study import Results, Study, Verdict
 
 NONE, ALL = "none", "zero, copy and constant"
 _KINDS = {

@@ -20,10 +20,10 @@ from pathlib import Path
 
 import numpy as np
 
-from experiments import runs
-from experiments.measure import Measurement
-from experiments.scale import VANILLA, Scale, Variant
-from experiments.study import Results, Study, Verdict, below_bound
+from moepp_jax.experiments import runs
+from moepp_jax.experiments.measure import Measurement
+from moepp_jax.experiments.scale import VANILLA, Scale, Variant
+from moepp_jax.experiments.study import Results, Study, Verdict, below_bound
 
 _COMPARED = ("MoE++", "MoE++, none")
 _COLUMNS = ("first_mean", "first_variance", "second_mean", "second_variance", "entropy")

@@ -18,11 +18,11 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
-from experiments import figures, runs
-from experiments.measure import Measured, Measurement
-from experiments.scale import Scale, Variant
-from experiments.studies.tau import TAUS, name_of
-from experiments.study import Results, Study, Verdict, below_bound
+from moepp_jax.experiments import figures, runs
+from moepp_jax.experiments.measure import Measured, Measurement
+from moepp_jax.experiments.scale import Scale, Variant
+from moepp_jax.experiments.studies.tau import TAUS, name_of
+from moepp_jax.experiments.study import Results, Study, Verdict, below_bound
 
 OFFSETS = (-4.0, -2.0, -1.0, -0.5, 0.0, 0.5, 1.0, 2.0, 4.0)
 OURS = name_of(0.75)

@@ -10,8 +10,8 @@ Refuted   in a pool where the 95 % interval of the paired difference is above 0.
 
 from __future__ import annotations
 
-from experiments.scale import VANILLA, Scale, Variant
-from experiments.study import FAILS, HOLDS, MISSING, Results, Study, Verdict
+from moepp_jax.experiments.scale import VANILLA, Scale, Variant
+from moepp_jax.experiments.study import FAILS, HOLDS, MISSING, Results, Study, Verdict
 
 
 class MoEVsMoEPP(Study):

@@ -11,9 +11,9 @@ from __future__ import annotations
 
 from matplotlib.figure import Figure
 
-from experiments import figures
-from experiments.scale import Scale, Variant
-from experiments.study import Results, Study, Verdict
+from moepp_jax.experiments import figures
+from moepp_jax.experiments.scale import Scale, Variant
+from moepp_jax.experiments.study import Results, Study, Verdict
 
 COUNTS = (0, 1, 2, 4, 6)
 

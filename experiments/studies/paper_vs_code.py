@@ -14,8 +14,8 @@ Refuted   if the interval of the paired difference of one lies beyond 0.02, eith
 
 from __future__ import annotations
 
-from experiments.scale import Scale, Variant
-from experiments.study import Results, Study, Verdict
+from moepp_jax.experiments.scale import Scale, Variant
+from moepp_jax.experiments.study import Results, Study, Verdict
 
 OURS = "MoE++"
 _NATS = 0.02

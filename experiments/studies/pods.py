@@ -17,11 +17,11 @@ from typing import NamedTuple
 
 from matplotlib.figure import Figure
 
-from experiments import compiled, figures
-from experiments.measure import Measurement
-from experiments.scale import PAPER, Scale, Variant
-from experiments.study import FAILS, HOLDS, MISSING, Results, Study, Verdict
 from moepp_jax.config import Config
+from moepp_jax.experiments import compiled, figures
+from moepp_jax.experiments.measure import Measurement
+from moepp_jax.experiments.scale import PAPER, Scale, Variant
+from moepp_jax.experiments.study import FAILS, HOLDS, MISSING, Results, Study, Verdict
 
 _MODEL = "16+4, larger"  # of the scale's sizes: the 7B
 _AT = "v5p:8x16x16"

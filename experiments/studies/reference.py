@@ -18,10 +18,10 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
-from experiments import figures, reference
-from experiments.measure import Measurement
-from experiments.scale import Scale, Variant
-from experiments.study import FAILS, HOLDS, MISSING, Results, Study, Verdict
+from moepp_jax.experiments import figures, reference
+from moepp_jax.experiments.measure import Measurement
+from moepp_jax.experiments.scale import Scale, Variant
+from moepp_jax.experiments.study import FAILS, HOLDS, MISSING, Results, Study, Verdict
 
 CHECKPOINTS = ("default", "mixtral_gating", "released_flags")
 

@@ -12,10 +12,10 @@ from __future__ import annotations
 
 from matplotlib.figure import Figure
 
-from experiments import figures
-from experiments.scale import Scale, Variant, rule_names
-from experiments.study import FAILS, HOLDS, MISSING, OPEN, Results, Study, Verdict
 from moepp_jax import flops
+from moepp_jax.experiments import figures
+from moepp_jax.experiments.scale import Scale, Variant, rule_names
+from moepp_jax.experiments.study import FAILS, HOLDS, MISSING, OPEN, Results, Study, Verdict
 
 _EQUAL = ", equal FLOPs"
 

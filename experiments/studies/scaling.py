@@ -18,13 +18,13 @@ import numpy as np
 from matplotlib.figure import Figure
 from ml_collections import ConfigDict
 
-from configs import base
-from experiments import figures, gain, stats
-from experiments.measure import Measurement
-from experiments.scale import MOEPP, VANILLA, Scale, Variant
-from experiments.study import FAILS, HOLDS, MISSING, OPEN, Results, Study, Verdict
 from moepp_jax.config import Config
+from moepp_jax.configs import base
 from moepp_jax.errors import ConfigError
+from moepp_jax.experiments import figures, gain, stats
+from moepp_jax.experiments.measure import Measurement
+from moepp_jax.experiments.scale import MOEPP, VANILLA, Scale, Variant
+from moepp_jax.experiments.study import FAILS, HOLDS, MISSING, OPEN, Results, Study, Verdict
 
 COLORS = {MOEPP: "C0", VANILLA: "C1"}
 
@@ -134,7 +134,7 @@ def _layer_times(folder: Path | None, recipe: Callable[[], ConfigDict]) -> Mappi
 
     With capacity they are the same wherever tokens go; else the routers are at balance.
     """
-    from benchmarks import layer, timing
+    from moepp_jax.benchmarks import layer, timing
 
     cases = {}
     for kind in COLORS:

@@ -19,10 +19,10 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
-from experiments import figures, runs
-from experiments.measure import Measurement
-from experiments.scale import VANILLA, Scale, Variant
-from experiments.study import Results, Study, Verdict, below_bound
+from moepp_jax.experiments import figures, runs
+from moepp_jax.experiments.measure import Measurement
+from moepp_jax.experiments.scale import VANILLA, Scale, Variant
+from moepp_jax.experiments.study import Results, Study, Verdict, below_bound
 
 ENGLISH = "English, held out"
 TEXTS = (ENGLISH, "French", "Spanish", "Python")

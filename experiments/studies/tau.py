@@ -12,9 +12,9 @@ from __future__ import annotations
 
 from matplotlib.figure import Figure
 
-from experiments import figures
-from experiments.scale import VANILLA, Scale, Variant
-from experiments.study import FAILS, HOLDS, MISSING, Results, Study, Verdict
+from moepp_jax.experiments import figures
+from moepp_jax.experiments.scale import VANILLA, Scale, Variant
+from moepp_jax.experiments.study import FAILS, HOLDS, MISSING, Results, Study, Verdict
 
 TAUS = (0.1, 0.25, 0.5, 0.75, 1.0)
 _NEAR = 0.25  # FFN experts a token

@@ -18,10 +18,10 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from experiments import figures
-from experiments.measure import Measurement
-from experiments.scale import Scale, Variant
-from experiments.study import FAILS, HOLDS, MISSING, Results, Study, Verdict
+from moepp_jax.experiments import figures
+from moepp_jax.experiments.measure import Measurement
+from moepp_jax.experiments.scale import Scale, Variant
+from moepp_jax.experiments.study import FAILS, HOLDS, MISSING, Results, Study, Verdict
 
 # Milliseconds: vanilla, then tau of TAUS.
 PAPER = {
@@ -143,7 +143,7 @@ def _of_theory(results: Results, pool: str, mode: str, tau: float) -> float | No
 
 def _shape_of(scale: Scale, pool: str):
     """A layer of the paper's on an accelerator, a smaller one on a laptop."""
-    from benchmarks.layer import Shape
+    from moepp_jax.benchmarks.layer import Shape
 
     n_ffn, others = _POOLS[pool]
     sizes = (2048, 8, 384, 1024) if scale.name == "tiny" else (32_768, 16, 768, 2048)
@@ -152,7 +152,7 @@ def _shape_of(scale: Scale, pool: str):
 
 def _layer(folder: Path | None, scale: Scale, pool: str, mode: str) -> Mapping[str, float]:
     """Milliseconds of the layer forward, vanilla and at each tau, by turns."""
-    from benchmarks import layer, timing
+    from moepp_jax.benchmarks import layer, timing
 
     shape = _shape_of(scale, pool)
     cases = {
@@ -169,8 +169,8 @@ def _kinds(folder: Path | None, scale: Scale) -> Mapping[str, float]:
     """Milliseconds of a layer's parts on one batch."""
     import jax
 
-    from benchmarks import layer, timing
     from moepp_jax import moe
+    from moepp_jax.benchmarks import layer, timing
     from moepp_jax.moe.experts import zero_computation
 
     shape = _shape_of(scale, "8+4")

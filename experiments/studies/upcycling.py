@@ -18,11 +18,11 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
-from experiments import figures, runs
-from experiments import upcycling as steps
-from experiments.measure import Measurement
-from experiments.scale import VANILLA, Scale, Variant
-from experiments.study import Results, Study, Verdict, below_bound
+from moepp_jax.experiments import figures, runs
+from moepp_jax.experiments import upcycling as steps
+from moepp_jax.experiments.measure import Measurement
+from moepp_jax.experiments.scale import VANILLA, Scale, Variant
+from moepp_jax.experiments.study import Results, Study, Verdict, below_bound
 
 TAUS = (0.1, 0.5, 1.0)
 _EXPERTS, _NATS = 1.05, 0.02

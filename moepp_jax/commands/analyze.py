@@ -19,22 +19,22 @@ from pathlib import Path
 import jax
 from absl import flags
 
-from moepp_jax import processes, progress
+from moepp_jax import cli, devices, processes, progress
 from moepp_jax.analysis import draw
-from moepp_jax.commands import devices, options
+from moepp_jax.commands import options
 from moepp_jax.errors import ConfigError
 from moepp_jax.storage import is_local, open_path
 
 for _name in ("workdir", "step", "config", "zero_offset", "suite", "tasks", "benchmarks"):
     flags.declare_key_flag(_name)
 flags.adopt_module_key_flags(devices)
-_TEXT = flags.DEFINE_multi_string("text", [], "a file of text; may be given several times")
+_TEXT = cli.define_paths("text", "a file of text; may be given several times")
 _SOURCE = flags.DEFINE_multi_string(
     "source", [], "held-out text of a source of the run; may be given several times"
 )
 _TOKENS = flags.DEFINE_integer("tokens", 200_000, "of all text together, as many of each part")
-_OUT = flags.DEFINE_string("out", None, "folder to write to; by default WORKDIR/analysis")
-_AGAINST = flags.DEFINE_string("against", None, "folder of a run to be shown beside it")
+_OUT = cli.define_path("out", None, "folder to write to; by default WORKDIR/analysis")
+_AGAINST = cli.define_path("against", None, "folder of a run to be shown beside it")
 _PAGE = flags.DEFINE_bool("page", False, "write page.html too, which shows every token")
 _PAGE_TOKENS = flags.DEFINE_integer("page_tokens", 50_000, "of the page, at most", lower_bound=1)
 _REDRAW = flags.DEFINE_bool("redraw", False, "draw anew from OUT/routing.parquet, run no model")

@@ -9,14 +9,13 @@ from moepp_jax.commands import options
 from moepp_jax.compile import topology
 from moepp_jax.errors import ConfigError
 
-for _name in ("config", "json"):
+for _name in ("config", "topology", "json"):
     flags.declare_key_flag(_name)
-_TOPOLOGY = flags.DEFINE_string("topology", None, f"devices, {topology.EXAMPLES}")
 
 
 def run(arguments: list[str]) -> None:
     options.no_more(arguments)
-    if not _TOPOLOGY.value:
+    if not options.TOPOLOGY.value:
         raise ConfigError(f"no --topology was given: write --topology={topology.EXAMPLES}")
-    if not compile.run(options.given_config(), _TOPOLOGY.value, options.JSON.value):
+    if not compile.run(options.given_config(), options.TOPOLOGY.value, options.JSON.value):
         sys.exit(2)

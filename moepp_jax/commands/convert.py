@@ -2,7 +2,7 @@
 
 from absl import flags
 
-from moepp_jax import interop
+from moepp_jax import cli, interop
 from moepp_jax.commands import options
 from moepp_jax.config import Config
 from moepp_jax.errors import ConfigError
@@ -15,7 +15,7 @@ _DTYPE = flags.DEFINE_string(
 _LAYOUT = flags.DEFINE_string(
     "layout", "moepp", f"to-hf: whose names and fields: {', '.join(interop.LAYOUTS)}"
 )
-_TOKENIZER = flags.DEFINE_string(
+_TOKENIZER = cli.define_path(
     "tokenizer", None, "upcycle: SentencePiece model, if it is not in PATH"
 )
 _SETTINGS = {

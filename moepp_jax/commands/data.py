@@ -8,7 +8,7 @@ from pathlib import Path
 
 from absl import flags
 
-from moepp_jax import data
+from moepp_jax import cli, data
 from moepp_jax.commands import options
 from moepp_jax.data.estimate import estimate
 from moepp_jax.data.prepare import prepare_sources, verify
@@ -20,8 +20,8 @@ _DRY_RUN = flags.DEFINE_bool("dry_run", False, "prepare: only say what there is 
 _WORKERS = flags.DEFINE_integer(
     "workers", None, "prepare: processes; by default one a core", lower_bound=1
 )
-_DIR = flags.DEFINE_string("dir", "data/benchmarks", "benchmarks: folder to make")
-_LOGIQA = flags.DEFINE_string("logiqa", None, "benchmarks: a file of LogiQA's test split")
+_DIR = cli.define_path("dir", "data/benchmarks", "benchmarks: folder to make")
+_LOGIQA = cli.define_path("logiqa", None, "benchmarks: a file of LogiQA's test split")
 
 
 def run(arguments: list[str]) -> None:

@@ -6,8 +6,8 @@ from typing import Any
 import jax
 from absl import flags
 
-from moepp_jax import evaluate, processes, progress, storage
-from moepp_jax.commands import devices, options
+from moepp_jax import devices, evaluate, processes, progress, storage
+from moepp_jax.commands import options
 from moepp_jax.errors import ConfigError
 
 _BATCHES = flags.DEFINE_integer(

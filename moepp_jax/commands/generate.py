@@ -10,14 +10,14 @@ from pathlib import Path
 
 from absl import flags
 
-from moepp_jax import api, progress, workdir
+from moepp_jax import api, cli, progress, workdir
 from moepp_jax.commands import options
 from moepp_jax.errors import ConfigError
 
 for _name in ("workdir", "step", "config", "zero_offset"):
     flags.declare_key_flag(_name)
 _PROMPT = flags.DEFINE_multi_string("prompt", [], "text to continue; may be given several times")
-_PROMPTS_FILE = flags.DEFINE_string(
+_PROMPTS_FILE = cli.define_path(
     "prompts_file",
     None,
     "a prompt a line; in a file of *.jsonl, objects with a prompt; - is standard input",

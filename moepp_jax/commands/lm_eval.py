@@ -4,8 +4,8 @@ import json
 
 from absl import flags
 
-from moepp_jax import processes, storage
-from moepp_jax.commands import devices, options
+from moepp_jax import devices, processes, storage
+from moepp_jax.commands import options
 from moepp_jax.errors import ConfigError
 from moepp_jax.harness import needed, suite
 

@@ -5,12 +5,13 @@ import sys
 from absl import flags
 
 from moepp_jax import cli, parent, workdir
+from moepp_jax.compile import topology
 from moepp_jax.config import Config
 from moepp_jax.errors import ConfigError
 from moepp_jax.harness import suite
 
 CONFIG = cli.define_config()
-WORKDIR = flags.DEFINE_string("workdir", None, "folder of the run")
+WORKDIR = cli.define_path("workdir", None, "folder of the run")
 STEP = flags.DEFINE_integer(
     "step", None, "checkpoint to use; by default the best on held-out text, else the newest"
 )
@@ -21,15 +22,16 @@ ZERO_OFFSET = flags.DEFINE_float(
 )
 SUITE = flags.DEFINE_enum("suite", None, ["paper"], "benchmark tasks and their shots: the paper's")
 TASKS = flags.DEFINE_list("tasks", [], "some tasks of the suite; by default all")
-BENCHMARKS = flags.DEFINE_string(
+BENCHMARKS = cli.define_path(
     "benchmarks", "data/benchmarks", f"folder of `data benchmarks`; for lm_eval also {suite.HUB}"
 )
-JSON = flags.DEFINE_string("json", None, "write the result to this file")
+TOPOLOGY = flags.DEFINE_string("topology", None, f"devices to compile for, {topology.EXAMPLES}")
+JSON = cli.define_path("json", None, "write the result to this file")
 
 
 def given_config() -> Config:
     if CONFIG.value is None:
-        raise ConfigError("no --config was given: write --config=configs/tiny.py")
+        raise ConfigError("no --config was given: write --config=tiny")
     return Config.parse(CONFIG.value)
 
 

@@ -2,8 +2,8 @@
 
 from absl import flags
 
-from moepp_jax import parent, profiling, train, workdir
-from moepp_jax.commands import devices, options
+from moepp_jax import cli, devices, parent, profiling, train, workdir
+from moepp_jax.commands import options
 from moepp_jax.config import Config
 
 for _name in ("config", "workdir"):
@@ -12,7 +12,7 @@ flags.adopt_module_key_flags(devices)
 _PROFILE = flags.DEFINE_string(
     "profile", None, "START:STOP, steps to trace, counted from 0 where this command goes on"
 )
-_INIT_FROM = flags.DEFINE_string(
+_INIT_FROM = cli.define_path(
     "init_from",
     None,
     "WORKDIR or WORKDIR@STEP: a new run starts from the parameters of that one, by default of the "

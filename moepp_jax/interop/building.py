@@ -15,6 +15,7 @@ from absl import logging
 
 from moepp_jax.checkpoint import Checkpoints
 from moepp_jax.config import Config
+from moepp_jax.configs import base
 from moepp_jax.data import Tokenizer
 from moepp_jax.interop import safetensors_file, source, streams, targets
 from moepp_jax.interop.errors import ConversionError
@@ -74,7 +75,7 @@ def require_tied(config: Config, tensors: Mapping[str, source.Tensor]) -> None:
 
 def configuration(given: Config | None, changes: list[Groups]) -> Config:
     """The given configuration, by default that of configs/base.py, with groups' fields changed."""
-    tree = given.to_dict() if given else _base()
+    tree = given.to_dict() if given else base.get_config().to_dict()
     for change in changes:
         for group, values in change.items():
             if group != "moe.rule":
@@ -150,14 +151,6 @@ def _streamed(config: Config, leaves: Mapping[str, Leaf]) -> Any:
         return streams.Streamed(p.shape, leaf.stacked, leaf.piece)
 
     return jax.tree_util.tree_map_with_path(streamed, describe(config))
-
-
-def _base() -> dict[str, Any]:
-    try:
-        from configs import base
-    except ImportError as error:  # used without the repository
-        raise ConversionError("no recipe was given, and there is no configs/base.py") from error
-    return base.get_config().to_dict()
 
 
 @contextlib.contextmanager

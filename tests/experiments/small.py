@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from configs import base
-from experiments import runs, study
-from experiments.results import DONE, Row
-from experiments.scale import VANILLA, Scale, Variant
-from experiments.study import Results, Study, Verdict
+from moepp_jax.configs import base
+from moepp_jax.experiments import runs, study
+from moepp_jax.experiments.results import DONE, Row
+from moepp_jax.experiments.scale import VANILLA, Scale, Variant
+from moepp_jax.experiments.study import Results, Study, Verdict
 from tests import tiny
 
 MACHINE = "CPU, 2 cores, jax 0"

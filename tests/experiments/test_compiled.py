@@ -4,11 +4,11 @@ import dataclasses
 
 import pytest
 
-from experiments import compiled, measure, report, run, runs, study
-from experiments.scale import PAPER
-from experiments.studies import pods
 from moepp_jax.chips import GIB
 from moepp_jax.errors import ConfigError
+from moepp_jax.experiments import compiled, measure, report, run, runs, study
+from moepp_jax.experiments.scale import PAPER
+from moepp_jax.experiments.studies import pods
 from tests.experiments import small
 
 TPU = {"fits": True, "hbm_bytes": 24 * GIB, "hbm_limit_bytes": 95 * GIB, "wire_ratio": 1.1}

@@ -7,8 +7,8 @@ import time
 
 import pytest
 
-from experiments import run
-from experiments import scale as scales
+from moepp_jax.experiments import run
+from moepp_jax.experiments import scale as scales
 from tests import manifests
 from tests.launching import LAUNCH, SHELLCHECK, Stage
 

@@ -2,9 +2,9 @@
 
 import pytest
 
-from experiments import meshes
-from experiments import rows as rows_lib
 from moepp_jax.errors import ConfigError
+from moepp_jax.experiments import meshes
+from moepp_jax.experiments import rows as rows_lib
 from tests import tiny
 
 STEPS = 2

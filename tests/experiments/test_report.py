@@ -4,11 +4,11 @@ import dataclasses
 
 import pytest
 
-from experiments import gain, report, run, study
-from experiments.results import DIVERGED, file_of, write
-from experiments.scale import VANILLA
-from experiments.study import FAILS, HOLDS, MISSING, OPEN, Verdict
 from moepp_jax.analysis import drawing
+from moepp_jax.experiments import gain, report, run, study
+from moepp_jax.experiments.results import DIVERGED, file_of, write
+from moepp_jax.experiments.scale import VANILLA
+from moepp_jax.experiments.study import FAILS, HOLDS, MISSING, OPEN, Verdict
 from tests.experiments import small
 from tests.experiments.small import row
 from tests.experiments.test_results import NOTHING

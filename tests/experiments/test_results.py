@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from experiments import results
-from experiments.results import DIVERGED
 from moepp_jax.errors import ConfigError
+from moepp_jax.experiments import results
+from moepp_jax.experiments.results import DIVERGED
 from tests.experiments.small import row
 
 NOTHING = dict.fromkeys(("eval_loss", "bits_per_byte", "ffn_experts", "experts")) | {"held_out": ""}

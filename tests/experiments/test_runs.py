@@ -4,10 +4,10 @@ import dataclasses
 
 import pytest
 
-from experiments import runs
-from experiments.scale import Variant
-from experiments.scale import find as find_scale
 from moepp_jax.errors import ConfigError
+from moepp_jax.experiments import runs
+from moepp_jax.experiments.scale import Variant
+from moepp_jax.experiments.scale import find as find_scale
 from tests import tiny
 from tests.experiments import small
 

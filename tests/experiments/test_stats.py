@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from experiments import stats
+from moepp_jax.experiments import stats
 
 
 def test_a_mean_by_hand():

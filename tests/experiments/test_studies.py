@@ -2,10 +2,10 @@
 
 import pytest
 
-from configs import tiny as tiny_recipe
-from experiments import report, results, run, runs, study
-from experiments.measure import Measured
-from experiments.scale import SCALES, TINY
+from moepp_jax.configs import tiny as tiny_recipe
+from moepp_jax.experiments import report, results, run, runs, study
+from moepp_jax.experiments.measure import Measured
+from moepp_jax.experiments.scale import SCALES, TINY
 from moepp_jax.metrics import read_metrics
 from moepp_jax.train import train
 from tests import tiny

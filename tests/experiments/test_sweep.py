@@ -16,12 +16,12 @@ import jax
 import pytest
 from rich.console import Console
 
-from experiments import board, results, run, runs, study, sweep, worker
-from experiments.results import DIVERGED, DONE
-from experiments.scale import TINY
 from moepp_jax import mesh as mesh_lib
 from moepp_jax.claim import claimed
 from moepp_jax.errors import ConfigError
+from moepp_jax.experiments import board, results, run, runs, study, sweep, worker
+from moepp_jax.experiments.results import DIVERGED, DONE
+from moepp_jax.experiments.scale import TINY
 from moepp_jax.interrupt import Stopped
 from moepp_jax.metrics import read_metrics
 from tests import hurry
@@ -194,7 +194,7 @@ def test_killed_and_resumed_and_shared(scale, tmp_path, monkeypatch):
     steps = 40
     (tmp_path / "shared.py").write_text(
         "import sys\nfrom pathlib import Path\n"
-        "from experiments import run, sweep\nfrom tests.experiments import small\n"
+        "from moepp_jax.experiments import run, sweep\nfrom tests.experiments import small\n"
         f"scale = small.scale({str(tmp_path / 'data')!r}, **{{'train.steps': {steps},"
         f" 'train.eval_every': {steps}, 'train.save_every': 5}})\n"
         "planned = run.plan([small.Twins()], scale)\n"

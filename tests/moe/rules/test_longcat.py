@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from configs.routing import longcat as recipe
 from moepp_jax.config import Config
+from moepp_jax.configs.routing import longcat as recipe
 from moepp_jax.moe import Pool, RuleError, rules
 from moepp_jax.moe.rules.longcat import LongCatRule
 from tests.moe.rules import held

@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from configs.routing import top_p as recipe
 from moepp_jax import moe
 from moepp_jax.config import Config
+from moepp_jax.configs.routing import top_p as recipe
 from moepp_jax.moe import RuleError, rules
 from tests import oracle
 from tests.moe.rules import held
