@@ -8,14 +8,15 @@
 FROM python:3.11-slim-bookworm
 
 WORKDIR /opt/moepp
-COPY requirements.txt requirements-*.txt ./
+COPY requirements.txt ./
+COPY requirements requirements
 ARG PLATFORM=cpu
 RUN case "$PLATFORM" in \
       cpu) set -- ;; \
-      tpu | cuda) set -- -r "requirements-$PLATFORM.txt" ;; \
+      tpu | cuda) set -- -r "requirements/$PLATFORM.txt" ;; \
       *) echo "error: PLATFORM=$PLATFORM must be cpu, tpu or cuda" >&2; exit 1 ;; \
     esac; \
-    pip install --no-cache-dir -r requirements.txt -r requirements-cloud.txt "$@"
+    pip install --no-cache-dir -r requirements.txt -r requirements/cloud.txt "$@"
 
 COPY configs configs
 COPY moepp_jax moepp_jax

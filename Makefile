@@ -18,25 +18,26 @@ help:
 	@echo "make check      lint and format checks"
 	@echo "make format     mend what they find, where it can be mended"
 	@echo "make benchmark  time the layer, and decoding, against their limits and a vanilla MoE"
-	@echo "make lock       write requirements*.txt anew from requirements*.in"
+	@echo "make lock       pin what pyproject.toml asks for: requirements.txt, requirements/*.txt"
 
-.venv/run: requirements.txt
+.venv/run: requirements.txt pyproject.toml
 	@echo "setting up .venv with $(PYTHON): about a minute, 1.2 GB"
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "moepp_jax needs Python 3.11 or newer: make PYTHON=/path/to/python3.11")'
 	@test -x $(PY) || $(PYTHON) -m venv .venv
 	@$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	@$(PY) -m pip install --quiet --disable-pip-version-check --no-deps --editable .
 	@touch $@
 
-.venv/dev: .venv/run requirements-dev.txt
+.venv/dev: .venv/run requirements/dev.txt
 	@echo "adding what the tests need"
-	@$(PY) -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	@$(PY) -m pip install --quiet --disable-pip-version-check -r requirements/dev.txt
 	@touch $@
 
 # Beside the other packages, not among them: JAX would look for a TPU whenever it starts.
-.venv/tpu: .venv/dev requirements-tpu.txt
+.venv/tpu: .venv/dev requirements/tpu.txt
 	@echo "adding the TPU compiler"
 	@$(PY) -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $@ \
-	  $$(grep '^libtpu==' requirements-tpu.txt)
+	  $$(grep '^libtpu==' requirements/tpu.txt)
 	@touch $@
 
 train: .venv/run
@@ -49,27 +50,25 @@ test: .venv/dev
 test-slow: .venv/dev
 	$(PY) -m pytest -m slow
 
-test-torch: .venv/dev
-	$(PY) -m pip install --quiet --disable-pip-version-check torch==2.13.0 transformers==5.23.0
+test-torch: .venv/dev requirements/hf.txt
+	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements/hf.txt
 	$(PY) -m pytest -m torch
 
-test-eval: .venv/dev requirements-eval.txt
-	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements-eval.txt \
-	  torch==2.13.0 transformers==5.23.0 accelerate==1.15.0
+test-eval: .venv/dev requirements/eval.txt requirements/hf.txt
+	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements/eval.txt -r requirements/hf.txt
 	$(PY) -m pytest -m harness
 
 test-tpu-compile: .venv/tpu
 	PYTHONPATH=.venv/tpu $(PY) -m pytest -m tpu_compile tests/tpu
 
-test-browser: .venv/dev requirements-browser.txt
-	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements-browser.txt
+test-browser: .venv/dev
 	$(PY) -m pytest -m browser -s tests/browser
 
 # Not what is pinned but what is newest for this Python, in an environment of its own.
 test-newest: .venv/run
 	@test -x .venv/newest/bin/python || $(PYTHON) -m venv .venv/newest
 	@.venv/newest/bin/python -m pip install --quiet --disable-pip-version-check --upgrade \
-	  $$(sed -E 's/ *#.*//; /^(-|$$)/d; s/[=<].*//' requirements.in requirements-dev.in)
+	  --upgrade-strategy eager '.[dev]'
 	@.venv/newest/bin/python -m pip list 2>/dev/null | grep -E '^(jax|jaxlib|flax|optax|orbax-checkpoint) '
 	.venv/newest/bin/python -m pytest --numprocesses=auto --maxprocesses=4 --dist=worksteal
 
@@ -90,11 +89,14 @@ benchmark: .venv/run
 	$(PY) -m benchmarks.variable --json benchmarks/results/variable.json
 	$(PY) -m benchmarks.data --json benchmarks/results/data.json
 
+# What is pinned stays so, where it can; requirements/held.in says what must not be newer.
+LOCK := $(PY) -m piptools compile --quiet --no-header --no-annotate --strip-extras --allow-unsafe \
+  --no-emit-index-url --no-emit-find-links --no-build-isolation pyproject.toml
 lock: .venv/dev
-	$(PY) -m pip install --quiet pip-tools==7.6.2
-	for f in requirements requirements-analysis requirements-browser requirements-cloud requirements-cuda requirements-dev requirements-eval requirements-tpu; do \
-	  $(PY) -m piptools compile --quiet --no-header --no-annotate --strip-extras \
-	    --no-emit-index-url --no-emit-find-links --output-file $$f.txt $$f.in; done
+	$(LOCK) --constraint requirements/held.in --output-file requirements.txt
+	agree="--constraint requirements.txt"; for extra in cloud cuda dev eval hf tpu; do \
+	  $(LOCK) $$agree --extra $$extra --output-file requirements/$$extra.txt; \
+	  agree="$$agree --constraint requirements/$$extra.txt"; done
 
 clean:
 	rm -rf .venv runs data

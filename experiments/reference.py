@@ -47,6 +47,20 @@ class Difference(NamedTuple):
     relative: float
 
 
+def of_repository(checkpoint: str = "") -> Path:
+    """A reference checkpoint, or the folder of all.
+
+    Raises:
+      ConfigError: this is the package, which comes without them.
+    """
+    if not ROOT.is_dir():
+        raise ConfigError(
+            "the reference checkpoints are in tests/data of the repository, and not in the "
+            "package: run this there"
+        )
+    return ROOT / checkpoint
+
+
 def differences(folder: Path, workdir: Path) -> dict[str, Difference]:
     """What our model of the work directory makes of the inputs of the folder's expected.npz."""
     want = dict(np.load(folder / "expected.npz"))
@@ -124,7 +138,7 @@ def _difference(got: np.ndarray, want: np.ndarray) -> Difference:
 
 
 def main(argv: Sequence[str]) -> None:
-    folders = [Path(name) for name in argv[1:]] or sorted(ROOT.iterdir())
+    folders = [Path(name) for name in argv[1:]] or sorted(of_repository().iterdir())
     for folder in folders:
         if not (folder / "expected.npz").exists():
             raise ConfigError(f"{folder} has no expected.npz: there is nothing to compare with")

@@ -137,7 +137,7 @@ def test_a_folder_that_is_missing(config, tmp_path):
 @pytest.mark.parametrize(
     ("error", "said"),
     [
-        ("JAX TPU support not installed; cannot", "pip install -r requirements-tpu.txt"),
+        ("JAX TPU support not installed; cannot", r"pip install 'jax\[tpu\]'"),
         (
             "ABORTED: Internal error when accessing libtpu multi-process lockfile.",
             "another process",

@@ -153,5 +153,5 @@ def test_the_table_has_our_numbers_beside_the_papers():
 
 def test_a_missing_package_is_told():
     needed.require("json")
-    with pytest.raises(ConfigError, match=r"no_such_package: pip install -r requirements-eval.txt"):
+    with pytest.raises(ConfigError, match=r"no_such_package: pip install lm-eval"):
         needed.require("no_such_package")

@@ -162,8 +162,8 @@ def test_the_image_installs_pinned_requirements(platform, stage):
     (install,) = [text for name, text in instructions() if name == "RUN" and "pip" in text]
     (call,) = succeed(stage, "sh", "-c", install, PLATFORM=platform)
     files = [after for before, after in itertools.pairwise(call) if before == "-r"]
-    extra = [] if platform == "cpu" else [f"requirements-{platform}.txt"]
-    assert files == ["requirements.txt", "requirements-cloud.txt", *extra]
+    extra = [] if platform == "cpu" else [f"requirements/{platform}.txt"]
+    assert files == ["requirements.txt", "requirements/cloud.txt", *extra]
     for file in files:
         for line in (ROOT / file).read_text().splitlines():
             assert re.fullmatch(r"[\w.-]+(\[[\w,]+\])?==[\w.]+", line), (file, line)
@@ -174,7 +174,7 @@ def test_the_image_installs_pinned_requirements(platform, stage):
 def test_requirements_agree():
     """pip installs several of these files at once."""
     versions = {}
-    for file in sorted(ROOT.glob("requirements*.txt")):
+    for file in [ROOT / "requirements.txt", *sorted(ROOT.glob("requirements/*.txt"))]:
         for line in file.read_text().splitlines():
             name, _, version = line.partition("==")
             name = re.sub(r"\[.*\]", "", name).lower().replace("_", "-")

@@ -78,7 +78,7 @@ class Reference(Study):
 def _of(folder: Path | None, checkpoint: str) -> Mapping[str, float]:
     from moepp_jax import interop
 
-    there = reference.ROOT / checkpoint
+    there = reference.of_repository(checkpoint)
     with tempfile.TemporaryDirectory() as temporary:
         workdir = Path(temporary) / "run"
         interop.from_hf(there, workdir, dtype="float32", report=lambda line: None)

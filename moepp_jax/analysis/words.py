@@ -11,9 +11,7 @@ import numpy as np
 
 from moepp_jax.analysis.record import Record
 
-NO_TAGGER = (
-    "The part-of-speech tagger is not installed: `pip install -r requirements-analysis.txt`."
-)
+NO_TAGGER = "The part-of-speech tagger is not installed: `pip install textblob`."
 FORMS = ("word", "fragment", "number", "punctuation", "white space", "special")
 _WORD, _FRAGMENT, _NUMBER, _PUNCTUATION, _SPACE, _SPECIAL = range(len(FORMS))
 # As the Penn treebank cuts them: do n't, house 's. What is no character is no sign either.

@@ -100,8 +100,7 @@ def _tpus(topology: Topology) -> Sequence[jax.Device]:
 def _reason(error: str) -> str:
     if "not installed" in error:
         return (
-            "the TPU compiler is not installed: pip install -r requirements-tpu.txt "
-            "(it compiles without a TPU)"
+            "the TPU compiler is not installed: pip install 'jax[tpu]' (it compiles without a TPU)"
         )
     if "lockfile" in error or "already in use" in error:
         return (

@@ -16,6 +16,6 @@ def require(package: str) -> None:
     """
     if not is_installed(package):
         raise ConfigError(
-            f"benchmarks need the package {package}: pip install -r requirements-eval.txt, or "
+            f"benchmarks need the package {package}: pip install lm-eval, or "
             "pip install moepp_jax[eval]"
         )

@@ -250,7 +250,7 @@ def test_without_the_tagger_the_rest_is_drawn(tmp_path, monkeypatch):
     monkeypatch.setattr(words, "can_tag", lambda: False)
     report.write(tmp_path, [made_up.record(300)], "x")
     text = page(tmp_path)
-    assert "tagger is not installed: `pip install -r requirements-analysis.txt`" in text
+    assert "tagger is not installed: `pip install textblob`" in text
     assert (tmp_path / "ffn_by_token.csv").exists()
     assert not (tmp_path / "part_of_speech.csv").exists()
 

@@ -22,7 +22,7 @@ def chromium():
     try:
         from playwright.sync_api import sync_playwright
     except ImportError:
-        pytest.fail("the browser's driver is not there: pip install -r requirements-browser.in")
+        pytest.fail("the browser's driver is not there: pip install playwright")
     path = shutil.which("chromium") or shutil.which("google-chrome")
     if path is None:
         pytest.fail("there is no Chromium to open pages with: apt-get install chromium")
