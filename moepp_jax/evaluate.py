@@ -17,11 +17,12 @@ from moepp_jax import mesh as mesh_lib
 from moepp_jax import moe
 from moepp_jax.analysis import health
 from moepp_jax.config import Config
-from moepp_jax.data import Dataset, open_dataset
+from moepp_jax.data import Dataset
 from moepp_jax.errors import ConfigError
 from moepp_jax.metrics import finite
 from moepp_jax.processes import Rows, agree, require_alike
 from moepp_jax.run import open_run
+from moepp_jax.run_data import open_data
 from moepp_jax.state import Assembly, assemble
 
 # math.exp raises an error for more: a run that goes wrong gets there.
@@ -171,13 +172,16 @@ def evaluate_run(
     step: int | None = None,
     progress: Callable[[int, int], None] = lambda batches, total: None,
     num_batches: int = 0,
+    dataset: Dataset | None = None,
 ) -> dict[str, Any]:
     """A checkpoint of a run on the held-out text.
 
     Args:
+      config: of the run, or one that computes the same.
       step: by default the best, or the newest if none was evaluated.
       progress: called with the batches done since the last call, and their total.
       num_batches: of all sources together, each one's first; 0 is all of their text.
+      dataset: whose text it is; by default that which the run began with.
 
     Returns:
       What `evaluate_mixture` says, with the step, as JSON takes it.
@@ -193,7 +197,7 @@ def evaluate_run(
             f"{num_batches} batches cannot be evaluated: give 1 or more, or 0 for all"
         )
     mesh = mesh_lib.make_mesh(config)
-    dataset = agree(lambda: open_dataset(config))
+    dataset = dataset or agree(lambda: open_data(config, workdir))
     rows = Rows(mesh_lib.batch_sharding(mesh), config.train.batch_size).indices
     run = open_run(workdir, step, config)
     params = run.params(mesh)

@@ -12,19 +12,20 @@ Numbers that are not finite have no form in JSON: they stand as null in metrics.
 are in TensorBoard).
 """
 
+import contextlib
+import itertools
 import json
 import logging
 import math
 import os
-from collections.abc import Iterator, Mapping
-from pathlib import Path
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
-from tensorboardX import SummaryWriter
 
 from moepp_jax.errors import ConfigError
-from moepp_jax.storage import Staging, open_path, write_atomic
+from moepp_jax.storage import AnyPath, Staging, open_path, write_atomic
+from moepp_jax.tensorboard import Events
 
 _FILE = "metrics.jsonl"
 
@@ -54,55 +55,88 @@ def require_finite(step: int, values: Mapping[str, Any]) -> None:
 class MetricsWriter:
     """Appends rows to a run's metrics; one process of a run has one.
 
+    What a kill or a disk has damaged is mended first: whole rows stay, each once, and a file that
+    had a line which is none is kept beside the new one, as metrics.jsonl.damaged.
+
     Under an object store rows appear there some time later: at once with `flush` and `close`.
 
     Args:
       workdir: the run's folder.
       resume_step: the step that the run goes on from, -1 for its start. Later rows are dropped, as
         they will be written again; with None every row is kept.
+      report: told, in one line each, of rows that are lost and of events that cannot be written.
 
     Attributes:
       seconds_so_far: that the training of the rows which were kept took.
+
+    Raises:
+      ConfigError: the file cannot be read or written.
     """
 
-    def __init__(self, workdir: str | os.PathLike, resume_step: int | None = None):
-        self._staging = Staging(workdir)
-        file = self._staging.fetch(_FILE)
-        rows = _repair(file, math.inf if resume_step is None else resume_step)
+    def __init__(
+        self,
+        workdir: str | os.PathLike,
+        resume_step: int | None = None,
+        report: Callable[[str], Any] = print,
+    ):
+        self._name = open_path(workdir) / _FILE
+        with self._naming():
+            self._staging = Staging(workdir)
+            file = self._staging.fetch(_FILE)
+            rows = _repair(file, math.inf if resume_step is None else resume_step, workdir, report)
+            self._file = file.open("a", encoding="utf-8")
         self.seconds_so_far = max((row.get("seconds", 0.0) for row in rows), default=0.0)
-        self._file = file.open("a", encoding="utf-8")
-        self._events = SummaryWriter(
-            str(self._staging.folder / "tensorboard"),
-            purge_step=None if resume_step is None else resume_step + 1,
-            flush_secs=10,
-        )
+        purged = None if resume_step is None else resume_step + 1
+        self._events = Events(self._staging.folder / "tensorboard", purged, report)
 
     def write(self, step: int, **values: Any) -> None:
         """One row. Values are numbers or arrays of them: of Python, numpy, or on JAX's host."""
         values = {name: np.asarray(value).tolist() for name, value in values.items()}
         row = {"step": step} | {name: finite(value) for name, value in values.items()}
-        self._file.write(json.dumps(row, allow_nan=False) + "\n")
-        self._file.flush()
+        with self._naming():
+            self._file.write(json.dumps(row, allow_nan=False) + "\n")
+            self._file.flush()
         for name, value in values.items():
             for tag, number in _series(name, value):
-                self._events.add_scalar(tag, number, step)
-        self._staging.copy()
+                self._events.add(tag, number, step)
+        with self._naming():
+            self._staging.copy()
 
     def flush(self) -> None:
         """Puts the rows so far where they are safe."""
         self._events.flush()
-        self._staging.copy(now=True)
+        with self._naming():
+            self._staging.copy(now=True)
 
     def close(self) -> None:
-        self._file.close()
         self._events.close()
-        self._staging.close()
+        with self._naming():
+            try:
+                self._file.close()  # which writes again what could not be written
+            finally:
+                self._staging.close()
+
+    @contextlib.contextmanager
+    def _naming(self) -> Iterator[None]:
+        """An error of the system as one that names the file."""
+        try:
+            yield
+        except OSError as error:
+            raise ConfigError(
+                f"{self._name} cannot be written: {error.strerror or error}; the run ends here, "
+                "its checkpoints are kept, and the same command goes on when that is mended"
+            ) from error
 
     def __enter__(self) -> "MetricsWriter":
         return self
 
     def __exit__(self, *error: object) -> None:
         self.close()
+
+
+def was_measured(workdir: str | os.PathLike) -> bool:
+    """Whether a run has begun to train."""
+    return (open_path(workdir) / _FILE).exists()
 
 
 def read_metrics(workdir: str | os.PathLike) -> list[dict[str, Any]]:
@@ -117,18 +151,22 @@ def read_metrics(workdir: str | os.PathLike) -> list[dict[str, Any]]:
     file = open_path(workdir) / _FILE
     if not file.exists():
         raise FileNotFoundError(f"there is no {file}: training writes it")
-    lines = file.read_bytes().decode(errors="replace").splitlines()
-    rows = []
-    for number, line in enumerate(lines, start=1):
-        row = _row(line)
-        if row is not None:
-            rows.append(row)
-        elif number < len(lines):
+    lines = _lines(file)
+    for number, (line, row) in enumerate(lines, start=1):
+        if row is None and number < len(lines):
             raise ConfigError(
                 f"{file}, line {number} is no JSON object with a step: {line[:80]!r}; mend that "
-                "line or take it away"
+                "line or take it away (`train` goes on without it)"
             )
-    return rows
+    return [row for _, row in lines if row is not None]
+
+
+def _lines(file: AnyPath) -> list[tuple[str, dict[str, Any] | None]]:
+    """Each line, with the row that it is if it is one."""
+    lines = file.read_bytes().decode(errors="replace").split("\n")
+    if not lines[-1]:
+        lines.pop()
+    return [(line, _row(line)) for line in lines]
 
 
 def _series(name: str, value: Any) -> Iterator[tuple[str, float]]:
@@ -140,15 +178,51 @@ def _series(name: str, value: Any) -> Iterator[tuple[str, float]]:
         yield from ((f"{name}/{i:0{digits}}", v) for i, v in enumerate(value, 1))
 
 
-def _repair(file: Path, last_step: int | float) -> list[dict[str, Any]]:
+def _repair(
+    file: AnyPath, last_step: int | float, workdir: str | os.PathLike, report: Callable[[str], Any]
+) -> list[dict[str, Any]]:
     """Leaves only whole rows up to a step, so that the next row starts on a line of its own."""
     if not file.exists():
         return []
-    rows = [row for row in read_metrics(file.parent) if row["step"] <= last_step]
+    lines = _lines(file)
+    if any(row is None for _, row in lines[:-1]):
+        kept = _beside(open_path(workdir))
+        write_atomic(file.with_name(kept), file.read_bytes())
+        report(f"{open_path(workdir) / _FILE}: {_lost(lines)}; the file as it was is {kept} now")
+    rows = _each_once([row for _, row in lines if row is not None and row["step"] <= last_step])
     text = "".join(json.dumps(row) + "\n" for row in rows)
-    if text != file.read_text(encoding="utf-8", errors="replace"):
+    if text.encode() != file.read_bytes():
         write_atomic(file, text)
     return rows
+
+
+def _each_once(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Of a step's row of training, and of its evaluation, the one that was written last."""
+    last = {(row["step"], "eval_loss" in row): row for row in rows}
+    return [row for row in rows if last[row["step"], "eval_loss" in row] is row]
+
+
+def _beside(folder: AnyPath) -> str:
+    """A name for a damaged file that no other has."""
+    numbers = (f".{number}" if number > 1 else "" for number in itertools.count(1))
+    names = (f"{_FILE}.damaged{number}" for number in numbers)
+    return next(name for name in names if not (folder / name).exists())
+
+
+def _lost(lines: list[tuple[str, dict[str, Any] | None]]) -> str:
+    """Which rows damaged lines have cost, by the steps of those around them."""
+    said = []
+    for damaged, run in itertools.groupby(enumerate(lines, start=1), lambda x: x[1][1] is None):
+        numbers = [number for number, _ in run]
+        if not damaged:
+            continue
+        before = [row["step"] for _, row in lines[: numbers[0] - 1] if row is not None]
+        after = [row["step"] for _, row in lines[numbers[-1] :] if row is not None]
+        steps = [f"from step {before[-1]} on" if before else "from the start on"]
+        steps += [f"up to step {after[0]}"] if after else []
+        which = f"lines {numbers[0]} to {numbers[-1]}" if len(numbers) > 1 else f"line {numbers[0]}"
+        said.append(f"{which} cannot be read, and what was measured {' '.join(steps)} is lost")
+    return "; ".join(said)
 
 
 def _row(line: str) -> dict[str, Any] | None:

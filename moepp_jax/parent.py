@@ -11,8 +11,8 @@ the parent's that change what `route` computes, which is seen from its traced pr
 losses, tau or the rate of a bias leave it as it is. The new run's tokenizer is the parent's: an
 empty config.data.tokenizer is filled in with the copy of it that the new run keeps.
 
-parent.json in the new run's folder remembers the parent. It and the tokenizer are written before
-config.json: a folder that has this one is whole. When the new run has a checkpoint of its own, it
+parent.json in the new run's folder remembers the parent. It is written before config.json, as the
+tokenizer is: a folder that has this one is whole. When the new run has a checkpoint of its own, it
 needs its parent no more.
 """
 
@@ -28,7 +28,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moepp_jax import model, processes
+from moepp_jax import checksums, model, processes
 from moepp_jax import state as state_lib
 from moepp_jax.checkpoint import Checkpoints
 from moepp_jax.config import Config, differences
@@ -36,12 +36,9 @@ from moepp_jax.data import Tokenizer
 from moepp_jax.errors import ConfigError
 from moepp_jax.moe import Rule, RuleError, param
 from moepp_jax.storage import open_path, same_place
-from moepp_jax.workdir import holds_run, read_config, tokenizer_file
+from moepp_jax.workdir import holds_run, own_tokenizer, read_config, tokenizer_file
 
-_FILE = "parent.json"
-
-# What a start that was killed may have left in the folder of a run that has a parent.
-LEFT = (_FILE, "tokenizer.model")
+FILE = "parent.json"
 
 # Fields of the model that its parameters do not depend on.
 _FREE = {
@@ -124,15 +121,20 @@ def of_run(workdir: str | os.PathLike, wanted: Parent | None) -> Parent | None:
             f"workdir {workdir} holds a run that was started with {_flags(there)}, not with "
             f"{_flags(wanted)}: give the same again, or another --workdir"
         )
-    return there
+    return dataclasses.replace(there, workdir=wanted.workdir) if wanted and there else there
 
 
 def _is(wanted: Parent, there: Parent) -> bool:
-    return (
-        same_place(wanted.workdir, there.workdir)
-        and wanted.step in (None, there.step)
-        and wanted.optimizer == there.optimizer
-    )
+    """Whether they are one checkpoint, whose folder may have been moved."""
+    if wanted.step not in (None, there.step) or wanted.optimizer != there.optimizer:
+        return False
+    if same_place(wanted.workdir, there.workdir):
+        return True
+    return there.checksum != "" and _checksum(wanted.workdir, there.step) == there.checksum
+
+
+def _checksum(workdir: str, step: int | None) -> str:
+    return checksums.of_all(open_path(workdir) / "checkpoints" / str(step))
 
 
 def _flags(parent: Parent) -> str:
@@ -140,7 +142,7 @@ def _flags(parent: Parent) -> str:
 
 
 def _read(workdir: str | os.PathLike) -> Parent | None:
-    file = open_path(workdir) / _FILE
+    file = open_path(workdir) / FILE
     if not file.exists():
         return None
     try:
@@ -149,10 +151,9 @@ def _read(workdir: str | os.PathLike) -> Parent | None:
         raise ConfigError(f"{file} cannot be read as the parent of a run: {error}") from error
 
 
-def files(parent: Parent, tokenizer: Tokenizer) -> dict[str, str | bytes]:
-    """What the new run's folder has before its config.json."""
-    written = json.dumps(dataclasses.asdict(parent), indent=2) + "\n"
-    return dict(zip(LEFT, (written, tokenizer.model), strict=True))
+def files(parent: Parent) -> dict[str, str]:
+    """What the new run's folder has of it before its config.json."""
+    return {FILE: json.dumps(dataclasses.asdict(parent), indent=2) + "\n"}
 
 
 def with_tokenizer(config: Config, workdir: str | os.PathLike, parent: Parent | None) -> Config:
@@ -161,20 +162,15 @@ def with_tokenizer(config: Config, workdir: str | os.PathLike, parent: Parent | 
     named = config.data.tokenizer
     if parent is None or (named and not same_place(named, tokenizer_file(parent.workdir))):
         return config
-    return config.replace("data", tokenizer=_copy(workdir))
+    return config.replace("data", tokenizer=own_tokenizer(workdir))
 
 
 def to_prepare(config: Config, workdir: str | os.PathLike, parent: Parent | None) -> Config:
     """The same, with the parent's tokenizer as long as there is no copy."""
-    there = config.data.tokenizer != _copy(workdir) or tokenizer_file(workdir).exists()
+    there = config.data.tokenizer != own_tokenizer(workdir) or tokenizer_file(workdir).exists()
     if parent is None or there:
         return config
     return config.replace("data", tokenizer=str(tokenizer_file(parent.workdir)))
-
-
-def _copy(workdir: str | os.PathLike) -> str:
-    file = tokenizer_file(workdir)
-    return str(file if "://" in str(file) else file.absolute())
 
 
 def located(parent: Parent, config: Config, workdir: str | os.PathLike) -> Parent:

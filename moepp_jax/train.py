@@ -10,13 +10,13 @@ from collections.abc import Callable, Iterator
 import jax
 
 from moepp_jax import evaluate as evaluate_lib
-from moepp_jax import flops, optim, processes
+from moepp_jax import flops, optim, processes, run_data
 from moepp_jax import mesh as mesh_lib
 from moepp_jax import parent as parent_lib
 from moepp_jax import state as state_lib
 from moepp_jax.checkpoint import Checkpoints
 from moepp_jax.config import Config
-from moepp_jax.data import Dataset, Tokenizer, describe, open_dataset, prepare
+from moepp_jax.data import Dataset, describe
 from moepp_jax.errors import ConfigError
 from moepp_jax.interrupt import Stopped, StopRequest
 from moepp_jax.log import Log
@@ -26,14 +26,7 @@ from moepp_jax.parent import Parent
 from moepp_jax.profiling import Profile
 from moepp_jax.progress import Progress
 from moepp_jax.storage import open_path
-from moepp_jax.workdir import (
-    alone,
-    check_workdir,
-    holds_run,
-    keep_tokenizer,
-    open_workdir,
-    read_config,
-)
+from moepp_jax.workdir import alone, check_workdir, holds_run, open_workdir, read_config
 
 
 def train(
@@ -45,10 +38,10 @@ def train(
 ) -> state_lib.State:
     """Trains until config.train.steps, from the newest checkpoint of the work directory if any.
 
-    Writes config.json, tokenizer.model, metrics.jsonl, TensorBoard events and checkpoints there. A
-    run that was stopped and started again ends with the same bits as one that never was; one that
-    is given more steps than before goes on for so long. Of several processes each calls this; the
-    first writes and reports, all write their part of checkpoints.
+    Writes config.json, tokenizer.model, data.json, metrics.jsonl, TensorBoard events and
+    checkpoints there. A run that was stopped and started again ends with the same bits as one that
+    never was; one that is given more steps than before goes on for so long. Of several processes
+    each calls this; the first writes and reports, all write their part of checkpoints.
 
     Args:
       profile: steps, counted from 0 where this call goes on, whose trace is written too.
@@ -73,7 +66,7 @@ def train(
     parts = state_lib.assemble(config, mesh)
     first = processes.is_first()
     report = report if first else _in_silence
-    may_hold = parent_lib.LEFT if parent else ()
+    may_hold = [parent_lib.FILE] if parent else []
     processes.on_first(lambda: check_workdir(workdir, config, may_hold))
     with contextlib.ExitStack() as held:
 
@@ -87,7 +80,7 @@ def train(
             parent = parent_lib.located(parent, config, workdir)
         dataset = _open_data(config, workdir, parent, report)
         state, step = _beginning(parts, checkpoints, parent, report)
-        processes.on_first(lambda: _make(config, workdir, dataset.tokenizer, parent, step, report))
+        processes.on_first(lambda: _make(config, workdir, dataset, parent, step, report))
         processes.on_first(hold)  # once more is as good as once
         report(describe(dataset, config.train.steps))
         report(_headline(config, mesh, step))
@@ -98,7 +91,7 @@ def train(
             stop = stack.enter_context(StopRequest())
             writer = progress = None
             if first:
-                writer = stack.enter_context(MetricsWriter(workdir, resume_step=step))
+                writer = stack.enter_context(MetricsWriter(workdir, step, report))
                 progress = stack.enter_context(Progress(config.train.steps, step))
             log = Log(config, mesh, dataset, writer, progress, step)
             try:
@@ -120,18 +113,18 @@ def _require_trainable(config: Config) -> None:
 
 
 def _open_data(config: Config, workdir: str | os.PathLike, parent, report) -> Dataset:
-    """The data, which the first process prepares; of a run that is there, with its tokenizer."""
+    """The data, which the first process prepares; of a run that is there, what it began with."""
     config = parent_lib.to_prepare(config, workdir, parent)
 
     def prepared() -> Dataset:
-        dataset = prepare(config, report)
+        dataset = run_data.prepare_data(config, workdir, report)
         dataset.require_rows()
         if holds_run(workdir):
-            keep_tokenizer(open_path(workdir), dataset.tokenizer)
+            run_data.keep(open_path(workdir), dataset)
         return dataset
 
     made = processes.on_first(prepared)
-    return processes.agree(lambda: made or open_dataset(config))
+    return processes.agree(lambda: made or run_data.open_data(config, workdir))
 
 
 def _beginning(parts, checkpoints, parent, report) -> tuple[state_lib.State, int]:
@@ -148,11 +141,11 @@ def _beginning(parts, checkpoints, parent, report) -> tuple[state_lib.State, int
     return checkpoints.restore(step, parts.abstract), step
 
 
-def _make(config: Config, workdir: str | os.PathLike, tokenizer: Tokenizer, parent, step, report):
+def _make(config: Config, workdir: str | os.PathLike, dataset: Dataset, parent, step, report):
     """The run's folder with what is written there once, when all that it needs is there."""
     before = read_config(workdir) if holds_run(workdir) else config
-    files = parent_lib.files(parent, tokenizer) if parent else {}
-    keep_tokenizer(open_workdir(workdir, config, files), tokenizer)
+    of_parent = parent_lib.files(parent) if parent else {}
+    open_workdir(workdir, config, of_parent | run_data.files(dataset))
     if before.train.steps < config.train.steps:
         report(optim.change(before, config, step))
 

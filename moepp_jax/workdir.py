@@ -4,12 +4,17 @@ It is local or in an object store (gs://, s3://).
 
 `config.json` is written once, by the first run. A later run in the same folder continues it, so it
 must compute the same thing. It may go on for longer: then the new number of steps is noted there.
+
+The folder can be moved. Its tokenizer is a copy that it keeps, which config.json names by the name
+that it has here; `read_config` says where that is now. What data the run works on is noted by
+fingerprint in `data.json`, so it may lie elsewhere tomorrow.
 """
 
 import contextlib
 import errno
 import json
 import os
+import re
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
@@ -19,6 +24,12 @@ from moepp_jax.errors import ConfigError
 from moepp_jax.storage import AnyPath, is_local, open_path, write_atomic
 
 _CONFIG = "config.json"
+_TOKENIZER = "tokenizer.model"
+_DATA = "data.json"
+
+# What a new folder gets before its config.json, so that one which has this is whole.
+BEFORE = (_TOKENIZER, _DATA)
+
 _LOCK = ".train.lock"
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
@@ -28,6 +39,7 @@ _FREE = (
     "mesh.",
     "generate.",
     "data.dir",
+    "data.tfds_dir",
     "data.worker_processes",
     "train.log_every",
     "train.eval_every",
@@ -36,12 +48,16 @@ _FREE = (
     "train.keep",
 )
 
+# And this of a run whose data is noted by fingerprint.
+_PLACE_OF_TEXT = re.compile(r"data\.sources\..+\.path")
+
 
 def check_workdir(path: str | os.PathLike, config: Config, may_hold: Collection[str] = ()) -> None:
     """Refuses a folder in which this run cannot be; touches nothing.
 
     Args:
-      may_hold: names of files that a new folder may have, left by a start that was killed.
+      may_hold: names of files that a new folder may have beside BEFORE, left by a start that was
+        killed.
 
     Raises:
       ConfigError: the folder belongs to a run of another configuration or to something else, or
@@ -53,7 +69,8 @@ def check_workdir(path: str | os.PathLike, config: Config, may_hold: Collection[
     if (folder / _CONFIG).exists():
         require_same(folder, config, may_grow=True)
     elif folder.exists() and any(
-        not entry.name.startswith(".") and entry.name not in may_hold for entry in folder.iterdir()
+        not entry.name.startswith(".") and entry.name not in (*BEFORE, *may_hold)
+        for entry in folder.iterdir()
     ):
         raise ConfigError(
             f"workdir {folder} holds files but no {_CONFIG}, so it is no run of ours: give "
@@ -84,14 +101,21 @@ def open_workdir(
     try:
         if not (folder / _CONFIG).exists():
             folder.mkdir(parents=True, exist_ok=True)
-            for name, content in (first | {_CONFIG: config.to_json()}).items():
+            for name, content in (first | {_CONFIG: _written(config)}).items():
                 write_atomic(folder / name, content)
         elif (there := read_config(path)).train.steps < config.train.steps:
             longer = there.replace("train", steps=config.train.steps)
-            write_atomic(folder / _CONFIG, longer.to_json())
+            write_atomic(folder / _CONFIG, _written(longer))
     except OSError as error:
         raise ConfigError(f"workdir {folder} cannot be written: {error}") from error
     return folder
+
+
+def _written(config: Config) -> str:
+    """A configuration as the run's folder has it, wherever that is."""
+    if config.data.tokenizer:
+        config = config.replace("data", tokenizer=_TOKENIZER)
+    return config.to_json()
 
 
 @contextlib.contextmanager
@@ -157,6 +181,9 @@ def read_config(
         config = Config.parse(fields)
     except ConfigError as error:
         raise ConfigError(f"{file}: {error}") from error
+    named = config.data.tokenizer
+    if named and (named == _TOKENIZER or tokenizer_file(path).exists()):
+        config = config.replace("data", tokenizer=own_tokenizer(path))
     told = [field for field in added if not field.startswith(_FREE)]
     if told:
         report(f"{file} is of an earlier version; it is read with {', '.join(told)}")
@@ -165,7 +192,18 @@ def read_config(
 
 def tokenizer_file(path: str | os.PathLike) -> AnyPath:
     """Where a run keeps the tokenizer that its model was trained with."""
-    return open_path(path) / "tokenizer.model"
+    return open_path(path) / _TOKENIZER
+
+
+def data_file(path: str | os.PathLike) -> AnyPath:
+    """Where a run notes the data that it began with."""
+    return open_path(path) / _DATA
+
+
+def own_tokenizer(path: str | os.PathLike) -> str:
+    """The same, as a configuration names it."""
+    file = tokenizer_file(path)
+    return str(file.absolute() if is_local(file) else file)
 
 
 def keep_tokenizer(folder: AnyPath, tokenizer: Any) -> None:
@@ -199,10 +237,13 @@ def require_same(folder: str | os.PathLike, config: Config, may_grow: bool = Fal
     changed = differences(there.to_dict(), config.to_dict())
     if may_grow and there.train.steps < config.train.steps:
         changed.pop("train.steps")
+    if config.data.tokenizer and _is_copied(config.data.tokenizer, folder):
+        changed.pop("data.tokenizer", None)
+    pinned = data_file(folder).exists()
     lines = [
         f"  config.{name}: {there!r} there, {now!r} now"
         for name, (there, now) in changed.items()
-        if not name.startswith(_FREE)
+        if not (name.startswith(_FREE) or (pinned and _PLACE_OF_TEXT.fullmatch(name)))
     ]
     if lines:
         shrinks = may_grow and "train.steps" in changed
@@ -212,3 +253,14 @@ def require_same(folder: str | os.PathLike, config: Config, may_grow: bool = Fal
             + "\nGive another --workdir, or the old values."
             + (" config.train.steps may only grow." if shrinks else "")
         )
+
+
+def _is_copied(named: str, folder: str | os.PathLike) -> bool:
+    """Whether the tokenizer that a configuration names is the run's copy, or what was copied.
+
+    On another machine that file may not be there: the copy is.
+    """
+    copy, file = tokenizer_file(folder), open_path(named)
+    if not copy.exists():
+        return False
+    return not file.exists() or (file.is_file() and file.read_bytes() == copy.read_bytes())

@@ -352,7 +352,7 @@ def test_the_parents_tokenizer_may_be_named(old, data, tmp_path, still):
     same_one = tmp_path / "same.model"
     shutil.copyfile(old / "tokenizer.model", same_one)
     start(config(data, **{"data.tokenizer": str(same_one)}), tmp_path / "a", old)
-    assert read_config(tmp_path / "a").data.tokenizer == str(same_one)
+    assert read_config(tmp_path / "a").data.tokenizer == str(tmp_path / "a" / "tokenizer.model")
     # As configs/run.py:old may have it: the new run does without the parent.
     start(config(data, **{"data.tokenizer": f"{old}/tokenizer.model"}), tmp_path / "b", old)
     assert read_config(tmp_path / "b").data.tokenizer == str(tmp_path / "b" / "tokenizer.model")
@@ -424,6 +424,9 @@ def test_before_its_first_checkpoint_a_run_starts_from_the_parent_again(old, dat
     shutil.move(tmp_path / "old", tmp_path / "gone")
     given_none = read_config(new)
     refused(given_none, new, "--init_from=.*old@2: workdir .*old is no folder")
+    shutil.copytree(new, tmp_path / "moved")  # where the parent is now may be said
+    state, _ = start(read_config(tmp_path / "moved"), tmp_path / "moved", tmp_path / "gone", 2)
+    same(state.params, saved(old, 2, c).params)
     shutil.copytree(old, tmp_path / "old")
     shutil.rmtree(tmp_path / "old" / "checkpoints" / "2")
     shutil.copytree(*(tmp_path / "old" / "checkpoints" / step for step in ("4", "2")))
@@ -448,7 +451,11 @@ def test_a_start_that_was_killed_leaves_what_the_same_command_begins_with(
         patch.setattr("moepp_jax.workdir.write_atomic", killed)
         with pytest.raises(KilledError):
             start(c, new, old, 4)
-    assert {entry.name for entry in new.iterdir()} == {"parent.json", "tokenizer.model"}
+    assert {entry.name for entry in new.iterdir()} == {
+        "parent.json",
+        "tokenizer.model",
+        "data.json",
+    }
     refused(c, new, "holds files but no config.json")  # not a run without a parent
     state, _ = start(c, new, old, 4)
     same(state.params, saved(old, 4, c).params)

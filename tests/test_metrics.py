@@ -46,7 +46,7 @@ def test_of_layers_and_kinds_tensorboard_has_a_series_each(tmp_path, monkeypatch
     """And of other arrays none: loads of every layer and expert would be thousands."""
     seen = {}
     with MetricsWriter(tmp_path) as metrics:
-        monkeypatch.setattr(metrics._events, "add_scalar", lambda *a: seen.update({a[0]: a[1]}))
+        monkeypatch.setattr(metrics._events, "add", lambda *a: seen.update({a[0]: a[1]}))
         by_layer = np.arange(12.0)
         metrics.write(1, loss=2.0, entropy_by_layer=by_layer, drop_rate_by_kind=[0, 1, 2, 3])
         metrics.write(1, eval_load=np.ones((12, 20)), drop_rate_by_part=by_layer)
@@ -92,12 +92,81 @@ def test_a_kill_in_the_middle_of_a_line_costs_that_line_only(tmp_path, cut):
     assert _steps(tmp_path) == [*whole, 4]
 
 
-def test_a_broken_line_elsewhere_is_named_and_kept(tmp_path):
-    file = tmp_path / "metrics.jsonl"
-    file.write_text('{"step": 1}\nnot json\n{"step": 3}\n')
+BROKEN = b'{"step": 1}\nnot json\n{"step": 3}\n\xff\x00\n\n{"step": 5}\n{"step": 7}\n{"ste'
+
+
+def test_who_reads_a_broken_line_elsewhere_is_told_which(tmp_path):
+    (tmp_path / "metrics.jsonl").write_bytes(BROKEN)
     with pytest.raises(ConfigError, match=r"metrics.jsonl, line 2 .*'not json'"):
-        MetricsWriter(tmp_path, resume_step=1)
-    assert "not json" in file.read_text()
+        read_metrics(tmp_path)
+    assert (tmp_path / "metrics.jsonl").read_bytes() == BROKEN
+
+
+def test_a_run_goes_on_without_broken_lines_and_keeps_them_beside(tmp_path):
+    file, said = tmp_path / "metrics.jsonl", []
+    for name in ("metrics.jsonl.damaged", "metrics.jsonl.damaged.2"):
+        file.write_bytes(BROKEN)
+        with MetricsWriter(tmp_path, 5, said.append) as metrics:
+            metrics.write(6, loss=1.0)
+        assert _steps(tmp_path) == [1, 3, 5, 6]
+        assert (tmp_path / name).read_bytes() == BROKEN
+        assert said.pop() == (
+            f"{file}: line 2 cannot be read, and what was measured from step 1 on up to step 3 is "
+            "lost; lines 4 to 5 cannot be read, and what was measured from step 3 on up to step 5 "
+            "is lost; line 8 cannot be read, and what was measured from step 7 on is lost; the "
+            f"file as it was is {name} now"
+        )
+    assert not said
+
+
+def test_what_two_resumes_have_written_is_there_once(tmp_path):
+    """The later one counts, of training and of evaluations."""
+    rows = [(1, "loss"), (2, "loss"), (2, "eval_loss"), (2, "loss"), (3, "loss"), (2, "eval_loss")]
+    lines = [json.dumps({"step": step, name: i}) for i, (step, name) in enumerate(rows)]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    with MetricsWriter(tmp_path, 9):
+        pass
+    found = read_metrics(tmp_path)
+    assert [row.get("loss", row.get("eval_loss")) for row in found] == [0, 3, 4, 5]
+
+
+def test_a_file_that_cannot_be_written_is_one_error(tmp_path):
+    (tmp_path / "metrics.jsonl").mkdir()
+    with pytest.raises(ConfigError, match=r"metrics.jsonl cannot be written: Is a directory; the "):
+        MetricsWriter(tmp_path, 1)
+    assert not any((tmp_path / "metrics.jsonl").iterdir())
+
+
+def test_a_disk_that_fills_up_ends_the_run_with_one_error(tmp_path, monkeypatch):
+    full = open("/dev/full", "a")  # noqa: SIM115
+    metrics = MetricsWriter(tmp_path, 1)
+    metrics._file.close()
+    metrics._file = full
+    with pytest.raises(ConfigError, match=r"metrics.jsonl cannot be written: No space left on dev"):
+        metrics.write(2, loss=1.0)
+    with pytest.raises(ConfigError, match=r"metrics.jsonl cannot be written: No space left on dev"):
+        metrics.close()
+
+
+@pytest.mark.parametrize("when", ["at first", "later"])
+def test_events_that_cannot_be_written_are_told_once_and_end_no_run(tmp_path, monkeypatch, when):
+    said, folder = [], tmp_path / "tensorboard"
+    if when == "at first":
+        folder.write_text("a file")
+    with MetricsWriter(tmp_path, 0, said.append) as metrics:
+        metrics.write(1, loss=1.0)
+        if when == "later":
+            full = open("/dev/full", "wb")  # noqa: SIM115
+            metrics._events._writer._py_recordio_writer._writer = full
+        for step in range(2, 99):
+            metrics.write(step, loss=1.0)
+        metrics.flush()
+    why = {"at first": "File exists", "later": "No space left on device"}[when]
+    assert said == [
+        f"{folder} cannot be written ({why}): the run goes on without TensorBoard's events; "
+        "metrics.jsonl has all numbers"
+    ]
+    assert _steps(tmp_path) == [*range(1, 99)]
 
 
 def test_no_metrics_yet_is_an_error_that_names_the_file(tmp_path):

@@ -98,7 +98,14 @@ def test_what_a_run_leaves_behind(finished, data):
     assert Tokenizer.load(folder / "tokenizer.model").vocab_size == 384
     assert list((folder / "tensorboard").glob("events.*"))
     assert sorted(entry.name for entry in folder.iterdir()) == sorted(
-        ["checkpoints", "config.json", "metrics.jsonl", "tensorboard", "tokenizer.model"]
+        [
+            "checkpoints",
+            "config.json",
+            "data.json",
+            "metrics.jsonl",
+            "tensorboard",
+            "tokenizer.model",
+        ]
     )
     with Checkpoints(folder, keep=2) as checkpoints:
         assert checkpoints.steps() == [4, 8] and checkpoints.best_step() == 8

@@ -5,13 +5,14 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from moepp_jax import run_data
 from moepp_jax import state as state_lib
 from moepp_jax.checkpoint import Checkpoints
 from moepp_jax.config import Config
 from moepp_jax.configs import base
 from moepp_jax.data import PackedRows, prepare
 from moepp_jax.mesh import make_mesh
-from moepp_jax.workdir import keep_tokenizer, open_workdir
+from moepp_jax.workdir import open_workdir
 
 TEXT = Path(__file__).parent / "data" / "text"
 
@@ -80,8 +81,7 @@ class InMemory(list):
 def run_folder(folder: Path, c: Config, step: int = 3) -> Path:
     """A run's folder as training leaves it, with the fresh parameters as its checkpoint."""
     dataset = prepare(c, report=lambda line: None)
-    open_workdir(folder, c)
-    keep_tokenizer(folder, dataset.tokenizer)
+    open_workdir(folder, c, run_data.files(dataset))
     mesh = make_mesh(config(), jax.devices()[:1])
     with Checkpoints(folder, c.train.keep) as checkpoints:
         checkpoints.save(step, state_lib.init_state(state_lib.assemble(c, mesh)))

@@ -119,13 +119,13 @@ def _on(folder: Path, text: str) -> Mapping[str, float]:
     from moepp_jax.evaluate import evaluate_run
     from moepp_jax.workdir import read_config, tokenizer_file
 
-    config = read_config(folder)
+    config, dataset = read_config(folder), None
     if text != ENGLISH:
         sources = {"text": {"path": _path(text), "weight": 1.0, "text_field": "text"}}
         tokenizer = str(tokenizer_file(folder))
         config = config.replace("data", sources=sources, tokenizer=tokenizer, eval_fraction=0.1)
-        prepare(config, lambda line: None)
-    found = evaluate_run(config, folder)
+        dataset = prepare(config, lambda line: None)
+    found = evaluate_run(config, folder, dataset=dataset)
     load = np.array(found["eval_load"])[:, : config.moe.n_ffn]
     share = load / load.mean(axis=1, keepdims=True)
     return {

@@ -71,11 +71,13 @@ class Dataset:
     process needs; the others are not read.
 
     Attributes:
+      prepared: what it is read from.
       sources: those with a weight, by name.
       shares: of the training tokens, by name; they sum to 1.
     """
 
     def __init__(self, config: Config, prepared: Prepared):
+        self.prepared = prepared
         self.tokenizer = prepared.tokenizer
         self._config = config
         self._mixture = Mixture({n: s.weight for n, s in config.data.sources.items()})

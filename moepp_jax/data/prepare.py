@@ -32,10 +32,12 @@ class Prepared(NamedTuple):
     Attributes:
       tokenizer: of all sources.
       tokens: folder of each source's token data set.
+      texts: name of each source's text data set, which may be gone.
     """
 
     tokenizer: Tokenizer
     tokens: dict[str, Path]
+    texts: dict[str, str]
 
 
 def prepare_sources(config: Config, report: Report = print, workers: int | None = None) -> Prepared:
@@ -69,7 +71,7 @@ def prepare_sources(config: Config, report: Report = print, workers: int | None 
         if not tokens[name].exists():
             prepare_tokens(data, text.made(), tokenizer, report, workers)
         text.note()
-    return Prepared(tokenizer, tokens)
+    return Prepared(tokenizer, tokens, {name: text.name for name, text in texts.items()})
 
 
 def prepared_sources(config: Config) -> Prepared:
@@ -88,7 +90,7 @@ def prepared_sources(config: Config) -> Prepared:
     tokens = {name: tokens_folder(data, text, tokenizer) for name, text in names.items()}
     for name, folder in tokens.items():
         _require(folder.exists(), f"{folder}, the tokens of config.data.sources.{name}")
-    return Prepared(tokenizer, tokens)
+    return Prepared(tokenizer, tokens, names)
 
 
 def _require(there: bool, what: str) -> None:

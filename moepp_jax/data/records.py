@@ -24,7 +24,7 @@ import tensorflow_datasets as tfds
 from array_record.python.array_record_module import ArrayRecordReader
 
 from moepp_jax.data.shards import TEMPLATE, Shard
-from moepp_jax.data.storage import DataError, file_sha256
+from moepp_jax.data.storage import DataError, file_sha256, fingerprint
 from moepp_jax.storage import write_atomic
 
 SPLITS = ("train", "validation")
@@ -96,6 +96,18 @@ def _manifest(folder: Path) -> dict:
         return {"files": dict(manifest["files"]), "shards": dict(manifest["shards"])}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise _damaged(folder / _MANIFEST, f" cannot be read ({error})") from None
+
+
+def content(folder: Path) -> str:
+    """Fingerprint of all records and of where they begin, as the manifest has their SHA-256.
+
+    Raises:
+      DataError: the manifest is missing or cannot be read.
+    """
+    files = _manifest(folder)["files"]
+    indices = [(name, files[name]["sha256"]) for name in sorted(files) if name.endswith(".npy")]
+    of_shards = [[shard.sha256 for shard in shards(folder, split)] for split in SPLITS]
+    return fingerprint(indices, *of_shards)
 
 
 def _damaged(file: Path, how: str) -> DataError:

@@ -17,13 +17,13 @@ from moepp_jax import mesh as mesh_lib
 from moepp_jax.analysis import draw, record
 from moepp_jax.checkpoint import Checkpoints
 from moepp_jax.config import Config
-from moepp_jax.data import open_dataset
 from moepp_jax.errors import ConfigError
 from moepp_jax.harness import suite
 from moepp_jax.moe import Rule
 from moepp_jax.observe import beside, routed, texts
 from moepp_jax.processes import Rows, agree, is_first, on_first, require_alike
 from moepp_jax.run import Run, open_run
+from moepp_jax.run_data import open_data
 from moepp_jax.state import assemble
 
 _UNFINISHED = ".analyze-"  # begins the name of a folder of records that are being written
@@ -234,7 +234,7 @@ def parts_of(config: Config, run: Run, text: Text) -> list[texts.Part]:
     texts.require_fits(tokenizer, config.model.vocab_size)
     parts = [texts.of_file(Path(f), tokenizer, length, text.tokens) for f in text.files]
     if text.sources or not (text.files or text.suite):
-        parts += texts.of_sources(open_dataset(config), text.sources)
+        parts += texts.of_sources(open_data(config, run.workdir), text.sources)
     if text.suite and text.benchmarks == suite.HUB:
         raise ConfigError(f"--benchmarks={suite.HUB}: analyze reads items from a folder")
     if text.suite:
