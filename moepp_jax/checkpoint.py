@@ -4,10 +4,13 @@ Orbax writes and restores the arrays; this room adds what it leaves to its user.
 `params/` holds the parameters, `rest/` the optimizer state and whatever else a training state has,
 `meta/` the shapes and the metrics, and `checksums.json` the SHA-256 of every file in these three:
 without it a flipped byte would restore silently. The checksums are taken before orbax commits the
-step, in its background thread, so a step is never there without them.
+step, in its background thread, so a step is never there without them. One that has lost them, or is
+of a version that wrote none, cannot be verified: it is used where there is no other, which is said,
+and refused `only_verified`.
 """
 
 import contextlib
+import contextvars
 import dataclasses
 import errno
 import json
@@ -15,10 +18,12 @@ import math
 import os
 import re
 import shutil
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from flax.serialization import from_state_dict, to_state_dict
 from jax.experimental import multihost_utils
@@ -28,6 +33,8 @@ from moepp_jax.storage import AnyPath, is_local, open_path
 
 _ITEMS = ("params", "rest", "meta")
 
+_ONLY_VERIFIED = contextvars.ContextVar("only_verified", default=False)
+
 
 class CheckpointError(ValueError):
     """A checkpoint that is not there, is damaged or is of another model; the message says which."""
@@ -35,6 +42,16 @@ class CheckpointError(ValueError):
 
 class SaveError(CheckpointError):
     """A checkpoint that cannot be written; the message says why, and which ones there are."""
+
+
+@contextlib.contextmanager
+def only_verified() -> Iterator[None]:
+    """Checkpoints that are opened in this context give nothing that cannot be verified."""
+    before = _ONLY_VERIFIED.set(True)
+    try:
+        yield
+    finally:
+        _ONLY_VERIFIED.reset(before)
 
 
 class Checkpoints:
@@ -47,24 +64,34 @@ class Checkpoints:
       workdir: the run's folder, on a disk or in a store that all processes see.
       keep: how many of the newest steps are kept, beside the one of the lowest eval_loss.
       handlers: orbax's registry of handlers, for `save_params`; by default its own.
+
+    Raises:
+      CheckpointError: the folder cannot be read.
     """
 
     def __init__(self, workdir: str | os.PathLike, keep: int, handlers: Any = None):
         folder = open_path(workdir)
         self._folder = (folder.absolute() if is_local(folder) else folder) / "checkpoints"
+        self._only_verified = _ONLY_VERIFIED.get()
+        self._doubted: set[int] = set()  # what has been said so
         self._saving: int | None = None
         self._bytes = 0  # that it takes at most, of this process
         self._policy = _NewestAndBest(keep)
-        self._manager = _Manager(
-            self._folder,
-            handler_registry=handlers,
-            options=ocp.CheckpointManagerOptions(
-                create=False,
-                save_root_metadata=False,
-                preservation_policy=self._policy,
-                async_options=ocp.AsyncOptions(post_finalization_callback=self._write_checksums),
-            ),
-        )
+        try:
+            self._manager = _Manager(
+                self._folder,
+                handler_registry=handlers,
+                options=ocp.CheckpointManagerOptions(
+                    create=False,
+                    save_root_metadata=False,
+                    preservation_policy=self._policy,
+                    async_options=ocp.AsyncOptions(
+                        post_finalization_callback=self._write_checksums
+                    ),
+                ),
+            )
+        except OSError as error:
+            raise CheckpointError(f"{self._folder} cannot be read: {_reason(error)}") from error
         for step in self.steps():
             self._policy.note(step, _metrics(self._folder / str(step)))
 
@@ -119,25 +146,46 @@ class Checkpoints:
         return self._policy.best(self.steps())
 
     def choose(self, step: int | None) -> int | None:
-        """This step if one is named, else the best, else the newest; None if there is none."""
-        candidates = (step, self.best_step(), self.latest_step())
-        return next((s for s in candidates if s is not None), None)
+        """This step if one is named, else the best, else the newest; None if there is none.
+
+        Steps without checksums are chosen only where no other is.
+        """
+        if step is not None:
+            return step
+        steps = self.steps()
+        summed = [s for s in steps if checksums.are_there(self._folder / str(s))] or steps
+        best, of_all = self._policy.best(summed), self._policy.best(steps)
+        if of_all not in (best, *summed):
+            self._caution(f"the best checkpoint, {of_all}, cannot be verified: --step takes it")
+        return max(summed, default=None) if best is None else best
 
     def latest_intact_step(self, report: Callable[[str], Any] = print) -> int | None:
         """The newest step whose files are as they were saved; None if nothing was saved yet.
 
-        What is damaged is reported, and goes when a newer step is saved.
+        What is damaged is reported, and goes when a newer step is saved. A step that cannot be
+        verified is taken where none can.
 
         Raises:
-          CheckpointError: there are checkpoints, and all are damaged.
+          CheckpointError: there are checkpoints, and all are damaged, or none can be verified and
+            that is asked for.
         """
         self.wait()
+        doubts = {}
         for step in reversed(self.steps()):
-            damage = self._damage(step, _ITEMS)
-            if damage is None:
+            damage, doubt = self._verdict(step, _ITEMS)
+            if damage is None and doubt is None:
+                self._policy.damaged |= doubts.keys()
                 return step
-            self._policy.damaged.add(step)
-            report(f"checkpoint {step} is damaged, looking for an older one: {damage}")
+            if damage is None:
+                doubts[step] = doubt
+                report(f"checkpoint {step} cannot be verified, looking for an older one: {doubt}")
+            else:
+                self._policy.damaged.add(step)
+                report(f"checkpoint {step} is damaged, looking for an older one: {damage}")
+        if doubts:
+            step = max(doubts)
+            self._require_allowed(step, doubts[step], report)
+            return step
         if self.steps():
             raise CheckpointError(
                 f"every checkpoint in {self._folder} is damaged: remove that folder to start anew"
@@ -194,6 +242,8 @@ class Checkpoints:
             yield
         except Exception as error:  # orbax and TensorStore raise bare ones
             self._manager.reload()  # orbax forgot the steps that the save was to replace
+            if self._is_saved_but_for_others(error):
+                return
             self._remove_leftover()
             why = _reason(error)
             if is_local(self._folder) and _is_full(error):
@@ -204,6 +254,24 @@ class Checkpoints:
             raise SaveError(
                 f"checkpoint {self._saving} in {self._folder} cannot be saved: {why}; {kept}"
             ) from error
+
+    def _is_saved_but_for_others(self, error: Exception) -> bool:
+        """Whether the step is there, and what went wrong was that older ones could not go."""
+        step = self._saving
+        if jax.process_index() != 0 or step not in self.steps():
+            return False  # process 0 alone removes
+        stuck = self._policy.superfluous(self.steps())
+        if not stuck or any(
+            checksums.verdict(self._folder / str(step), _ITEMS, ("params", "meta"))
+        ):
+            return False
+        self._policy.stuck |= stuck
+        self._caution(
+            f"checkpoint {step} is saved, but {', '.join(map(str, sorted(stuck)))} in "
+            f"{self._folder}, which it replaces, cannot all be removed: {_reason(error)}; the run "
+            "goes on, remove them by hand"
+        )
+        return True
 
     def _existing(self) -> AnyPath:
         return next(place for place in (self._folder, *self._folder.parents) if place.exists())
@@ -234,7 +302,9 @@ class Checkpoints:
         self._require_there(step)
         self._require_intact(step, ["meta"])
         self._require_shapes(step, items)
-        self._require_intact(step, items)
+        doubt = self._require_intact(step, items)
+        if doubt is not None:
+            self._require_allowed(step, doubt, self._caution)
 
     def _require_there(self, step: int | None) -> None:
         self.wait()
@@ -243,10 +313,26 @@ class Checkpoints:
         if step not in self.steps():
             raise self._error(step, "is not there")
 
-    def _require_intact(self, step: int, items: Iterable[str]) -> None:
-        damage = self._damage(step, items)
+    def _require_intact(self, step: int, items: Iterable[str]) -> str | None:
+        """Returns why nobody knows whether it is, if so."""
+        damage, doubt = self._verdict(step, items)
         if damage is not None:
             raise self._error(step, f"is damaged: {damage}")
+        return doubt
+
+    def _require_allowed(self, step: int, doubt: str, report: Callable[[str], Any]) -> None:
+        if self._only_verified:
+            raise self._error(step, f"cannot be verified: {doubt}; without --strict it is used")
+        if step not in self._doubted:
+            self._doubted.add(step)
+            report(
+                f"checkpoint {step} in {self._folder} cannot be verified, as {doubt}; it is used "
+                "as it is (--strict would refuse it)"
+            )
+
+    def _caution(self, line: str) -> None:
+        if jax.process_index() == 0:
+            print(line, file=sys.stderr)
 
     def _require_shapes(self, step: int, items: dict[str, Any]) -> None:
         try:
@@ -272,14 +358,20 @@ class Checkpoints:
         there = f"; steps that may be used instead: {others}" if others else ""
         return CheckpointError(f"checkpoint {step} in {self._folder} {why}{there}")
 
-    def _damage(self, step: int, items: Iterable[str]) -> str | None:
+    def _verdict(self, step: int, items: Iterable[str]) -> checksums.Verdict:
         """What is wrong with a step's files. Process 0 reads them, all return alike."""
-        found = None
+        found = checksums.Verdict()
         if jax.process_index() == 0:
-            found = checksums.damage(self._folder / str(step), frozenset(items))
+            items = frozenset(items)
+            # A model that was converted has no `rest`.
+            found = checksums.verdict(self._folder / str(step), items, items - {"rest"})
+        wrong = np.array([said is not None for said in found])
         with jax.transfer_guard("allow"):
-            damaged = multihost_utils.broadcast_one_to_all(found is not None)
-        return (found or "process 0 says so") if damaged else None
+            wrong = multihost_utils.broadcast_one_to_all(wrong)
+        said = zip(found, wrong, strict=True)
+        return checksums.Verdict(
+            *((s or "process 0 says so") if there else None for s, there in said)
+        )
 
     def _remove_leftover(self) -> None:
         """What a process that was killed while it saved this step left of it."""
@@ -313,6 +405,7 @@ class _NewestAndBest:
     keep: int
     losses: dict[int, float] = dataclasses.field(default_factory=dict)
     damaged: set[int] = dataclasses.field(default_factory=set)
+    stuck: set[int] = dataclasses.field(default_factory=set)  # cannot be removed
 
     def note(self, step: int, metrics: Mapping[str, float]) -> None:
         self.damaged.discard(step)
@@ -326,9 +419,14 @@ class _NewestAndBest:
         return min(known, key=self.losses.__getitem__, default=None)
 
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
-        steps = sorted({checkpoint.step for checkpoint in checkpoints} - self.damaged)
-        preserved = {*steps[-self.keep :], self.best(steps)}
-        return [checkpoint.step in preserved for checkpoint in checkpoints]
+        steps = [checkpoint.step for checkpoint in checkpoints]
+        superfluous = self.superfluous(steps) - self.stuck
+        return [step not in superfluous for step in steps]
+
+    def superfluous(self, steps: Sequence[int]) -> set[int]:
+        """Those that are to go; `stuck` ones among them."""
+        kept = sorted(set(steps) - self.damaged - self.stuck)
+        return set(steps) - {*kept[-self.keep :], self.best(kept)}
 
 
 def _bytes_here(tree: Any) -> int:

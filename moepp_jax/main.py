@@ -46,6 +46,7 @@ where the training step does not fit them.
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import importlib
 import sys
@@ -98,14 +99,18 @@ def load(name: str) -> ModuleType:
 
 def run(name: str) -> None:
     """One command, with the flags of sys.argv."""
-    from moepp_jax import cli
+    from absl import flags
+
+    from moepp_jax import checkpoint, cli
 
     module = load(name)
 
     def command(argv: Sequence[str]) -> None:
         words = argv[1:]
         words.remove(name)
-        module.run(words)
+        strict = "strict" in flags.FLAGS and flags.FLAGS.strict
+        with checkpoint.only_verified() if strict else contextlib.nullcontext():
+            module.run(words)
 
     cli.run(command, lambda: cli.describe(module))
 

@@ -1,6 +1,8 @@
 """Checkpoints: equal bit for bit on any mesh, and never wrong in silence."""
 
+import contextlib
 import errno
+import json
 from pathlib import Path
 
 import flax.struct
@@ -12,7 +14,8 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from moepp_jax import checksums
-from moepp_jax.checkpoint import CheckpointError, Checkpoints, SaveError
+from moepp_jax.checkpoint import CheckpointError, Checkpoints, SaveError, only_verified
+from tests.unprivileged import unprivileged
 
 
 @flax.struct.dataclass
@@ -180,16 +183,126 @@ def test_if_all_steps_are_damaged_nothing_starts_anew_in_silence(tmp_path):
         checkpoints.latest_intact_step(lambda _: None)
 
 
-def test_a_step_without_checksums_is_accepted_and_its_damage_still_one_clear_error(tmp_path):
+def _forget_one(file):
+    sums = json.loads(file.read_text())
+    sums.pop(next(name for name in sums if name.startswith("params/d/")))
+    file.write_text(json.dumps(sums))
+
+
+LOST = [Path.unlink, lambda file: file.write_text("{}"), _forget_one]
+
+
+@pytest.mark.parametrize("lose", LOST)
+def test_a_step_without_checksums_is_accepted_and_its_damage_still_one_clear_error(
+    tmp_path, capsys, lose
+):
+    """As versions left it that wrote none: it is used, and who uses it is told."""
     _save(tmp_path, 10)
-    (tmp_path / "checkpoints" / "10" / "checksums.json").unlink()
+    lose(tmp_path / "checkpoints" / "10" / "checksums.json")
+    reports = []
     with Checkpoints(tmp_path, 2) as checkpoints:
         assert checkpoints.choose(None) == 10
-        assert checkpoints.latest_intact_step() == 10
+        assert checkpoints.latest_intact_step(reports.append) == 10
+        assert "checkpoint 10 cannot be verified, looking for an older one" in reports[0]
+        assert "cannot be verified, as " in reports[1] and "(--strict would ref" in reports[1]
         _assert_equal(checkpoints.restore(10, _abstract(_state())), _state())
+        assert not capsys.readouterr().err  # that was said
         _truncate(_array_file(tmp_path, 10, "params"))
-        with pytest.raises(CheckpointError, match=r"checkpoint 10 .* cannot be read"):
+        with pytest.raises(CheckpointError, match=r"checkpoint 10 .* (cannot be read|not as it w)"):
             checkpoints.restore(10, _abstract(_state()))
+    with Checkpoints(tmp_path, 2) as checkpoints, contextlib.suppress(CheckpointError):
+        checkpoints.restore_params(10, _abstract(_state().params))
+    if lose is not _forget_one:  # whose other files were looked at, and the error came first
+        assert "checkpoint 10 in" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("lose", LOST)
+def test_a_step_that_can_be_verified_is_preferred(tmp_path, lose, capsys):
+    _save(tmp_path, 10, 20)
+    with Checkpoints(tmp_path, 9) as checkpoints:
+        checkpoints.save(30, _state(), {"eval_loss": 1.0})
+    for step in (20, 30):
+        lose(tmp_path / "checkpoints" / str(step) / "checksums.json")
+    reports = []
+    with Checkpoints(tmp_path, 2) as checkpoints:
+        if lose is not _forget_one:  # seen without a look at any other file
+            assert checkpoints.choose(None) == 10
+            assert "best checkpoint, 30, cannot be verified: --step" in capsys.readouterr().err
+        assert checkpoints.choose(20) == 20
+        assert checkpoints.latest_intact_step(reports.append) == 10
+        assert [r.split(",")[0] for r in reports] == [
+            f"checkpoint {step} cannot be verified" for step in (30, 20)
+        ]
+        checkpoints.save(20, _state())  # what was passed over is written again
+        assert checkpoints.latest_intact_step(reports.append) == 20
+        assert checkpoints.steps() == [10, 20]
+
+
+def test_what_cannot_be_verified_is_refused_where_that_is_asked_for(tmp_path):
+    _save(tmp_path, 10)
+    with only_verified():
+        with Checkpoints(tmp_path, 2) as checkpoints:
+            assert checkpoints.latest_intact_step() == 10
+        (tmp_path / "checkpoints" / "10" / "checksums.json").unlink()
+        said = r"checkpoint 10 in .* cannot be verified: it has no checksums.json; without --strict"
+        with Checkpoints(tmp_path, 2) as checkpoints:
+            with pytest.raises(CheckpointError, match=said):
+                checkpoints.latest_intact_step(lambda line: None)
+            with pytest.raises(CheckpointError, match=said):
+                checkpoints.restore_params(10, _abstract(_state().params))
+            with pytest.raises(CheckpointError, match=said):
+                checkpoints.params_folder(10, _abstract(_state().params))
+    with Checkpoints(tmp_path, 2) as checkpoints:
+        assert checkpoints.latest_intact_step(lambda line: None) == 10
+
+
+@pytest.mark.parametrize("left", [[], ["meta"], ["params"]])
+def test_a_folder_with_nothing_in_it_is_a_damaged_step(tmp_path, left):
+    _save(tmp_path, 10)
+    for item in left:
+        (tmp_path / "checkpoints" / "99" / item).mkdir(parents=True)
+    (tmp_path / "checkpoints" / "99").mkdir(exist_ok=True)
+    reports = []
+    with Checkpoints(tmp_path, 2) as checkpoints:
+        assert checkpoints.choose(None) == 10
+        with pytest.raises(CheckpointError, match=r"checkpoint 99 .* is damaged: meta/ is missing"):
+            checkpoints.restore(99, _abstract(_state()))
+        assert checkpoints.latest_intact_step(reports.append) == 10
+        assert len(reports) == 1 and "checkpoint 99 is damaged" in reports[0]
+        checkpoints.save(11, _state())
+        checkpoints.wait()
+        assert checkpoints.steps() == [10, 11]
+
+
+def test_an_old_step_that_cannot_be_removed_ends_no_run(tmp_path, capsys):
+    with Checkpoints(tmp_path, 1) as checkpoints:
+        checkpoints.save(1, _state())
+        checkpoints.wait()
+        kept = tmp_path / "checkpoints" / "1"
+        kept.chmod(0o500)
+        with unprivileged():
+            for step in (2, 3):
+                checkpoints.save(step, _state())
+                checkpoints.wait()
+            kept.chmod(0o700)
+        said = capsys.readouterr().err
+        assert checkpoints.steps() == [1, 3] and checkpoints.latest_intact_step() == 3
+    assert said.count("checkpoint 2 is saved, but 1 in ") == said.count("cannot all be rem") == 1
+
+
+def test_a_step_that_may_not_be_read_is_a_damaged_one(tmp_path):
+    _save(tmp_path, 10, 20)
+    reports = []
+    for name in ("20/params", "20/checksums.json", "20"):
+        (tmp_path / "checkpoints" / name).chmod(0)
+        with unprivileged(), Checkpoints(tmp_path, 2) as checkpoints:
+            assert checkpoints.latest_intact_step(reports.append) == 10
+            assert "checkpoint 20 is damaged" in reports.pop(0), name
+        (tmp_path / "checkpoints" / name).chmod(0o700)
+    (tmp_path / "checkpoints").chmod(0)
+    with unprivileged(), pytest.raises(CheckpointError, match=r"checkpoints cannot be read: Permi"):
+        Checkpoints(tmp_path, 2)
+    (tmp_path / "checkpoints").chmod(0o700)
 
 
 def test_a_save_that_was_killed_is_no_step_and_can_be_repeated(tmp_path, caplog):

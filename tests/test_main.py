@@ -312,7 +312,10 @@ def cases(folder: Path) -> list[tuple[list[str], str]]:
         (["train", *tiny_flags, "--distributed=on", new], "--distributed=on: JAX cannot join .*"),
         (["train", *tiny_flags, "--workdir=/proc/x"], "workdir /proc/x cannot be written: "),
         (["evaluate", f"--workdir={folder}/file"], "workdir .*file is a file: give --workdir the"),
-        (["evaluate", f"--workdir={folder}/cut"], "checkpoint 3 .* cannot be read: [^<]*"),
+        (
+            ["evaluate", f"--workdir={folder}/cut", "--strict"],
+            "checkpoint 3 in .* cannot be verified: it has no checksums.json; without --strict it",
+        ),
         (["generate", f"--workdir={folder}/mute", "--prompt=a"], ".*tokenizer.model is missing: "),
         (["evaluate", new], "workdir .*new is no folder: .*train.* makes it"),
         (["evaluate", run, f"--json={folder}/no/x.json"], "--json=.*/no/x.json: there is no such"),
@@ -364,9 +367,6 @@ def spoil(folder: Path) -> None:
     for name in ("cut", "mute"):
         shutil.copytree(folder / "run", folder / name)
     (folder / "cut" / "checkpoints" / "3" / "checksums.json").unlink()
-    for file in (folder / "cut" / "checkpoints" / "3" / "params").rglob("*"):
-        if file.stat().st_size > 10_000 and file.is_file():
-            os.truncate(file, 100)
     (folder / "mute" / "tokenizer.model").unlink()
 
 

@@ -76,7 +76,7 @@ def test_a_run_in_a_bucket_has_a_parent_and_its_tokenizer(bucket, tmp_path):
     keep_tokenizer(open_path(parent.workdir), kept)
     dataset = prepare(there.replace("data", dir=str(tmp_path)), report=lambda line: None)
     assert dataset.tokenizer.fingerprint == kept.fingerprint
-    open_workdir(bucket, c, parents.files(parent, kept))
+    open_workdir(bucket, c, parents.files(parent) | run_data.files(dataset))
     assert objects().keys() >= {"config.json", "parent.json", "tokenizer.model"}
     assert parents.of_run(f"{bucket}/", parents.given("s3://bucket/runs/old/@3", True)) == parent
     assert parents.to_prepare(c, bucket, parent) == c  # now it has a copy
@@ -111,10 +111,10 @@ def test_checksums_are_taken_and_checked_in_a_bucket(bucket):
     checksums.write(folder, ["params", "rest", "meta"])
     expected = {name: hashlib.sha256(data).hexdigest() for name, data in content.items()}
     assert json.loads((folder / "checksums.json").read_text()) == expected
-    assert checksums.damage(folder, ["params", "rest"]) is None
+    assert not any(checksums.verdict(folder, ["params", "rest"], ["params"]))
     write_atomic(folder / "rest/c", b"4")
-    assert checksums.damage(folder, ["params"]) is None
-    assert checksums.damage(folder, ["rest"]) == "rest/c is not as it was saved"
+    assert not any(checksums.verdict(folder, ["params"], ["params"]))
+    assert checksums.verdict(folder, ["rest"], []).damage == "rest/c is not as it was saved"
 
 
 def test_a_local_folder_is_written_in_place(tmp_path):

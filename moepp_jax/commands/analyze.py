@@ -25,7 +25,7 @@ from moepp_jax.commands import options
 from moepp_jax.errors import ConfigError
 from moepp_jax.storage import is_local, open_path
 
-for _name in ("workdir", "step", "config", "zero_offset", "suite", "tasks", "benchmarks"):
+for _name in ("workdir", "step", "strict", "config", "zero_offset", "suite", "tasks", "benchmarks"):
     flags.declare_key_flag(_name)
 flags.adopt_module_key_flags(devices)
 _TEXT = cli.define_paths("text", "a file of text; may be given several times")

@@ -7,7 +7,7 @@ from moepp_jax.commands import options
 from moepp_jax.config import Config
 from moepp_jax.errors import ConfigError
 
-for _name in ("config", "step"):
+for _name in ("config", "step", "strict"):
     flags.declare_key_flag(_name)
 _DTYPE = flags.DEFINE_string(
     "dtype", None, "from-hf, upcycle: of the arithmetic; to-hf: of the tensors; by default as came"

@@ -13,7 +13,7 @@ from moepp_jax.errors import ConfigError
 _BATCHES = flags.DEFINE_integer(
     "batches", 0, "so many batches of held-out text, always the same; 0 is all of it"
 )
-for _name in ("workdir", "step", "config", "json", "zero_offset"):
+for _name in ("workdir", "step", "strict", "config", "json", "zero_offset"):
     flags.declare_key_flag(_name)
 flags.adopt_module_key_flags(devices)
 

@@ -14,7 +14,7 @@ from moepp_jax import api, cli, progress, workdir
 from moepp_jax.commands import options
 from moepp_jax.errors import ConfigError
 
-for _name in ("workdir", "step", "config", "zero_offset"):
+for _name in ("workdir", "step", "strict", "config", "zero_offset"):
     flags.declare_key_flag(_name)
 _PROMPT = flags.DEFINE_multi_string("prompt", [], "text to continue; may be given several times")
 _PROMPTS_FILE = cli.define_path(

@@ -9,7 +9,7 @@ from moepp_jax.commands import options
 from moepp_jax.errors import ConfigError
 from moepp_jax.harness import needed, suite
 
-for _name in ("workdir", "step", "config", "json", "suite", "tasks", "benchmarks"):
+for _name in ("workdir", "step", "strict", "config", "json", "suite", "tasks", "benchmarks"):
     flags.declare_key_flag(_name)
 flags.adopt_module_key_flags(devices)
 _LIMIT = flags.DEFINE_integer(

@@ -15,6 +15,9 @@ WORKDIR = cli.define_path("workdir", None, "folder of the run")
 STEP = flags.DEFINE_integer(
     "step", None, "checkpoint to use; by default the best on held-out text, else the newest"
 )
+STRICT = flags.DEFINE_bool(
+    "strict", False, "refuse a checkpoint that cannot be verified, as it has lost its checksums"
+)
 ZERO_OFFSET = flags.DEFINE_float(
     "zero_offset",
     None,

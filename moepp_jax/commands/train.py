@@ -6,7 +6,7 @@ from moepp_jax import cli, devices, parent, profiling, train, workdir
 from moepp_jax.commands import options
 from moepp_jax.config import Config
 
-for _name in ("config", "workdir"):
+for _name in ("config", "workdir", "strict"):
     flags.declare_key_flag(_name)
 flags.adopt_module_key_flags(devices)
 _PROFILE = flags.DEFINE_string(
