@@ -1,34 +1,91 @@
-"""Ending a process at once, and quietly: what a Ctrl-C does where nothing is to be saved.
+"""What SIGINT and SIGTERM do to a command from its first moment on, where nothing is to be saved.
 
-It stands alone, without JAX, so that it is in force before anything is imported that takes long.
+Imports take seconds, so this is what a command does first, and next to nothing is imported for it;
+a signal before that ends Python's own start, of some hundredths of a second. A KeyboardInterrupt
+would be a traceback of whatever is being imported, and is lost where it meets a callback or a
+`__del__`; and while the main thread is in compiled code, which may wait for minutes, Python runs no
+handler in it. So a thread hears of signals, and ends the process at once, whatever the others do.
 """
-
-from __future__ import annotations
 
 import os
 import signal
 import sys
-from types import FrameType
-from typing import NoReturn
+
+_SAID = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}
+
+_ending: list[int] = []  # the thread that ends the process, and others that would
+
+
+def from_now_on() -> None:
+    """Each signal that would end this process does so at once, with one line and its status.
+
+    Who sets another handler for one, as `interrupt.StopRequest` does, hears of it instead. Signals
+    that a parent told this process to ignore stay ignored: those of a shell's background. Twice is
+    as good as once.
+    """
+    if signal.getsignal(signal.SIGTERM) is end_now:
+        return
+    for number in _SAID:
+        if signal.getsignal(number) in (signal.default_int_handler, signal.SIG_DFL):
+            signal.signal(number, end_now)
+    import threading
+
+    listening, told = os.pipe()
+    os.set_blocking(told, False)
+    # A forked process has no such thread, but would have the pipe.
+    os.register_at_fork(after_in_child=lambda: signal.set_wakeup_fd(-1))
+    threading.Thread(target=_listen, args=(listening,), daemon=True).start()
+    signal.set_wakeup_fd(told, warn_on_full_buffer=False)
 
 
 def on_interrupt() -> None:
-    """Has a Ctrl-C end the process in one line; one that is ignored, as in the background, stays.
-
-    A KeyboardInterrupt shows where the program was; it is lost where it meets one of JAX's
-    callbacks, and what ends in good order may end in the middle of a computation.
-    """
+    """The same of a Ctrl-C alone, and only while the main thread runs Python, for scripts."""
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        signal.signal(signal.SIGINT, _end)
+        signal.signal(signal.SIGINT, end_now)
 
 
-def at_once(message: str, status: int) -> NoReturn:
-    """Ends the process without waiting for its threads."""
-    sys.stdout.flush()
+def leave_to_parent() -> None:
+    """Of a terminal's interrupt, which all its processes get, a worker says nothing."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _listen(listening: int) -> None:
+    while heard := os.read(listening, 1):
+        if signal.getsignal(heard[0]) is end_now:
+            end_now(heard[0], None)
+
+
+def end_now(number: int, frame: object) -> None:
+    """A signal handler, in any thread."""
+    at_once(f"\n{_SAID[signal.Signals(number)]}\n", 128 + number)
+
+
+def at_once(message: str, status: int) -> None:
+    """Ends this process with a message on standard error, and waits for nothing.
+
+    What ends in good order may end in the middle of a computation, and would be held up by it.
+    """
+    import threading
+
+    _ending.append(threading.get_ident())
+    if _ending[0] != threading.get_ident():
+        threading.Event().wait()  # until the process is gone
+    # In another thread: a signal may have met the middle of a print, which holds the lock.
+    flushing = threading.Thread(target=_flush, daemon=True)
+    try:
+        flushing.start()
+        flushing.join(timeout=1)
+    except RuntimeError:  # at the interpreter's end there are no new threads
+        pass
     show_cursor = "\x1b[?25h" if os.isatty(2) else ""  # a progress bar hides it
-    os.write(2, (show_cursor + message).encode())
-    os._exit(status)
+    try:
+        os.write(2, (show_cursor + message).encode())
+    finally:
+        os._exit(status)
 
 
-def _end(number: int, frame: FrameType | None) -> NoReturn:
-    at_once("\ninterrupted\n", 128 + number)
+def _flush() -> None:
+    import contextlib
+
+    with contextlib.suppress(OSError, RuntimeError, ValueError, AttributeError):
+        sys.stdout.flush()  # whoever read it may be gone

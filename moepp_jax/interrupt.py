@@ -40,10 +40,12 @@ class StopRequest:
         self.signal: signal.Signals | None = None
         self._several = jax.distributed.is_initialized()
         self._before: dict[int, object] = {}
+        self._told = -1
 
     def __enter__(self) -> StopRequest:
         # Python delivers signals to the main thread alone.
         if threading.current_thread() is threading.main_thread():
+            self._told = signal.set_wakeup_fd(-1)  # no thread of `ending` hears of these
             for number in [signal.SIGINT] + [signal.SIGTERM] * (not self._several):
                 self._before[number] = signal.signal(number, self._note)
         return self
@@ -69,6 +71,9 @@ class StopRequest:
             os.kill(os.getpid(), signal.SIGTERM)
 
     def _restore(self) -> None:
+        if not self._before:
+            return
         for number, handler in self._before.items():
             signal.signal(number, handler)
         self._before = {}
+        signal.set_wakeup_fd(self._told, warn_on_full_buffer=False)

@@ -46,6 +46,13 @@ where the training step does not fit them.
 
 from __future__ import annotations
 
+from moepp_jax import ending
+
+if __name__ == "__main__":
+    ending.from_now_on()
+elif __name__ == "__mp_main__":
+    ending.leave_to_parent()
+
 import contextlib
 import difflib
 import importlib
@@ -53,7 +60,7 @@ import sys
 from collections.abc import Sequence
 from types import ModuleType
 
-from moepp_jax import __version__, ending
+from moepp_jax import __version__
 
 # A file of moepp_jax/commands each, imported when it is called for: JAX takes seconds to import.
 COMMANDS = (
@@ -74,7 +81,7 @@ _HELP = {"--help", "-help", "-h", "-?"}
 
 def main() -> None:
     """The command line, whole: what was asked for is in sys.argv."""
-    ending.on_interrupt()
+    ending.from_now_on()
     name = command_of(sys.argv[1:])
     if name is not None:
         run(name)

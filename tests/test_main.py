@@ -373,6 +373,7 @@ def spoil(folder: Path) -> None:
 def test_help_is_of_the_command_and_no_error(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["main", "generate", "--help"])
     monkeypatch.setattr(signal, "signal", lambda *handler: None)  # pytest's own handler stays
+    monkeypatch.setattr(main.ending, "from_now_on", lambda: None)
     with pytest.raises(SystemExit) as end:
         main.main()
     assert not end.value.code
