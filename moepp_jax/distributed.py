@@ -16,6 +16,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Mapping
+from importlib.util import find_spec
 from typing import Any, NoReturn
 
 import jax
@@ -27,9 +28,16 @@ MODES = ("auto", "on", "off")
 # Seconds that processes wait for each other at the start.
 INITIALIZATION_TIMEOUT = 300
 
+# Seconds of waiting after which a process says for whom.
+PATIENCE = 5
+
 # Seconds without a sign of life after which a process counts as dead.
 HEARTBEAT_TIMEOUT = 30
 
+_LAUNCHERS = (  # of all processes, of this one
+    ("SLURM_NTASKS", "SLURM_PROCID"),
+    ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"),
+)
 _SLURM = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID")
 
 
@@ -58,10 +66,15 @@ def initialize(
     os.environ.setdefault("PJRT_NPROC", "32")
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     where = found["coordinator_address"] or "the detected address"
-    # JAX's own timeout ends the process with a stack trace.
-    watch = threading.Timer(timeout, _give_up, [where, timeout])
-    watch.daemon = True
-    watch.start()
+    said = f"waiting at {where} for {awaited(os.environ, found)}"
+    watches = [
+        threading.Timer(min(PATIENCE, timeout / 2), print, [said], {"file": sys.stderr}),
+        # JAX's own timeout ends the process with a stack trace.
+        threading.Timer(timeout, _give_up, [where, timeout]),
+    ]
+    for watch in watches:
+        watch.daemon = True
+        watch.start()
     try:
         jax.distributed.initialize(
             **found,
@@ -77,7 +90,8 @@ def initialize(
             "takes --distributed=off"
         ) from error
     finally:
-        watch.cancel()
+        for watch in watches:
+            watch.cancel()
     faulthandler.disable()  # absl's: its dump would bury what JAX says when it ends this process
     return True
 
@@ -112,6 +126,8 @@ def settings(
         if coordinator:
             num_processes = _number(environ, "JAX_NUM_PROCESSES")
             process_id = _number(environ, "JAX_PROCESS_ID", "JOB_COMPLETION_INDEX")
+    if num_processes is not None and num_processes < 1:
+        raise ConfigError(f"num_processes = {num_processes} must be at least 1")
     if coordinator and not coordinator.rpartition(":")[2].isdigit():
         raise ConfigError(f"the coordinator {coordinator!r} must be HOST:PORT")
     if None not in (num_processes, process_id) and not 0 <= process_id < num_processes:
@@ -136,9 +152,9 @@ def several(environ: Mapping[str, str]) -> bool:
     """
     if environ.get("JAX_COORDINATOR_ADDRESS") or environ.get("JAX_NUM_PROCESSES"):
         return _number(environ, "JAX_NUM_PROCESSES") != 1
-    if all(name in environ for name in _SLURM):
+    if all(environ.get(name) for name in _SLURM):
         return _number(environ, "SLURM_NTASKS") > 1
-    if "OMPI_COMM_WORLD_SIZE" in environ:
+    if environ.get("OMPI_COMM_WORLD_SIZE"):
         return _number(environ, "OMPI_COMM_WORLD_SIZE") > 1
     hosts = environ.get("TPU_PROCESS_ADDRESSES") or environ.get("TPU_WORKER_HOSTNAMES")
     if hosts:
@@ -146,7 +162,45 @@ def several(environ: Mapping[str, str]) -> bool:
     # JAX marks a Cloud TPU VM like this; how many there are, it asks the metadata server.
     if environ.get("TPU_ML_PLATFORM"):
         return True
-    return "KUBERNETES_SERVICE_HOST" in environ and "JOB_COMPLETION_INDEX" in environ
+    return bool(environ.get("KUBERNETES_SERVICE_HOST")) and _of_several_pods(environ)
+
+
+def _of_several_pods(environ: Mapping[str, str]) -> bool:
+    """Whether JAX is to find the other pods of a Kubernetes job, for which it asks its server.
+
+    Pod 0 may be the only one, and is taken for that where the server cannot be asked.
+
+    Raises:
+      ConfigError: there are others, and it cannot.
+    """
+    index = _number(environ, "JOB_COMPLETION_INDEX")
+    can_ask = find_spec("kubernetes") is not None
+    if index and not can_ask:
+        raise ConfigError(
+            f"JOB_COMPLETION_INDEX={index}: this is one of several pods of a Kubernetes job, and "
+            "nothing says where the others are: set JAX_COORDINATOR_ADDRESS and JAX_NUM_PROCESSES "
+            "(launch/jobset_gpu.yaml does), or install the package kubernetes; a process for "
+            "itself takes --distributed=off"
+        )
+    return index is not None and can_ask
+
+
+def awaited(environ: Mapping[str, str], found: Mapping[str, Any]) -> str:
+    """Whom a process with these settings waits for, who says so, and what to do without them."""
+    number, processes = found["process_id"], found["num_processes"]
+    told = f"num_processes = {processes}"
+    for of_all, of_this in _LAUNCHERS:
+        if processes is None and environ.get(of_all):
+            processes, number = _number(environ, of_all), _number(environ, of_this)
+            told = f"{of_all}={processes}"
+    others = "the other processes of this run"
+    if processes is not None and number is not None:
+        last = f" to {processes - 1}" if processes > 2 else ""
+        others = "process 0" if number else (f"processes 1{last}" if last else "process 1")
+        others = f"{others} of this run, as {told} and this is process {number}"
+    if environ.get("SLURM_PTY_PORT"):
+        others += "; in a shell of `srun --pty` they never come: start the command with srun"
+    return f"{others}; a process for itself takes --distributed=off"
 
 
 def _number(environ: Mapping[str, str], *names: str) -> int | None:

@@ -43,39 +43,99 @@ def known(coordinator, processes, number):
     }
 
 
-@pytest.mark.parametrize(
-    "environ",
-    [
-        SLURM,
-        {"OMPI_COMM_WORLD_SIZE": "2"},
-        {"JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "0"},
-        {"TPU_WORKER_HOSTNAMES": "t-0,t-1", "TPU_WORKER_ID": "0"},
-        {"TPU_WORKER_HOSTNAMES": "t-0", "MEGASCALE_NUM_SLICES": "2"},
+BATCH = {"SLURM_JOB_ID": "77", "SLURM_NTASKS": "4", "SLURM_PROCID": "0"}
+POD = {"KUBERNETES_SERVICE_HOST": "10.0.0.1"}
+MPI = {"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "0"}
+ALONE = None
+LAUNCHERS = {
+    "a shell": ({}, ALONE),
+    "srun, four tasks": (SLURM, DETECT),
+    "srun, one task": (SLURM | {"SLURM_NTASKS": "1"}, ALONE),
+    "SLURM_NTASKS empty": (SLURM | {"SLURM_NTASKS": ""}, ALONE),
+    "SLURM_NTASKS no number": (
+        SLURM | {"SLURM_NTASKS": "4(x2)"},
+        "SLURM_NTASKS=4(x2) must be a whole number",
+    ),
+    "sbatch without srun": (BATCH, ALONE),
+    "a shell of srun --pty": (SLURM | {"SLURM_PTY_PORT": "4711"}, DETECT),
+    "srun, told the coordinator": (
+        SLURM | {"JAX_COORDINATOR_ADDRESS": "a:1"},
+        DETECT | {"coordinator_address": "a:1"},
+    ),
+    "mpirun, two processes": (MPI, DETECT),
+    "mpirun, one process": ({"OMPI_COMM_WORLD_SIZE": "1"}, ALONE),
+    "mpirun in sbatch": (BATCH | MPI, DETECT),
+    "OMPI_COMM_WORLD_SIZE empty": ({"OMPI_COMM_WORLD_SIZE": ""}, ALONE),
+    "JAX's variables": (JOBSET, known("run-pod-0-0.run:1234", 4, 3)),
+    "JAX's variables, one process": (
+        JOBSET | {"JAX_NUM_PROCESSES": "1", "JOB_COMPLETION_INDEX": "0"},
+        ALONE,
+    ),
+    "JAX's variables, no address": ({"JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "0"}, DETECT),
+    "JAX's variables, no number": (
+        JOBSET | {"JAX_NUM_PROCESSES": "all"},
+        "JAX_NUM_PROCESSES=all must be a whole number",
+    ),
+    "JAX's variables, nobody": (
+        JOBSET | {"JAX_NUM_PROCESSES": "0"},
+        "num_processes = 0 must be at least 1",
+    ),
+    "JAX's variables, empty": (dict.fromkeys(["JAX_COORDINATOR_ADDRESS", *SLURM], ""), ALONE),
+    "a pod": (POD, ALONE),
+    "a Kubernetes job of one pod": (POD | {"JOB_COMPLETION_INDEX": "0"}, ALONE),
+    "a Kubernetes job's third pod": (
+        POD | {"JOB_COMPLETION_INDEX": "2"},
+        "JOB_COMPLETION_INDEX=2: this is one of several pods of a Kubernetes job, and nothing says "
+        "where the others are: set JAX_COORDINATOR_ADDRESS and JAX_NUM_PROCESSES",
+    ),
+    "a TPU VM, which may be one of several": ({"TPU_ML_PLATFORM": "JAX"}, DETECT),
+    "a TPU VM of one": ({"TPU_WORKER_HOSTNAMES": "localhost", "TPU_ML_PLATFORM": "JAX"}, ALONE),
+    "two TPU VMs": ({"TPU_WORKER_HOSTNAMES": "t-0,t-1", "TPU_WORKER_ID": "0"}, DETECT),
+    "two slices": ({"TPU_WORKER_HOSTNAMES": "t-0", "MEGASCALE_NUM_SLICES": "2"}, DETECT),
+    "two TPU processes": (
         {"TPU_PROCESS_ADDRESSES": "t-0:1,t-1:1", "TPU_WORKER_HOSTNAMES": "t-0"},
-        {"TPU_ML_PLATFORM": "JAX"},
-        {"KUBERNETES_SERVICE_HOST": "10.0.0.1", "JOB_COMPLETION_INDEX": "0"},
-    ],
-)
-def test_several_processes_that_jax_detects(environ):
-    assert distributed.settings(environ) == DETECT
+        DETECT,
+    ),
+}
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_who_joins_who_runs_alone_and_who_is_told_what(launcher, monkeypatch):
+    monkeypatch.setattr(distributed, "find_spec", lambda name: None)  # without `kubernetes`
+    environ, expected = LAUNCHERS[launcher]
     assert distributed.settings(environ, "off") is None
+    if isinstance(expected, str):
+        with pytest.raises(ConfigError, match=re.escape(expected)):
+            distributed.settings(environ)
+        return
+    assert distributed.settings(environ) == expected
+    assert distributed.settings(environ, "on") is not None
+
+
+@pytest.mark.parametrize("index", ["0", "2"])
+def test_where_the_server_of_a_kubernetes_job_can_be_asked_it_is(index, monkeypatch):
+    monkeypatch.setattr(distributed, "find_spec", lambda name: name == "kubernetes" or None)
+    assert distributed.settings(POD | {"JOB_COMPLETION_INDEX": index}) == DETECT
 
 
 @pytest.mark.parametrize(
-    "environ",
+    "environ, found, said",
     [
-        {},
-        SLURM | {"SLURM_NTASKS": "1"},
-        {"SLURM_JOB_ID": "77", "SLURM_NTASKS": "4", "SLURM_PROCID": "0"},  # not under srun
-        {"OMPI_COMM_WORLD_SIZE": "1"},
-        {"TPU_WORKER_HOSTNAMES": "localhost", "TPU_ML_PLATFORM": "JAX"},
-        {"KUBERNETES_SERVICE_HOST": "10.0.0.1"},
-        {"JAX_COORDINATOR_ADDRESS": "a:1", "JAX_NUM_PROCESSES": "1", "JAX_PROCESS_ID": "0"},
+        (SLURM, DETECT, "process 0 of this run, as SLURM_NTASKS=4 and this is process 1;"),
+        (
+            SLURM | {"SLURM_PROCID": "0", "SLURM_PTY_PORT": "1"},
+            DETECT,
+            "processes 1 to 3 of this run, as SLURM_NTASKS=4 and this is process 0; in a shell of "
+            "`srun --pty` they never come: start the command with srun;",
+        ),
+        (MPI, DETECT, "process 1 of this run, as OMPI_COMM_WORLD_SIZE=2 and this is process 0;"),
+        ({}, known("a:1", 3, 2), "process 0 of this run, as num_processes = 3 and this is"),
+        ({"TPU_ML_PLATFORM": "JAX"}, DETECT, "the other processes of this run;"),
     ],
 )
-def test_a_process_for_itself(environ):
-    assert distributed.settings(environ) is None
-    assert distributed.settings(environ, "on") is not None
+def test_who_waits_says_for_whom_and_how_to_do_without(environ, found, said):
+    awaited = distributed.awaited(environ, found)
+    assert awaited.startswith(said) and "a process for itself takes --distributed=off" in awaited
 
 
 def test_what_is_told_is_not_detected():
@@ -84,9 +144,6 @@ def test_what_is_told_is_not_detected():
     flags = {"coordinator": "a:1", "num_processes": 2, "process_id": 0}
     assert distributed.settings(JOBSET, "auto", **flags) == known("a:1", 2, 0)
     assert distributed.settings({}, "on", **flags) == known("a:1", 2, 0)
-    # An address alone leaves the rest to JAX, which knows this environment.
-    partly = distributed.settings(SLURM | {"JAX_COORDINATOR_ADDRESS": "a:1"})
-    assert partly == DETECT | {"coordinator_address": "a:1"}
 
 
 @pytest.mark.parametrize(
@@ -99,8 +156,6 @@ def test_what_is_told_is_not_detected():
         ({}, ("auto", "host", 2, 0), "the coordinator 'host' must be HOST:PORT"),
         ({}, ("auto", "a:1", 2, 2), "process_id = 2 must be at least 0 and less than num_proce"),
         ({}, ("auto", "a:1", 2, -1), "process_id = -1 must be at least 0"),
-        (SLURM | {"SLURM_NTASKS": "x"}, {}, "SLURM_NTASKS=x must be a whole number"),
-        (JOBSET | {"JAX_NUM_PROCESSES": "all"}, {}, "JAX_NUM_PROCESSES=all must be a whole"),
     ],
 )
 def test_contradictions_are_errors(environ, flags, message):
@@ -133,7 +188,12 @@ def test_nothing_to_detect_and_nobody_to_meet_are_clear_errors():
     detected, began = run.stdout.strip().splitlines()
     assert re.match("--distributed=on: JAX cannot join .* give --coordinator=HOST:PORT", detected)
     assert run.returncode == 1 and time.time() - float(began) < 10
-    assert re.fullmatch(r"error: not all processes of this run met at localhost:1 .*\n", run.stderr)
+    waits, error = run.stderr.splitlines()
+    assert waits == (
+        "waiting at localhost:1 for process 0 of this run, as num_processes = 2 and this is "
+        "process 1; a process for itself takes --distributed=off"
+    )
+    assert error.startswith("error: not all processes of this run met at localhost:1 ")
 
 
 def test_alone_everything_is_agreed():

@@ -321,7 +321,7 @@ def cases(folder: Path) -> list[tuple[list[str], str]]:
         (["evaluate", run, f"--json={folder}/no/x.json"], "--json=.*/no/x.json: there is no such"),
         (
             ["evaluate", run, *tiny_flags, f"--config.data.dir={folder}/elsewhere"],
-            "the data of this configuration is not prepared",
+            "the data that the run .*/run began with is not there: there is no .*--init_from=",
         ),
         (["analyze", "--redraw"], "--redraw of what. Write --out=FOLDER"),
         ([*analyze, "--out=gs://a/b"], "--out=gs://a/b is in a bucket: name a folder"),

@@ -7,7 +7,7 @@ import fsspec
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
-from moepp_jax import checksums, storage
+from moepp_jax import checksums, run_data, storage
 from moepp_jax import parent as parents
 from moepp_jax.data import Tokenizer, prepare
 from moepp_jax.errors import ConfigError
