@@ -121,7 +121,9 @@ def of_run(workdir: str | os.PathLike, wanted: Parent | None) -> Parent | None:
             f"workdir {workdir} holds a run that was started with {_flags(there)}, not with "
             f"{_flags(wanted)}: give the same again, or another --workdir"
         )
-    return dataclasses.replace(there, workdir=wanted.workdir) if wanted and there else there
+    if wanted is None or same_place(wanted.workdir, there.workdir):
+        return there
+    return dataclasses.replace(there, workdir=wanted.workdir)
 
 
 def _is(wanted: Parent, there: Parent) -> bool:
