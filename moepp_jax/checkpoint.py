@@ -241,14 +241,13 @@ class Checkpoints:
         try:
             yield
         except Exception as error:  # orbax and TensorStore raise bare ones
+            why = _reason(error)
+            if is_local(self._folder) and _is_full(error):
+                why += f", where {_room(self._existing())} and it takes up to {self._bytes:,} bytes"
             self._manager.reload()  # orbax forgot the steps that the save was to replace
             if self._is_saved_but_for_others(error):
                 return
             self._remove_leftover()
-            why = _reason(error)
-            if is_local(self._folder) and _is_full(error):
-                free = shutil.disk_usage(self._existing()).free
-                why += f", where {free:,} bytes are free and it takes up to {self._bytes:,}"
             there = ", ".join(map(str, self.steps()))
             kept = f"steps {there} are kept" if there else "there is no other one"
             raise SaveError(
@@ -286,8 +285,11 @@ class Checkpoints:
         # A process that fails would wait here for the others, which wait for it; and who waits for
         # a save that cannot be finished may wait for ever.
         unfinished = error[0] is not None and issubclass(error[0], SaveError)
-        if error[0] is None or (jax.process_count() == 1 and not unfinished):
+        if error[0] is None:
             self.close()
+        elif jax.process_count() == 1 and not unfinished:
+            with contextlib.suppress(Exception):  # of a save that fails too; the first one is told
+                self.close()
 
     def _read(self, step: int | None, items: dict[str, Any]) -> dict[str, Any]:
         self._verify(step, items)
@@ -437,6 +439,13 @@ def _bytes_here(tree: Any) -> int:
 
 def _is_full(error: Exception) -> bool:
     return getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
+
+
+def _room(folder: AnyPath) -> str:
+    """What still fits on a disk, of which some limit the number of files."""
+    disk = os.statvfs(folder)
+    files = f" and {disk.f_favail:,} more files" if disk.f_files else ""
+    return f"{disk.f_bavail * disk.f_frsize:,} bytes{files} fit"
 
 
 def _reason(error: Exception) -> str:

@@ -84,6 +84,33 @@ def at_once(message: str, status: int) -> None:
         os._exit(status)
 
 
+class EndsSoon:
+    """A context that an error leaves only to end the process, in so many seconds at most.
+
+    Python waits for all threads, and those of a save that cannot be finished wait for each other.
+
+    Args:
+      seconds: for all that is still to be done, once the error has been told.
+    """
+
+    def __init__(self, seconds: float):
+        self._seconds = seconds
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: type | None, error: object, trace: object) -> None:
+        code = getattr(error, "code", 1)  # of a SystemExit, which may be a text
+        if kind is None or code in (None, 0):
+            return
+        import threading
+
+        status = code if isinstance(code, int) else 1
+        last = threading.Timer(self._seconds, lambda: (_flush(), os._exit(status)))
+        last.daemon = True
+        last.start()
+
+
 def _flush() -> None:
     import contextlib
 

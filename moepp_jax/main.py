@@ -119,7 +119,8 @@ def run(name: str) -> None:
         with checkpoint.only_verified() if strict else contextlib.nullcontext():
             module.run(words)
 
-    cli.run(command, lambda: cli.describe(module))
+    with ending.EndsSoon(seconds=20):
+        cli.run(command, lambda: cli.describe(module))
 
 
 def _unknown(arguments: Sequence[str]) -> str:

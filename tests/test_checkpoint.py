@@ -3,6 +3,9 @@
 import contextlib
 import errno
 import json
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import flax.struct
@@ -382,7 +385,7 @@ def test_without_any_checkpoint_the_error_says_so_and_nothing_is_made(tmp_path):
     [
         (
             OSError(errno.ENOSPC, "No space left on device"),
-            r"No space left on device, where [\d,]+ bytes .* it takes up to [\d,]+; steps 10",
+            r"No space left on device, where [\d,]+ bytes.* fit and it takes up to [\d,]+ bytes; s",
         ),
         (
             OSError(errno.EROFS, "Read-only file system", "/x"),
@@ -442,3 +445,53 @@ def test_a_state_that_is_donated_while_it_is_being_saved_is_saved_as_it_was(tmp_
         for _ in range(5):
             state = train(state)
         _assert_equal(checkpoints.restore(1, abstract), saved)
+
+
+UNFINISHED = """
+import os, sys, time
+import jax.numpy as jnp
+from moepp_jax import cli, ending
+from moepp_jax.checkpoint import Checkpoints
+from moepp_jax.errors import ConfigError
+
+def fails(path, *args, real=os.mkdir, **options):
+    # As on a disk that has no room for a folder more: some threads fail, others wait for them.
+    if os.path.basename(path).startswith(("params", "rest")):
+        raise OSError(28, "No space left on device", str(path))
+    real(path, *args, **options)
+
+def main(argv):
+    state = {"params": {"a": jnp.ones(8)}, "step": jnp.int32(1)}
+    with Checkpoints(folder, 2) as checkpoints:
+        checkpoints.save(1, state)
+        checkpoints.wait()
+        os.mkdir = fails
+        checkpoints.save(2, state)
+        if ends != "save":
+            raise ConfigError("something else went wrong")
+        checkpoints.wait()
+
+folder, ends = sys.argv.pop(), sys.argv.pop()
+with ending.EndsSoon(seconds=3):
+    cli.run(main)
+"""
+
+
+@pytest.mark.parametrize(
+    ("ends", "said"),
+    [
+        ("save", r"error: checkpoint 2 in .* cannot be saved: No space left on device .*; steps 1"),
+        ("other", "error: something else went wrong"),
+    ],
+)
+def test_a_save_that_cannot_be_finished_holds_no_process_up(tmp_path, ends, said):
+    """Orbax's threads wait 300 s for each other, and Python for them."""
+    ended = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", UNFINISHED, ends, tmp_path],
+        cwd=Path(__file__).parents[1],
+        capture_output=True,
+        text=True,
+        timeout=150,
+    )
+    assert ended.returncode == 1
+    assert re.match(said, ended.stderr) and ended.stderr.count("\n") == 1, ended.stderr
