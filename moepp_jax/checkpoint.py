@@ -11,15 +11,11 @@ and refused `only_verified`.
 
 import contextlib
 import contextvars
-import dataclasses
-import errno
 import json
-import math
 import os
-import re
 import shutil
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -29,7 +25,8 @@ from flax.serialization import from_state_dict, to_state_dict
 from jax.experimental import multihost_utils
 
 from moepp_jax import checksums
-from moepp_jax.storage import AnyPath, is_local, open_path
+from moepp_jax.retention import NewestAndBest
+from moepp_jax.storage import AnyPath, is_full, is_local, open_path, reason, room
 
 _ITEMS = ("params", "rest", "meta")
 
@@ -76,7 +73,7 @@ class Checkpoints:
         self._doubted: set[int] = set()  # what has been said so
         self._saving: int | None = None
         self._bytes = 0  # that it takes at most, of this process
-        self._policy = _NewestAndBest(keep)
+        self._policy = NewestAndBest(keep)
         try:
             self._manager = _Manager(
                 self._folder,
@@ -91,7 +88,7 @@ class Checkpoints:
                 ),
             )
         except OSError as error:
-            raise CheckpointError(f"{self._folder} cannot be read: {_reason(error)}") from error
+            raise CheckpointError(f"{self._folder} cannot be read: {reason(error)}") from error
         for step in self.steps():
             self._policy.note(step, _metrics(self._folder / str(step)))
 
@@ -241,9 +238,9 @@ class Checkpoints:
         try:
             yield
         except Exception as error:  # orbax and TensorStore raise bare ones
-            why = _reason(error)
-            if is_local(self._folder) and _is_full(error):
-                why += f", where {_room(self._existing())} and it takes up to {self._bytes:,} bytes"
+            why = reason(error)
+            if is_local(self._folder) and is_full(error):
+                why += f", where {room(self._existing())} and it takes up to {self._bytes:,} bytes"
             self._manager.reload()  # orbax forgot the steps that the save was to replace
             if self._is_saved_but_for_others(error):
                 return
@@ -267,7 +264,7 @@ class Checkpoints:
         self._policy.stuck |= stuck
         self._caution(
             f"checkpoint {step} is saved, but {', '.join(map(str, sorted(stuck)))} in "
-            f"{self._folder}, which it replaces, cannot all be removed: {_reason(error)}; the run "
+            f"{self._folder}, which it replaces, cannot all be removed: {reason(error)}; the run "
             "goes on, remove them by hand"
         )
         return True
@@ -400,60 +397,10 @@ class _Manager(ocp.CheckpointManager):
         return False
 
 
-@dataclasses.dataclass
-class _NewestAndBest:
-    """Orbax's preservation policy; here, as orbax's own trips over a damaged file of metrics."""
-
-    keep: int
-    losses: dict[int, float] = dataclasses.field(default_factory=dict)
-    damaged: set[int] = dataclasses.field(default_factory=set)
-    stuck: set[int] = dataclasses.field(default_factory=set)  # cannot be removed
-
-    def note(self, step: int, metrics: Mapping[str, float]) -> None:
-        self.damaged.discard(step)
-        self.losses.pop(step, None)
-        loss = metrics.get("eval_loss", math.nan)
-        if math.isfinite(loss):
-            self.losses[step] = loss
-
-    def best(self, steps: Sequence[int]) -> int | None:
-        known = [step for step in steps if step in self.losses and step not in self.damaged]
-        return min(known, key=self.losses.__getitem__, default=None)
-
-    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
-        steps = [checkpoint.step for checkpoint in checkpoints]
-        superfluous = self.superfluous(steps) - self.stuck
-        return [step not in superfluous for step in steps]
-
-    def superfluous(self, steps: Sequence[int]) -> set[int]:
-        """Those that are to go; `stuck` ones among them."""
-        kept = sorted(set(steps) - self.damaged - self.stuck)
-        return set(steps) - {*kept[-self.keep :], self.best(kept)}
-
-
 def _bytes_here(tree: Any) -> int:
     """Of the parts of arrays that this process has, each once."""
     leaves = [leaf for leaf in jax.tree.leaves(tree) if isinstance(leaf, jax.Array)]
     return sum(s.data.nbytes for a in leaves for s in a.addressable_shards if s.replica_id == 0)
-
-
-def _is_full(error: Exception) -> bool:
-    return getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
-
-
-def _room(folder: AnyPath) -> str:
-    """What still fits on a disk, of which some limit the number of files."""
-    disk = os.statvfs(folder)
-    files = f" and {disk.f_favail:,} more files" if disk.f_files else ""
-    return f"{disk.f_bavail * disk.f_frsize:,} bytes{files} fit"
-
-
-def _reason(error: Exception) -> str:
-    """In the system's words, of which TensorStore writes many more."""
-    if isinstance(error, OSError) and error.strerror:
-        return f"{error.strerror} ({error.filename})" if error.filename else error.strerror
-    said = re.search(r"(\w[\w ]+) \[(?:os_error_code|OS error)", str(error))
-    return said[1].strip() if said else " ".join(str(error).split())[:300]
 
 
 def _split(state: Any) -> dict[str, Any]:

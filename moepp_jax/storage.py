@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import re
 import shutil
 import tempfile
 import time
@@ -74,6 +76,25 @@ def write_atomic(file: AnyPath, content: str | bytes) -> None:
         os.replace(temporary, file)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def is_full(error: Exception) -> bool:
+    return getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
+
+
+def room(folder: AnyPath) -> str:
+    """What still fits on a disk, of which some limit the number of files."""
+    disk = os.statvfs(folder)
+    files = f" and {disk.f_favail:,} more files" if disk.f_files else ""
+    return f"{disk.f_bavail * disk.f_frsize:,} bytes{files} fit"
+
+
+def reason(error: Exception) -> str:
+    """In the system's words, of which TensorStore writes many more."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.strerror} ({error.filename})" if error.filename else error.strerror
+    said = re.search(r"(\w[\w ]+) \[(?:os_error_code|OS error)", str(error))
+    return said[1].strip() if said else " ".join(str(error).split())[:300]
 
 
 def files_below(folder: AnyPath) -> Iterator[AnyPath]:

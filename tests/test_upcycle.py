@@ -13,7 +13,7 @@ from absl.testing import flagsaver
 from safetensors.numpy import load_file, save_file
 
 import moepp_jax
-from moepp_jax import flops, interop
+from moepp_jax import flops, interop, run_data
 from moepp_jax import mesh as mesh_lib
 from moepp_jax import model as model_lib
 from moepp_jax import state as state_lib
@@ -198,6 +198,28 @@ def test_the_tokenizer_comes_along(tmp_path, tokenizer):
     assert len(said) == 1
     assert config.data.tokenizer == str(tmp_path / "run" / "tokenizer.model")
     assert (tmp_path / "run" / "tokenizer.model").read_bytes() == tokenizer.read_bytes()
+
+
+def test_a_run_that_was_moved_has_its_tokenizer_with_it(tmp_path, tokenizer):
+    """What was upcycled, or converted, and has not begun to train."""
+    recipe = tiny.config(**{"data.dir": str(tmp_path / "data")})
+    there, names = tensors_in(ROOT / "mixtral"), ("model.embed_tokens.weight", "lm_head.weight")
+    tensors = {name: np.resize(there[name], (320, there[name].shape[1])) for name in names}
+    source = checkpoint(tmp_path / "source", tensors=tensors, vocab_size=320)
+    where = {"tokenizer": tokenizer, **SILENT}
+    interop.upcycle(source, tmp_path / "old", recipe, **where, **POOL)
+    assert str(tmp_path / "old") not in (tmp_path / "old" / "config.json").read_text()
+    new = tmp_path / "new"
+    shutil.move(tmp_path / "old", new)
+    config = read_config(new)
+    assert config.data.tokenizer == str(new / "tokenizer.model")
+    kept = Tokenizer.load(tokenizer).fingerprint
+    assert run_data.prepare_data(config, new, **SILENT).tokenizer.fingerprint == kept
+    # One of an earlier version names the place where it was.
+    fields = json.loads((new / "config.json").read_text())
+    fields["data"]["tokenizer"] = str(tmp_path / "old" / "tokenizer.model")
+    (new / "config.json").write_text(json.dumps(fields))
+    assert read_config(new) == config
 
 
 def test_a_tokenizer_from_elsewhere(tmp_path, tokenizer):
