@@ -7,6 +7,7 @@ would be a traceback of whatever is being imported, and is lost where it meets a
 handler in it. So a thread hears of signals, and ends the process at once, whatever the others do.
 """
 
+import _thread  # a signal may come while `threading` is being imported
 import os
 import signal
 import sys
@@ -28,13 +29,11 @@ def from_now_on() -> None:
     for number in _SAID:
         if signal.getsignal(number) in (signal.default_int_handler, signal.SIG_DFL):
             signal.signal(number, end_now)
-    import threading
-
     listening, told = os.pipe()
     os.set_blocking(told, False)
     # A forked process has no such thread, but would have the pipe.
     os.register_at_fork(after_in_child=lambda: signal.set_wakeup_fd(-1))
-    threading.Thread(target=_listen, args=(listening,), daemon=True).start()
+    _thread.start_new_thread(_listen, (listening,))
     signal.set_wakeup_fd(told, warn_on_full_buffer=False)
 
 
@@ -65,16 +64,15 @@ def at_once(message: str, status: int) -> None:
 
     What ends in good order may end in the middle of a computation, and would be held up by it.
     """
-    import threading
-
-    _ending.append(threading.get_ident())
-    if _ending[0] != threading.get_ident():
-        threading.Event().wait()  # until the process is gone
+    _ending.append(_thread.get_ident())
+    if _ending[0] != _thread.get_ident():
+        _wait()  # until the process is gone
     # In another thread: a signal may have met the middle of a print, which holds the lock.
-    flushing = threading.Thread(target=_flush, daemon=True)
+    flushed = _thread.allocate_lock()
+    flushed.acquire()
     try:
-        flushing.start()
-        flushing.join(timeout=1)
+        _thread.start_new_thread(lambda: (_flush(), flushed.release()), ())
+        flushed.acquire(timeout=1)
     except RuntimeError:  # at the interpreter's end there are no new threads
         pass
     show_cursor = "\x1b[?25h" if os.isatty(2) else ""  # a progress bar hides it
@@ -111,8 +109,14 @@ class EndsSoon:
         last.start()
 
 
-def _flush() -> None:
-    import contextlib
+def _wait() -> None:
+    never = _thread.allocate_lock()
+    never.acquire()
+    never.acquire()
 
-    with contextlib.suppress(OSError, RuntimeError, ValueError, AttributeError):
-        sys.stdout.flush()  # whoever read it may be gone
+
+def _flush() -> None:
+    try:  # noqa: SIM105 (contextlib may be what is being imported)
+        sys.stdout.flush()
+    except (OSError, RuntimeError, ValueError, AttributeError):
+        pass  # whoever read it may be gone
