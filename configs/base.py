@@ -122,10 +122,10 @@ def source(path: str, weight: float = 1.0, text_field: str = "text") -> dict:
 
     Args:
       path: "default", or "default/wikipedia", "default/shakespeare", "default/king_james"; a text,
-        JSON-lines or Parquet file, a folder of such files, or a pattern of files ("src/**/*.py");
+        JSON, Parquet or Arrow file, a folder of such files, or a pattern of files ("src/**/*.py");
         "tfds:NAME[/CONFIG][:VERSION]", or the folder (gs:// too) of a data set that TFDS prepared.
       weight: share of its tokens in training, in any unit.
-      text_field: of a JSON or Parquet record, or of a TFDS example: the text.
+      text_field: of a record, or of a TFDS example: the text.
     """
     return {"path": path, "weight": weight, "text_field": text_field}
 

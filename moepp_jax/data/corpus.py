@@ -88,6 +88,8 @@ def prepare_text(config: DataConfig, corpus: Corpus, report: Report, workers: in
         start = time.perf_counter()
         corpus.fetch(report)
         report(f"text: reading {corpus.name}")
+        for note in corpus.notes:
+            report(f"text: {corpus.name}: {note}")
         empty = 0
 
         def make(partial: Path) -> None:
@@ -115,6 +117,9 @@ def _make(folder: Path, corpus: Corpus, held_out: float, workers: int, report: R
         # A document keeps its split when others come or go. Only where that holds out nothing,
         # the document with the smallest hash is held out.
         results = _read(folder, corpus, min(r["least_hash"] for r in results), workers, report)
+    if not any(r["validation"]["records"] for r in results):
+        storage.discard(folder)
+        raise ConfigError(f"{corpus.name}: none of the documents of its validation split has text")
     if not any(r["train"]["records"] for r in results):
         storage.discard(folder)
         raise ConfigError(

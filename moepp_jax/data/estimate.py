@@ -62,6 +62,8 @@ def estimate(config: Config, report: Report = print) -> dict[str, Estimate]:
         found[name] = _estimate(corpus, tokenizer, config.model.vocab_size)
         done = " (prepared already)" if text_folder(config.data, corpus).exists() else ""
         report(f"{name}: {corpus.name}: {_said(found[name])}{done}")
+        for note in corpus.notes:
+            report(f"{name}: {note}")
     width = 2 if config.model.vocab_size <= 2**16 else 4
     text = sum(e.text_bytes for e in found.values()) * _STORED
     tokens = sum(e.tokens * width + e.documents * 16 for e in found.values())

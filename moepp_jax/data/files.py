@@ -1,25 +1,24 @@
-"""Text, JSON-lines and Parquet files on local disks as a corpus."""
+"""Text, JSON, Parquet and Arrow files on local disks as a corpus."""
 
 from __future__ import annotations
 
+import collections
 import concurrent.futures
 import dataclasses
-import glob
 import hashlib
-import os
 from collections.abc import Iterator
+from io import BufferedIOBase
 from pathlib import Path
+from typing import Any
 
-from moepp_jax.data import readers
+from moepp_jax.data import folders, opening, readers, splits
+from moepp_jax.data.opening import kind
 from moepp_jax.data.sources import Document, Report
 from moepp_jax.data.storage import fingerprint
 from moepp_jax.errors import ConfigError
 
 # Raise it when the same files would give other documents.
 _READER_VERSION = 1
-
-# What of a folder is text, with the compressed forms of the first two.
-_PATTERNS = ("*.txt", "*.jsonl", "*.json", "*.ndjson", "*.parquet")
 
 # Bytes of files, as they are stored, that one part reads: this many at least, and more where the
 # corpus would be more than so many parts. A part becomes one file of the data set, which readers
@@ -37,7 +36,6 @@ class FilesPart:
 
     pieces: tuple[readers.Piece, ...]
     field: str
-    cut: bool
 
     @property
     def name(self) -> str:
@@ -52,40 +50,76 @@ class FilesPart:
         before = 0
         for piece in self.pieces:
             source = Path(piece.name).name.split(".")[0]
-            for key, text, read in readers.texts(piece, self.field, self.cut):
-                yield Document(f"{piece.name}{key}", source, text, before + read)
+            for key, text, read in readers.texts(piece, self.field):
+                yield Document(f"{piece.name}{key}", source, text, before + read, piece.split)
             before += piece.size
 
 
 class FilesCorpus:
     """A file, a folder or a pattern of files.
 
-    Of JSON lines (.jsonl, .json) and Parquet, each record is a document; of text, each file. One
-    single text file is cut at blank lines into runs of paragraphs of about 2,000 characters,
-    because a held-out split needs more than one document. Files are UTF-8; text and JSON may be
-    compressed (.gz, .zst).
+    Of JSON, Parquet and Arrow, each record is a document; of text, each file. A text file that is
+    the whole source, or a whole split of it, is cut at blank lines into runs of paragraphs of about
+    2,000 characters, because a held-out split needs more than one document. Files are UTF-8; text
+    and JSON may be compressed.
+
+    Where the files' names say splits (`splits.of_files`), those of the test split are not read, and
+    those of the validation split are held out.
 
     Args:
       path: a folder is searched with the folders in it, hidden ones excepted; a pattern as of
         `glob`, where ** stands for any folders.
       field: of the configuration, for messages.
-      text_field: of a JSON or Parquet record: the text.
+      text_field: of a record: the text.
     """
 
     citation = "Local files."
 
     def __init__(self, path: str, field: str = "the path", text_field: str = "text"):
         self.name = path
-        self._files = _find(path, field)
+        found = folders.find(path, field)
+        self._splits = splits.of_files(found.files, found.declared)
+        self._files = {
+            name: file
+            for name, file in found.files.items()
+            if self._splits.get(name) != splits.TEST
+        }
+        self._counts = collections.Counter(map(self._splits.get, self._files))
         self._text_field = text_field
         self._cut = Path(path).is_file()
+        self._check(field)
         self.description = f"Local files: {', '.join(list(self._files)[:10])}."
+        self.notes = [*_split_notes(found.files, self._splits), *found.notes()]
         self.fingerprint = fingerprint(
             _READER_VERSION,
             [self._cut, text_field, _MAX_PARTS, _PART_BYTES],
             list(self._files),
             _samples(list(self._files.values())),
+            *self._not_of_first_version(),
         )
+
+    def _check(self, field: str) -> None:
+        if self._counts[splits.VALIDATION] == len(self._files):
+            named = ", ".join(sorted(set(self._splits.values())))
+            raise ConfigError(
+                f"{field} holds nothing to train on, only files of the splits {named}: give the "
+                "file or folder of the split that is meant by itself"
+            )
+        kinds = {kind(file): file for file in reversed(self._files.values())}
+        if len(kinds) > 1 and Path(self.name).is_dir():
+            raise ConfigError(
+                f"{field} is a folder of several kinds of files "
+                f"({', '.join(map(str, kinds.values()))}): give a pattern of those that are meant, "
+                f"as {self.name}/**/*.{'parquet' if 'parquet' in kinds else 'jsonl'}"
+            )
+
+    def _not_of_first_version(self) -> list[Any]:
+        """What version 1 of the reader made something else of; nothing, where it did not."""
+        with concurrent.futures.ThreadPoolExecutor() as pool:
+            other = pool.map(_reads_otherwise, self._files.values())
+            names = [name for name, o in zip(self._files, other, strict=True) if o]
+        of_split = {name: self._splits.get(name) for name in self._files} if self._splits else {}
+        return [what for what in (names, sorted(of_split.items(), key=str)) if what]
 
     def fetch(self, report: Report) -> None:
         """Local files are here already."""
@@ -95,50 +129,54 @@ class FilesCorpus:
         target = max(_PART_BYTES, total // _MAX_PARTS)
         groups: list[list[readers.Piece]] = [[]]
         for name, file in self._files.items():
-            for piece in readers.pieces(file, name, target):
+            for piece in readers.pieces(file, name, target, self._is_cut(name), self._split(name)):
                 if groups[-1] and sum(p.size for p in groups[-1]) + piece.size > 1.5 * target:
                     groups.append([])
                 groups[-1].append(piece)
-        return [FilesPart(tuple(group), self._text_field, self._cut) for group in groups]
+        return [FilesPart(tuple(group), self._text_field) for group in groups]
+
+    def _is_cut(self, name: str) -> bool:
+        return self._cut or (name in self._splits and self._counts[self._splits[name]] == 1)
+
+    def _split(self, name: str) -> str | None:
+        """The split of the file's documents; their hashes choose where none is held out by name."""
+        if not self._counts[splits.VALIDATION]:
+            return None
+        return self._splits.get(name, splits.TRAIN)
 
 
-def _find(path: str, field: str) -> dict[str, Path]:
-    """The files by their name in the corpus, in the order of these names."""
-    if Path(path).is_file():
-        return {Path(path).name: Path(path)}
-    if Path(path).is_dir():
-        found, root = _in_folder(path, field), path
-    elif files := [Path(f) for f in glob.glob(path, recursive=True) if os.path.isfile(f)]:
-        found, root = files, os.path.commonpath([file.parent for file in files])
-    else:
-        raise ConfigError(
-            f"{field} does not exist: name a text, JSON-lines or Parquet file, a folder or a "
-            "pattern (*) of them, a TFDS data set (tfds:NAME, or its folder) or 'default'"
+def _split_notes(files: dict[str, Path], chosen: dict[str, str]) -> list[str]:
+    notes = []
+    if chosen:
+        of = collections.defaultdict(list)
+        for name in files:
+            of[chosen.get(name)].append(name)
+        said = {
+            splits.TRAIN: "trained on",
+            splits.VALIDATION: "held out, in place of config.data.eval_fraction",
+            splits.TEST: "not read",
+        }
+        told = [
+            f"{split}, {len(of[split]):,} ({folders.examples(of[split])}), {done}"
+            for split, done in said.items()
+            if of[split]
+        ]
+        if of[None]:
+            told.append(f"none, {len(of[None]):,} ({folders.examples(of[None])}), trained on")
+        notes.append(f"splits by the files' names: {'; '.join(told)}")
+    if alone := splits.accidental(files, chosen):
+        notes.append(
+            f"trained on though named as a split, for no name beside it says another one: "
+            f"{len(alone):,} ({folders.examples(alone)})"
         )
-    return dict(sorted((file.relative_to(root).as_posix(), file) for file in found))
+    return notes
 
 
-def _in_folder(path: str, field: str) -> list[Path]:
-    found: dict[str, list[Path]] = {}
-    for root, folders, names in os.walk(path):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        for file in (Path(root) / name for name in names):
-            plain = file.with_suffix("") if file.suffix in readers.COMPRESSED else file
-            if any(plain.match(pattern) for pattern in _PATTERNS):
-                found.setdefault(readers.kind(file), []).append(file)
-    if not found:
-        raise ConfigError(
-            f"{field} is a folder without text: there is no {', '.join(_PATTERNS)} (or .gz, .zst) "
-            f"in it; for files of other names give a pattern, as {path}/**/*.py"
-        )
-    if len(found) > 1:
-        examples = ", ".join(str(files[0]) for files in found.values())
-        raise ConfigError(
-            f"{field} is a folder of several kinds of files ({examples}): give a pattern of those "
-            f"that are meant, as {path}/**/*.{'parquet' if 'parquet' in found else 'jsonl'}"
-        )
-    [files] = found.values()
-    return files
+def _reads_otherwise(file: Path) -> bool:
+    """Whether version 1 of the reader took capitals in its name, or a mark before it, as text."""
+    if kind(file) == "text":
+        return opening.begins_with_mark(file)
+    return opening.ending(file.name) != opening.ending(file.name).lower()
 
 
 def _samples(files: list[Path]) -> list[tuple[int, str]]:
@@ -148,16 +186,23 @@ def _samples(files: list[Path]) -> list[tuple[int, str]]:
     """
 
     def sample(file: Path) -> tuple[int, str]:
-        size = file.stat().st_size
-        seen = hashlib.sha256()
-        with file.open("rb") as stream:
-            if size <= 3 * _SAMPLE:
-                seen.update(stream.read())
-            else:
-                for start in (0, (size - _SAMPLE) // 2, size - _SAMPLE):
-                    stream.seek(start)
-                    seen.update(stream.read(_SAMPLE))
-        return size, seen.hexdigest()
+        try:
+            size = file.stat().st_size
+            with file.open("rb") as stream:
+                return size, _sampled(stream, size)
+        except OSError as error:
+            raise ConfigError(f"{file} cannot be read: {error.strerror}") from None
 
     with concurrent.futures.ThreadPoolExecutor() as pool:
         return list(pool.map(sample, files))
+
+
+def _sampled(stream: BufferedIOBase, size: int) -> str:
+    seen = hashlib.sha256()
+    if size <= 3 * _SAMPLE:
+        seen.update(stream.read())
+    else:
+        for start in (0, (size - _SAMPLE) // 2, size - _SAMPLE):
+            stream.seek(start)
+            seen.update(stream.read(_SAMPLE))
+    return seen.hexdigest()

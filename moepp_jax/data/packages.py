@@ -138,6 +138,8 @@ OTHERS = tuple(
 class DefaultCorpus:
     """The text of the three packages, or of some, kept in the folder `raw`; a single part."""
 
+    notes = ()
+
     def __init__(self, raw: Path, packages: tuple[Package, ...] = PACKAGES):
         self._raw = raw
         self._packages = packages

@@ -7,10 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from moepp_jax.data import columns
 from moepp_jax.errors import ConfigError
-
-# Rows that are decoded at once.
-_ROWS = 256
 
 
 def row_groups(file: Path) -> int:
@@ -26,37 +24,15 @@ def rows(file: Path, field: str, start: int, stop: int) -> Iterator[tuple[int, f
       ConfigError: the file is damaged, or has no such column of text.
     """
     with _opened(file) as table:
-        _check_column(file, table.schema_arrow, field)
+        columns.check(file, table.schema_arrow, field)
         counts = [table.metadata.row_group(i).num_rows for i in range(stop)]
         row, done, total = sum(counts[:start]), 0, sum(counts[start:])
-        for batch in table.iter_batches(_ROWS, range(start, stop), [field], use_threads=False):
-            for text in _as_bytes(batch.column(0)):
+        groups = range(start, stop)
+        for batch in table.iter_batches(columns.ROWS, groups, [field], use_threads=False):
+            for text in columns.as_bytes(batch.column(0)):
                 done += 1
                 yield row, done / total, text or b""
                 row += 1
-
-
-def _check_column(file: Path, schema: Any, field: str) -> None:
-    from pyarrow import types
-
-    if field not in schema.names:
-        raise ConfigError(
-            f"{file}: no column {field!r}; there is {', '.join(map(repr, schema.names))}: set "
-            "text_field of the source to the one that holds the text"
-        )
-    of_column = schema.field(field).type
-    of_values = of_column.value_type if types.is_dictionary(of_column) else of_column
-    if not (types.is_string(of_values) or types.is_large_string(of_values)):
-        raise ConfigError(f"{file}: the column {field!r} is {of_column}, not text")
-
-
-def _as_bytes(column: Any) -> list[bytes | None]:
-    """Undecoded, as Arrow does not check that text is UTF-8."""
-    import pyarrow as arrow
-
-    if arrow.types.is_dictionary(column.type):
-        column = column.dictionary_decode()
-    return column.cast(arrow.large_binary()).to_pylist()
 
 
 @contextlib.contextmanager

@@ -1,23 +1,24 @@
-"""Files of text, JSON lines and Parquet as streams of texts: one is in memory at a time."""
+"""Files of text, JSON, Parquet and Arrow as streams of texts: one is in memory at a time."""
 
 from __future__ import annotations
 
-import contextlib
-import gzip
-import io
 import itertools
-import json
-import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
+from io import BufferedIOBase
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import NamedTuple
 
-from moepp_jax.data import parquet
+from moepp_jax.data import arrow_files, json_records, opening, parquet
+from moepp_jax.data.opening import (
+    BYTE_ORDER_MARK,
+    is_compressed,
+    kind,
+    lines,
+    opened,
+    too_long,
+)
 from moepp_jax.data.sources import paragraphs
 from moepp_jax.errors import ConfigError
-
-COMPRESSED = (".gz", ".zst")
-_JSON = (".jsonl", ".json", ".ndjson")
 
 
 class Piece(NamedTuple):
@@ -27,6 +28,8 @@ class Piece(NamedTuple):
       start, stop: bytes of a JSON-lines file, a line being where it starts; row groups of a Parquet
         file; of other files always the whole.
       size: bytes of the file that this is, or about.
+      cut: a text file is cut between paragraphs; else it is one text.
+      split: of all its texts; None where their hashes are to choose.
     """
 
     file: Path
@@ -34,6 +37,8 @@ class Piece(NamedTuple):
     start: int
     stop: int
     size: int
+    cut: bool = False
+    split: str | None = None
 
 
 class Text(NamedTuple):
@@ -42,30 +47,33 @@ class Text(NamedTuple):
     read: int  # bytes of the piece that were read up to here
 
 
-def kind(file: Path) -> str:
-    """ "text", "json" or "parquet", by the file's name."""
-    suffixes = [suffix for suffix in file.suffixes if suffix not in COMPRESSED]
-    suffix = suffixes[-1] if suffixes else ""
-    return "json" if suffix in _JSON else "parquet" if suffix == ".parquet" else "text"
-
-
-def pieces(file: Path, name: str, target: int) -> Iterator[Piece]:
+def pieces(
+    file: Path, name: str, target: int, cut: bool = False, split: str | None = None
+) -> Iterator[Piece]:
     """The file in pieces of about `target` bytes, where it can be read from its middle."""
     size = file.stat().st_size
     units = parquet.row_groups(file) if kind(file) == "parquet" else size
-    whole = file.suffix in COMPRESSED or kind(file) == "text"
-    count = 1 if whole else max(1, min(round(size / target), units))
+    count = max(1, min(round(size / target), units)) if _has_a_middle(file, size, target) else 1
     bounds = [units * i // count for i in range(count + 1)]
     for start, stop in itertools.pairwise(bounds):
-        yield Piece(file, name, start, stop, size // count)
+        yield Piece(file, name, start, stop, size // count, cut, split)
 
 
-def texts(piece: Piece, field: str, cut: bool) -> Iterator[Text]:
+def _has_a_middle(file: Path, size: int, target: int) -> bool:
+    match kind(file):
+        case "parquet":
+            return True
+        case "json":
+            return not is_compressed(file) and (size < target or not json_records.is_array(file))
+        case _:
+            return False
+
+
+def texts(piece: Piece, field: str) -> Iterator[Text]:
     """The texts of a piece, without surrounding white space, empty ones too.
 
     Args:
-      field: of a JSON or Parquet record: the text.
-      cut: a text file is cut between paragraphs; else it is one text.
+      field: of a JSON record or a column: the text.
 
     Raises:
       ConfigError: a record is no text, or the file is damaged; the message names file and record.
@@ -74,9 +82,11 @@ def texts(piece: Piece, field: str, cut: bool) -> Iterator[Text]:
         case "json":
             found = _json(piece, field)
         case "parquet":
-            found = _rows(piece, field)
+            found = _rows(piece, parquet.rows(piece.file, field, piece.start, piece.stop))
+        case "arrow":
+            found = _rows(piece, arrow_files.rows(piece.file, field))
         case _:
-            found = _cut(piece) if cut else _whole(piece)
+            found = _cut(piece) if piece.cut else _whole(piece)
     for key, text, read in found:
         yield Text(key, text.strip(), min(read, piece.size))
 
@@ -85,21 +95,25 @@ def texts(piece: Piece, field: str, cut: bool) -> Iterator[Text]:
 
 
 def _whole(piece: Piece) -> Iterator[Text]:
-    with _opened(piece.file) as (stream, _):
-        content = stream.read()
-    yield Text("", _decoded(content, piece.file, 0), piece.size)
+    with opened(piece.file) as (stream, _):
+        content = stream.read(opening.LONGEST + 1)
+    if len(content) > opening.LONGEST:
+        raise too_long(f"{piece.file}, which is one document among others of its source,")
+    yield Text("", _unmarked(_decoded(content, piece.file, 0)), piece.size)
 
 
 def _cut(piece: Piece) -> Iterator[Text]:
-    with _opened(piece.file) as (stream, raw):
-        for i, text in enumerate(filter(str.strip, paragraphs(_decoded_lines(stream, piece.file)))):
+    with opened(piece.file) as (stream, raw):
+        found = paragraphs(_decoded_lines(stream, piece.file), opening.LONGEST)
+        for i, text in enumerate(filter(str.strip, found)):
             yield Text(f"/{i}", text, raw.tell())
 
 
-def _decoded_lines(stream: Iterable[bytes], file: Path) -> Iterator[str]:
+def _decoded_lines(stream: BufferedIOBase, file: Path) -> Iterator[str]:
     at = 0
-    for line in stream:
-        yield _decoded(line, file, at)
+    for line in lines(stream, lambda number: f"{file}, line {number + 1},"):
+        text = _decoded(line, file, at)
+        yield text if at else _unmarked(text)
         at += len(line)
 
 
@@ -113,34 +127,53 @@ def _decoded(content: bytes, file: Path | str, at: int) -> str:
         ) from None
 
 
-# --- JSON lines -----------------------------------------------------------------------------------
+def _unmarked(text: str) -> str:
+    return text.removeprefix(BYTE_ORDER_MARK.decode())
+
+
+# --- JSON -----------------------------------------------------------------------------------------
 
 
 def _json(piece: Piece, field: str) -> Iterator[Text]:
+    if piece.start == 0 and json_records.is_array(piece.file):
+        return _records(piece, field)
+    return _json_lines(piece, field)
+
+
+def _json_lines(piece: Piece, field: str) -> Iterator[Text]:
     prefix = f"@{piece.start}" if piece.start else ""
-    for number, line, read in _lines(piece):
-        try:
-            text = _text_of(line, field)
-        except ValueError as error:
-            raise ConfigError(
-                f"{piece.file}, line {_lines_before(piece) + number + 1}: {error}"
-            ) from None
-        yield Text(f"{prefix}:{number + 1}", text, read)
 
+    def where(number: int) -> str:
+        return f"{piece.file}, line {_lines_before(piece) + number + 1}"
 
-def _lines(piece: Piece) -> Iterator[tuple[int, bytes, int]]:
-    """Number in the piece, line, and bytes read so far; lines of white space are left out."""
-    with _opened(piece.file) as (stream, raw):
-        at = piece.start
-        if at:  # the line that the byte before is in belongs to the piece before
-            stream.seek(at - 1)
-            at += len(stream.readline()) - 1
-        for number, line in enumerate(stream):
+    with opened(piece.file) as (stream, raw):
+        at = _first_line(stream, piece.start)
+        for number, line in enumerate(lines(stream, where)):
             if stream is raw and at >= piece.stop:
                 return
-            at += len(line)
-            if line.strip():
-                yield number, line, at - piece.start if stream is raw else raw.tell()
+            first, at = at == 0, at + len(line)
+            if not line.strip():
+                continue
+            line = line.removeprefix(BYTE_ORDER_MARK) if first else line
+            try:
+                text = json_records.text_of(json_records.parsed(line), field)
+            except ValueError as error:
+                raise ConfigError(f"{where(number)}: {error}") from None
+            read = at - piece.start if stream is raw else raw.tell()
+            yield Text(f"{prefix}:{number + 1}", text, read)
+
+
+def _first_line(stream: BufferedIOBase, start: int) -> int:
+    """Goes to where the first line of a piece begins."""
+    if not start:
+        return 0
+    stream.seek(start - 1)  # the line that the byte before is in belongs to the piece before
+    at = start - 1
+    while part := stream.readline(opening.LONGEST):
+        at += len(part)
+        if part.endswith(b"\n"):
+            break
+    return at
 
 
 def _lines_before(piece: Piece) -> int:
@@ -156,62 +189,23 @@ def _lines_before(piece: Piece) -> int:
     return count
 
 
-def _text_of(line: bytes, field: str) -> str:
-    try:
-        record = json.loads(line.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"not UTF-8: byte {error.start} of the line is 0x{line[error.start]:02x}"
-        ) from None
-    except ValueError as error:
-        raise ValueError(f"not JSON ({error})") from None
-    if not isinstance(record, dict) or field not in record:
-        there = ", ".join(map(repr, record)) if isinstance(record, dict) else "no JSON object"
-        raise ValueError(
-            f"no field {field!r}; there is {there}: set text_field of the source to the one that "
-            "holds the text"
-        )
-    text = "" if record[field] is None else record[field]
-    if not isinstance(text, str):
-        raise ValueError(f"the field {field!r} is a {type(text).__name__}, not text")
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(
-            f"the field {field!r} is not Unicode text: character {error.start} is half of a pair "
-            f"({text[error.start]!a})"
-        ) from None
-    return text
+def _records(piece: Piece, field: str) -> Iterator[Text]:
+    number = 1
+    with opened(piece.file) as (stream, raw):
+        try:
+            for record in json_records.elements(stream):
+                yield Text(f":{number}", json_records.text_of(record, field), raw.tell())
+                number += 1
+        except json_records.RecordError as error:
+            raise ConfigError(f"{piece.file}, record {number}: {error}") from None
 
 
-# --- Parquet --------------------------------------------------------------------------------------
+# --- tables ---------------------------------------------------------------------------------------
 
 
-def _rows(piece: Piece, field: str) -> Iterator[Text]:
-    for row, share, text in parquet.rows(piece.file, field, piece.start, piece.stop):
-        text = _decoded(text, f"{piece.file}, row {row},", 0)
-        yield Text(f":{row}", text, int(piece.size * share))
-
-
-# --- opening --------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def _opened(file: Path) -> Iterator[tuple[BinaryIO, BinaryIO]]:
-    """The file's content, and the file itself, which is the same where it is not compressed."""
-    try:
-        with contextlib.ExitStack() as stack:
-            raw = stack.enter_context(file.open("rb"))
-            if file.suffix == ".gz":
-                yield stack.enter_context(gzip.GzipFile(fileobj=raw)), raw
-            elif file.suffix == ".zst":
-                import pyarrow as arrow
-
-                inner = arrow.CompressedInputStream(arrow.PythonFile(raw), "zstd")
-                yield stack.enter_context(io.BufferedReader(inner)), raw
-            else:
-                yield raw, raw
-    except (OSError, EOFError, zlib.error) as error:
-        raise ConfigError(
-            f"{file} cannot be read to its end: {error}. It is damaged or cut off: get it again"
-        ) from None
+def _rows(piece: Piece, found: Iterator[tuple[int, float, bytes]]) -> Iterator[Text]:
+    for row, share, content in found:
+        where = f"{piece.file}, row {row},"
+        if len(content) > opening.LONGEST:
+            raise too_long(where)
+        yield Text(f":{row}", _decoded(content, where, 0), int(piece.size * share))

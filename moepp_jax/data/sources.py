@@ -46,11 +46,13 @@ class Corpus(Protocol):
     Attributes:
       name: for messages.
       fingerprint: covers the text and what is made of it.
+      notes: what of the source is not read, or is not trained on, in words.
       description, citation: for the metadata of the text data set.
     """
 
     name: str
     fingerprint: str
+    notes: Sequence[str]
     description: str
     citation: str
 
@@ -61,18 +63,25 @@ class Corpus(Protocol):
         """The whole corpus, cut in the same way every time."""
 
 
-def paragraphs(lines: Iterable[str]) -> Iterator[str]:
-    """Runs of whole paragraphs of about `DOCUMENT_SIZE` characters, from the lines of a text."""
-    return grouped(_split_at_blank_lines(lines))
+def paragraphs(lines: Iterable[str], longest: int) -> Iterator[str]:
+    """Runs of whole paragraphs of about `DOCUMENT_SIZE` characters, from the lines of a text.
+
+    Args:
+      longest: a paragraph of more characters is cut before a line.
+    """
+    return grouped(_split_at_blank_lines(lines, longest))
 
 
-def _split_at_blank_lines(lines: Iterable[str]) -> Iterator[str]:
+def _split_at_blank_lines(lines: Iterable[str], longest: int) -> Iterator[str]:
     paragraph: list[str] = []
+    size = 0
     for line in lines:
-        if paragraph and re.fullmatch(r"[ \t]*\r?\n", line):
+        blank = re.fullmatch(r"[ \t]*\r?\n", line)
+        if paragraph and (blank or size + len(line) > longest):
             yield "".join(paragraph)
-            paragraph = []
+            paragraph, size = [], 0
         paragraph.append(line)
+        size += len(line)
     yield "".join(paragraph)
 
 

@@ -98,6 +98,7 @@ class TfdsCorpus:
         self.name = f"{self._info.full_name} in {folder}"
         self.description = f"TFDS data set {self._info.full_name}: {self._info.description}"
         self.citation = self._info.citation
+        self.notes = _notes(self._info)
         self._check()
         content = (open_path(folder) / _INFO).read_text()
         self.fingerprint = fingerprint(_READER_VERSION, text_field, content)
@@ -140,6 +141,12 @@ class TfdsCorpus:
         ]
 
 
+def _notes(info: Any) -> list[str]:
+    said = {"validation": "held out, in place of config.data.eval_fraction"}
+    done = {name: said.get(name, "not read") for name in info.splits if name != "train"}
+    return [f"splits: {'; '.join(f'{name}, {how}' for name, how in done.items())}"] if done else []
+
+
 def _is_text(feature: Any) -> bool:
     return isinstance(feature, tfds.features.Text) or (
         getattr(feature, "shape", None) == () and str(getattr(feature, "np_dtype", "")) == "object"
@@ -147,7 +154,12 @@ def _is_text(feature: Any) -> bool:
 
 
 def holds_data_set(folder: str) -> bool:
-    return (open_path(folder) / _INFO).exists()
+    return (open_path(folder) / _INFO).exists() and not _of_hugging_face(folder)
+
+
+def _of_hugging_face(folder: str) -> bool:
+    """Whether that file is of a data set of theirs, which has *.arrow beside it."""
+    return is_local(open_path(folder)) and any(Path(folder).glob("*.arrow"))
 
 
 def find(name: str, tfds_dir: str, field: str) -> str:

@@ -1,0 +1,103 @@
+"""A column of text of Arrow files, as `save_to_disk` of Hugging Face's data sets writes them."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from moepp_jax.data import columns
+from moepp_jax.errors import ConfigError
+
+# What such a folder holds beside its *.arrow files, and one of several splits in their folders.
+STATE, INFO, DICT = "state.json", "dataset_info.json", "dataset_dict.json"
+
+# What `map` and its like leave there begin so.
+CACHE = "cache-"
+
+_FILE_FORMAT = b"ARROW1"
+
+
+def rows(file: Path, field: str) -> Iterator[tuple[int, float, bytes]]:
+    """Of each row: its number, the share of the file that has been read with it, its text.
+
+    Raises:
+      ConfigError: the file is damaged, or has no such column of text.
+    """
+    row = 0
+    with _opened(file) as (batches, schema, source):
+        columns.check(file, schema, field)
+        for batch in batches:
+            column = batch.column(schema.get_field_index(field))
+            _check(column)
+            for start in range(0, len(column), columns.ROWS):
+                for text in columns.as_bytes(column.slice(start, columns.ROWS)):
+                    yield row, source.tell() / source.size(), text or b""
+                    row += 1
+
+
+def _check(column: Any) -> None:
+    """Offsets out of range would be read as they are."""
+    import pyarrow as arrow
+
+    if arrow.types.is_string(column.type):
+        column = column.view(arrow.binary())  # whether it is UTF-8 is told with the row
+    elif arrow.types.is_large_string(column.type):
+        column = column.view(arrow.large_binary())
+    column.validate(full=not arrow.types.is_string_view(column.type))
+
+
+@contextlib.contextmanager
+def _opened(file: Path) -> Iterator[tuple[Iterator[Any], Any, Any]]:
+    """Record batches, their schema, and the file: of either of Arrow's formats."""
+    import pyarrow as arrow
+
+    try:
+        with file.open("rb") as raw:
+            is_file = raw.read(len(_FILE_FORMAT)) == _FILE_FORMAT
+        with arrow.memory_map(str(file)) as source:
+            if is_file:
+                table = arrow.ipc.open_file(source)
+                found = map(table.get_batch, range(table.num_record_batches))
+            else:
+                table = found = arrow.ipc.open_stream(source)
+            yield found, table.schema, source
+    except (OSError, arrow.ArrowException) as error:
+        said = str(error).strip().split("\n")[0]
+        raise ConfigError(f"{file} is no Arrow file, or is damaged: {said}") from None
+
+
+def saved(folder: Path) -> set[str] | None:
+    """The files that are the data set in this folder; None where there is none.
+
+    Raises:
+      ConfigError: one of them is missing, or rows of them were chosen by another file.
+    """
+    state = _read(folder / STATE)
+    if state is None or not isinstance(state.get("_data_files"), list):
+        return None
+    if state.get("_indices_data_files"):
+        raise ConfigError(
+            f"{folder / STATE} says that only some rows are meant: save it again after "
+            "flatten_indices()"
+        )
+    files = {str(entry["filename"]) for entry in state["_data_files"]}
+    if missing := sorted(name for name in files if not (folder / name).is_file()):
+        raise ConfigError(f"{folder / missing[0]}, which {folder / STATE} names, is missing")
+    return files
+
+
+def is_split(folder: Path) -> bool:
+    """Whether the folders in this one are the splits of one saved data set."""
+    said = _read(folder / DICT)
+    return said is not None and isinstance(said.get("splits"), list)
+
+
+def _read(file: Path) -> dict | None:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return content if isinstance(content, dict) else None

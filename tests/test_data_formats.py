@@ -1,0 +1,252 @@
+"""Files of every format and compression give the same documents, in bounded memory."""
+
+import bz2
+import codecs
+import gzip
+import io
+import json
+import lzma
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from moepp_jax.data import json_records, opening
+from moepp_jax.data.files import FilesCorpus
+from moepp_jax.errors import ConfigError
+
+zstd = opening.zstd
+
+TEXTS = [f"Text {i} has its words: é, 🙂.\nAnd a second line{'.' * (37 * i)}" for i in range(40)]
+RECORDS = [{"id": i, "text": text} for i, text in enumerate(TEXTS)]
+LINES = "".join(json.dumps(record) + "\n" for record in RECORDS).encode()
+MARK = codecs.BOM_UTF8
+
+
+def documents(path) -> list[str]:
+    return [d.text for part in FilesCorpus(str(path)).parts() for d in part.documents()]
+
+
+def long_window(content: bytes) -> bytes:
+    options = {
+        zstd.CompressionParameter.window_log: 28,
+        zstd.CompressionParameter.compression_level: 1,
+    }
+    packed = io.BytesIO()
+    with zstd.ZstdFile(packed, "w", options=options) as file:
+        file.write(content)
+    return packed.getvalue()
+
+
+def arrow_stream(kind=None, texts=TEXTS, as_file=False) -> bytes:
+    column = pyarrow.array(texts, kind or pyarrow.string())
+    table = pyarrow.table({"id": range(len(texts)), "text": column})
+    sink = pyarrow.BufferOutputStream()
+    make = pyarrow.ipc.new_file if as_file else pyarrow.ipc.new_stream
+    with make(sink, table.schema) as writer:
+        writer.write_table(table, max_chunksize=7)
+    return sink.getvalue().to_pybytes()
+
+
+def parquet(kind) -> bytes:
+    sink = io.BytesIO()
+    content = [text.encode() for text in TEXTS] if "binary" in str(kind) else TEXTS
+    pyarrow.parquet.write_table(pyarrow.table({"text": pyarrow.array(content, kind)}), sink)
+    return sink.getvalue()
+
+
+AS_THEY_LIE = {
+    "a.jsonl.bz2": bz2.compress(LINES),
+    "a.jsonl.xz": lzma.compress(LINES),
+    "a.json.zstd": zstd.compress(LINES),
+    "long.jsonl.zst": long_window(LINES),
+    "A.JSONL": LINES,
+    "a.Json.GZ": gzip.compress(LINES),
+    "marked.jsonl": MARK + LINES,
+    "marked.jsonl.gz": gzip.compress(MARK + LINES),
+    "array.json": json.dumps(RECORDS, indent=1).encode(),
+    "one-line.json": json.dumps(RECORDS).encode(),
+    "array.json.xz": lzma.compress(json.dumps(RECORDS, ensure_ascii=False).encode()),
+    "marked-array.json": MARK + b" \n" + json.dumps(RECORDS, indent=2).encode() + b"\n",
+    "a.arrow": arrow_stream(),
+    "large.arrow": arrow_stream(pyarrow.large_string()),
+    "view.arrow": arrow_stream(pyarrow.string_view()),
+    "dictionary.arrow": arrow_stream(pyarrow.dictionary(pyarrow.int32(), pyarrow.string())),
+    "file.arrow": arrow_stream(as_file=True),
+    "view.parquet": parquet(pyarrow.string_view()),
+    "binary.parquet": parquet(pyarrow.binary()),
+    "large-binary.parquet": parquet(pyarrow.large_binary()),
+    "binary-view.parquet": parquet(pyarrow.binary_view()),
+}
+
+
+@pytest.mark.parametrize("chunk", [5, 2**20])
+@pytest.mark.parametrize("name", AS_THEY_LIE)
+def test_every_format_gives_the_same_documents(tmp_path, monkeypatch, name, chunk):
+    monkeypatch.setattr(json_records, "_CHUNK", chunk)
+    (tmp_path / name).write_bytes(AS_THEY_LIE[name])
+    assert documents(tmp_path) == TEXTS
+    assert documents(tmp_path / name) == TEXTS
+    everything = [d for p in FilesCorpus(str(tmp_path)).parts() for d in p.documents()]
+    assert len({d.id for d in everything}) == len(TEXTS)
+    read = [d.read for d in everything]
+    assert read == sorted(read) and read[-1] <= len(AS_THEY_LIE[name])
+
+
+def test_the_window_is_longer_than_arrow_reads():
+    """Else the case above shows nothing."""
+    packed = pyarrow.py_buffer(AS_THEY_LIE["long.jsonl.zst"])
+    with pytest.raises(OSError, match="Frame requires too much memory"):
+        pyarrow.CompressedInputStream(pyarrow.BufferReader(packed), "zstd").read()
+
+
+def test_an_array_is_one_part_and_is_read_a_record_at_a_time(tmp_path, monkeypatch):
+    monkeypatch.setattr("moepp_jax.data.files._PART_BYTES", 500)
+    monkeypatch.setattr(json_records, "_CHUNK", 64)
+    file = tmp_path / "a.json"
+    file.write_text(json.dumps(RECORDS[:10]) + "x" * 10_000)
+    [part] = FilesCorpus(str(file)).parts()
+    found = part.documents()
+    assert [next(found).text for _ in range(10)] == TEXTS[:10]
+    with pytest.raises(ConfigError, match=r"a\.json, record 11: not JSON: 'x' comes after the end"):
+        next(found)
+
+
+@pytest.mark.parametrize("content", [b"[]", b" [ ]\n", MARK + b"[]"])
+def test_an_empty_array_holds_nothing(tmp_path, content):
+    (tmp_path / "a.json").write_bytes(content)
+    assert documents(tmp_path) == []
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path):
+    (tmp_path / "a.txt").write_bytes(MARK + "é".encode())
+    (tmp_path / "b.txt.gz").write_bytes(gzip.compress(MARK + b"b\n\n\xef\xbb\xbfc"))
+    assert documents(tmp_path) == ["é", "b\n\n\ufeffc"]
+    assert documents(tmp_path / "b.txt.gz") == ["b\n\n\ufeffc"]
+
+
+DEEP = b'{"text": "x"}\n{"text": ' + b"[" * 100_000 + b"]" * 100_000 + b"}\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", DEEP, r"a\.jsonl, line 2: its values are nested too deep"),
+        (
+            "a.json",
+            b"[" + DEEP.replace(b"\n", b",") + b"{}]",
+            r"record 2: its values are nested too",
+        ),
+        ("a.json", b'[{"text": "x"}', r"a\.json, record 2: not JSON: here is to be , or \], and t"),
+        ("a.json", b"[", r"a\.json, record 1: not JSON: here is to be \], and the file ends"),
+        ("a.json", b'[{"text": "x"} {}]', r"record 2: not JSON: here is to be , or \], not '{'"),
+        ("a.json", b'[{"text": "x"},]', r"record 2: not JSON \(Expecting value"),
+        ("a.json", b'[{"text": "x"}, {"text": tru', r"record 2: not JSON \(Expecting value"),
+        ("a.json", b'[{"text": "x"}, {"text": "', r"record 2: not JSON \(Unterminated string"),
+        ("a.json", b'[{"text": "x"}, {text: "y"}' + b" " * 99, r"record 2: not JSON \(Expecting p"),
+        ("a.json", b'[{"text": "x"}, 7]', r"record 2: no field 'text'; there is no JSON object, b"),
+        ("a.json", b'[{"text": "x"}, {"text": {}}]', r"record 2: the field 'text' is a dict, not"),
+        ("a.json", b'[{"text": "\xff"}]', r"record 1: it or one after it is not UTF-8: .* 0xff"),
+        ("a.json", b'{\n "text": "x"\n}', r"line 1: not JSON .* an object a line, or one array of"),
+        (
+            "a.jsonl",
+            json.dumps(dict.fromkeys(map(str, range(99)))).encode(),
+            r"line 1: no field 'text'; there is '0', .* '19' and 79 more: set",
+        ),
+        ("a.jsonl.xz", lzma.compress(LINES)[:-9], r"a\.jsonl\.xz cannot be read to its end"),
+        ("a.jsonl.xz", LINES, r"a\.jsonl\.xz cannot be read to its end"),
+        ("a.jsonl.bz2", bz2.compress(LINES)[:-9], r"a\.jsonl\.bz2 cannot be read to its end"),
+        ("a.jsonl.bz2", LINES, r"a\.jsonl\.bz2 cannot be read to its end"),
+        ("a.jsonl.zstd", zstd.compress(LINES)[:-9], r"a\.jsonl\.zstd cannot be read to its end"),
+        ("a.arrow", arrow_stream()[:700], r"a\.arrow is no Arrow file, or is damaged"),
+        ("a.arrow", b"", r"a\.arrow is no Arrow file, or is damaged"),
+        ("a.arrow", LINES, r"a\.arrow is no Arrow file, or is damaged"),
+        ("a.arrow", arrow_stream(pyarrow.int64(), [1]), r"the column 'text' is int64, not text"),
+        ("a.arrow", arrow_stream(pyarrow.binary(), [b"x", b"\xff"]), r"row 1, is not UTF-8: byte"),
+    ],
+)
+def test_what_cannot_be_read_is_one_error_with_file_and_record(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ConfigError, match=message):
+        documents(tmp_path / name)
+
+
+def test_offsets_out_of_range_are_found_before_they_are_read(tmp_path):
+    content = bytearray(arrow_stream(texts=["a" * 10] * 5))
+    offsets = b"".join((10 * i).to_bytes(4, "little") for i in range(6))
+    at = content.index(offsets)
+    content[at + 8 : at + 12] = (10**9).to_bytes(4, "little")
+    (tmp_path / "a.arrow").write_bytes(content)
+    with pytest.raises(ConfigError, match=r"a\.arrow is no Arrow file, or is damaged: .*ffset"):
+        documents(tmp_path)
+
+
+# --- what is too long -----------------------------------------------------------------------------
+
+LONG = 10_000
+
+
+@pytest.fixture
+def longest(monkeypatch):
+    monkeypatch.setattr(opening, "LONGEST", LONG)
+    monkeypatch.setattr(json_records, "_CHUNK", 1000)
+
+
+def record(size: int) -> str:
+    """Of so many bytes."""
+    return json.dumps({"text": "x" * (size - 12)})
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "where"),
+    [
+        ("a.jsonl", f"{record(LONG - 1)}\n{record(LONG)}\n", r"a\.jsonl, line 2 is longer than t"),
+        ("a.json", f"[{record(LONG)},\n{record(3 * LONG)}]", r"a\.json, record 2: it is longer t"),
+        ("a.txt", "y" * LONG + "\n\n" + "x" * LONG + "\n", r"a\.txt, line 1, is longer than the"),
+    ],
+)
+@pytest.mark.parametrize("packed", ["", ".gz", ".zst"])
+def test_a_long_line_is_refused_by_its_number(tmp_path, longest, name, content, where, packed):
+    pack = {"": bytes, ".gz": gzip.compress, ".zst": zstd.compress}[packed]
+    (tmp_path / f"{name}{packed}").write_bytes(pack(content.encode()))
+    where = where.replace(name.replace(".", r"\."), (name + packed).replace(".", r"\."))
+    with pytest.raises(ConfigError, match=where):
+        documents(tmp_path / f"{name}{packed}")
+
+
+def test_what_is_as_long_as_allowed_is_read(tmp_path, longest):
+    (tmp_path / "a.jsonl").write_text(record(LONG - 1) + "\n" + record(LONG))
+    (tmp_path / "b.json").write_text(f"[{record(LONG)}, {record(LONG)}]")
+    assert [len(text) for text in documents(tmp_path)] == [LONG - 13, *[LONG - 12] * 3]
+
+
+def test_a_long_document_among_others_is_refused(tmp_path, longest):
+    (tmp_path / "a.txt").write_text("x" * LONG)
+    assert len(documents(tmp_path)) == 1
+    (tmp_path / "b.txt").write_text("x\n" * LONG)
+    with pytest.raises(ConfigError, match=r"b\.txt, which is one document among others .* longer"):
+        documents(tmp_path)
+
+
+def test_a_long_row_is_refused(tmp_path, longest):
+    for texts in (["x" * LONG], ["y", "x" * (LONG + 1)]):
+        (tmp_path / "a.arrow").write_bytes(arrow_stream(texts=texts))
+        if len(texts) == 1:
+            assert documents(tmp_path) == texts
+    with pytest.raises(ConfigError, match=r"a\.arrow, row 1, is longer than the 10,000 bytes"):
+        documents(tmp_path)
+
+
+def test_lines_without_a_blank_one_between_are_cut(tmp_path, longest):
+    lines = [f"{i:099}\n" for i in range(1000)]
+    (tmp_path / "a.txt").write_text("".join(lines))
+    found = documents(tmp_path / "a.txt")
+    assert [line + "\n" for text in found for line in text.split("\n")] == lines
+    assert [len(text) for text in found] == [LONG - 1] * 10
+
+
+def test_a_part_that_begins_in_a_long_line_goes_on_after_it(tmp_path, longest, monkeypatch):
+    monkeypatch.setattr("moepp_jax.data.files._PART_BYTES", LONG // 5)
+    texts = ["a", "x" * (LONG - 100), "b", "c"]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
+    assert documents(tmp_path) == texts
