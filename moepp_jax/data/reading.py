@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from absl import flags
 
-from moepp_jax.data import work
+from moepp_jax import worker
 from moepp_jax.data.mixture import Mixture
 from moepp_jax.data.packing import Batch, PackedRows
 from moepp_jax.data.shuffle import shuffled
@@ -148,5 +148,5 @@ def _read_ahead(pieces: Pieces, first: int, workers: int) -> Iterator[Batch]:
 
 
 def _start_worker(index: int, count: int) -> None:
-    work.end_with_parent()
+    worker.end_with_parent()
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(_GRACE))

@@ -10,21 +10,18 @@ from __future__ import annotations
 import concurrent.futures
 import json
 import multiprocessing
-import os
-import signal
-import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from datetime import timedelta
-from multiprocessing import connection
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from rich import progress
 from rich.console import Console
 
+from moepp_jax import worker
 from moepp_jax.data.sources import Report
 from moepp_jax.data.storage import DONE
 from moepp_jax.errors import ConfigError
@@ -94,9 +91,10 @@ def _share_out(folder: Path, jobs: Sequence[Job], workers: int, meter: _Meter) -
     # Not forked: a process that has started JAX or TensorStore has threads.
     context = multiprocessing.get_context("spawn")
     read, stop = context.Value("q", 0), context.Value("b", 0)
-    pool = ProcessPoolExecutor(workers, context, _start_worker, (read, stop))
+    pool = ProcessPoolExecutor(workers, context, worker.start, (read, stop))
     try:
-        waiting = {pool.submit(_do_in_worker, folder, job) for job in jobs}
+        with worker.announced():
+            waiting = {pool.submit(_do_in_worker, folder, job) for job in jobs}
         while waiting:
             ended, waiting = concurrent.futures.wait(
                 waiting, _POLL_EVERY, concurrent.futures.FIRST_COMPLETED
@@ -118,26 +116,13 @@ class _StoppedError(Exception):
     """The process that gave out the jobs wants no more of them."""
 
 
-def _start_worker(read: Any, stop: Any) -> None:
-    global _advance
-    end_with_parent()
-
-    def _advance(num_bytes: int) -> None:
-        if stop.value:
-            raise _StoppedError
-        with read.get_lock():
-            read.value += num_bytes
-
-
-def end_with_parent() -> None:
-    """Ties a worker to its parent, which takes SIGINT for both, and may be killed."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent takes it
-    threading.Thread(target=_watch_parent, daemon=True).start()
-
-
-def _watch_parent() -> None:
-    connection.wait([multiprocessing.parent_process().sentinel])
-    os._exit(1)
+def _advance(num_bytes: int) -> None:
+    """In a worker: tells the process that gave out the jobs, and hears whether it goes on."""
+    read, stop = worker.shared
+    if stop.value:
+        raise _StoppedError
+    with read.get_lock():
+        read.value += num_bytes
 
 
 def _do_in_worker(folder: Path, job: Job) -> None:
