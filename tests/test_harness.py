@@ -11,6 +11,8 @@ from moepp_jax import mesh as mesh_lib
 from moepp_jax import model as model_lib
 from moepp_jax import vocabulary
 from moepp_jax.data import Tokenizer
+from moepp_jax.errors import ConfigError
+from moepp_jax.harness import generation as harness_generation
 from moepp_jax.harness import requests, scoring
 from moepp_jax.harness.scoring import Row, Score, Scorer
 from tests import tiny
@@ -164,6 +166,57 @@ def test_a_pair_is_cut_where_the_contexts_tokens_end(tokenizer):
     ]  # fmt: skip
     assert empty == ([tokenizer.bos_id], tokenizer.encode("the king"))
     assert blank == ([tokenizer.bos_id], tokenizer.encode(" x"))
+
+
+def test_a_continuation_that_merges_into_the_context_is_encoded_apart(tokenizer):
+    assert len(tokenizer.encode("and the")) <= len(tokenizer.encode("and th"))
+    merged, plain, nothing = requests.encode_pairs(
+        tokenizer, [("and th", "e"), ("and", " the"), ("and", "")]
+    )
+    assert merged == ([tokenizer.bos_id, *tokenizer.encode("and th")], tokenizer.encode("e"))
+    assert plain.context + plain.continuation == [tokenizer.bos_id, *tokenizer.encode("and the")]
+    assert nothing.continuation == []
+    assert [requests.can_be_scored(p, 9) for p in (merged, plain, nothing)] == [True, True, False]
+    assert not requests.can_be_scored(requests.Pair([1], [2] * 10), 9)
+
+
+ASKED = {"until": ["\n"], "max_gen_toks": 9, "do_sample": True}
+
+
+def test_generation_takes_the_settings_of_task_files():
+    asked = {"temperature": 0.5, "top_k": 5, "top_p": 0.9, "min_p": 0.1, "seed": 7}
+    asked |= {"repetition_penalty": 1.3, "num_beams": 1}
+    settings, stops = harness_generation.settings_of(ASKED | asked, tiny.config(), 64)
+    assert vars(settings) == {
+        "max_new_tokens": 9,
+        "temperature": 0.5,
+        "top_k": 5,
+        "top_p": 0.9,
+        "min_p": 0.1,
+        "repetition_penalty": 1.3,
+        "seed": 7,
+    }
+    assert stops == ["\n"]
+    greedy = ASKED | {"do_sample": False, "repetition_penalty": 1.3, "temperature": 0.5}
+    settings, _ = harness_generation.settings_of(greedy, tiny.config(), 64)
+    assert settings.temperature == 0 and settings.repetition_penalty == 1.3
+    own = tiny.config(**{"generate.seed": 3})
+    assert harness_generation.settings_of(ASKED, own, 64)[0].seed == 3
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ({"num_beams": 4}, "num_beams = 4: moepp_jax has no beams but one"),
+        ({"penalty_alpha": 1}, "generation_kwargs penalty_alpha: moepp_jax knows until, .*min_p"),
+        ({"min_p": 1.5}, r"config\.generate\.min_p = 1\.5 must be"),
+        ({"repetition_penalty": 0}, r"config\.generate\.repetition_penalty = 0\.0 must be"),
+        ({"max_gen_toks": 64}, "max_gen_toks = 64 leaves no room"),
+    ],
+)
+def test_settings_that_cannot_be_had_are_named(asked, message):
+    with pytest.raises(ConfigError, match=message):
+        harness_generation.settings_of(ASKED | asked, tiny.config(), 64)
 
 
 def test_bos_can_be_left_out_but_not_of_an_empty_context(tokenizer):

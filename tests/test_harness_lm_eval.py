@@ -195,9 +195,26 @@ def test_generation_ends_at_a_stop(model):
     assert ended == [text.split(stop)[0] for text in whole]
 
 
+def test_an_answer_that_cannot_be_scored_ends_nothing(model, caplog):
+    asked = [("the king", " and"), ("and th", "e"), ("the king", ""), ("a", " the king" * 99)]
+    before = model.tallies["task"].unscored
+    answers = model.loglikelihood([instance("loglikelihood", *pair) for pair in asked], True)
+    assert all(np.isfinite(log_prob) for log_prob, _ in answers[:2])
+    assert answers[2:] == [(-np.inf, False)] * 2
+    assert model.tallies["task"].unscored == before + 2
+    assert "2 of the answers are empty, or longer than the 96 tokens" in caplog.text
+    assert "items task 0, task 0" in caplog.text
+    ids = model._tokenizer.encode
+    pair = Pair([model._tokenizer.bos_id, *ids("and th")], ids("e"))
+    (score,) = model._score([row_of(pair, model.max_length)])
+    assert answers[1][0] == pytest.approx(score.log_probs.sum(), rel=1e-5)
+    only = model.loglikelihood([instance("loglikelihood", "a", "")], True)
+    assert only == [(-np.inf, False)]
+
+
 def test_what_cannot_be_generated_is_told(model):
     for asked, message in [
-        ({"num_beams": 4}, "num_beams: moepp_jax knows until, max_gen_toks"),
+        ({"num_beams": 4}, "num_beams = 4: moepp_jax has no beams but one"),
         ({"max_gen_toks": 96}, "max_gen_toks = 96 leaves no room"),
     ]:
         with pytest.raises(ConfigError, match=message):

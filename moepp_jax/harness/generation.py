@@ -30,13 +30,18 @@ def settings_of(
         "temperature": float(asked.pop("temperature", 0.0)),
         "top_k": int(asked.pop("top_k", 0)),
         "top_p": float(asked.pop("top_p", 1.0)),
+        "min_p": float(asked.pop("min_p", 0.0)),
+        "repetition_penalty": float(asked.pop("repetition_penalty", 1.0)),
+        "seed": int(asked.pop("seed", config.generate.seed)),
     }
+    if (beams := asked.pop("num_beams", 1)) != 1:
+        raise ConfigError(f"generation_kwargs num_beams = {beams}: moepp_jax has no beams but one")
     if not asked.pop("do_sample"):
         settings["temperature"] = 0.0
     if asked:
         raise ConfigError(
             f"generation_kwargs {', '.join(sorted(asked))}: moepp_jax knows until, max_gen_toks, "
-            "do_sample, temperature, top_k and top_p"
+            "do_sample, temperature, top_k, top_p, min_p, repetition_penalty, seed and num_beams: 1"
         )
     if settings["max_new_tokens"] >= max_length:
         raise ConfigError(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import logging
+import math
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -23,14 +25,27 @@ from moepp_jax.config import Config
 from moepp_jax.errors import ConfigError
 from moepp_jax.generation import Generator
 from moepp_jax.harness.generation import generate_until, settings_of
-from moepp_jax.harness.requests import Pair, encode, encode_pairs, merged, row_of
+from moepp_jax.harness.requests import (
+    Pair,
+    can_be_scored,
+    encode,
+    encode_pairs,
+    merged,
+    row_of,
+)
 from moepp_jax.harness.scoring import Row, Scorer
 from moepp_jax.processes import is_first
 from moepp_jax.run import open_run
 from moepp_jax.workdir import read_config
 
+logger = logging.getLogger(__name__)
+
 # Rows of full length a device has in a batch unless one says otherwise.
 _ROWS = 4
+
+# What an answer gets that cannot be scored, and how many of their items are named.
+_IMPOSSIBLE = (-math.inf, False)
+_NAMED = 5
 
 # New tokens of a generation whose task names no number, as in the harness's `hf` class.
 _MAX_NEW_TOKENS = 256
@@ -42,12 +57,14 @@ class Tally:
 
     Attributes:
       requests: of which `cut` lost their beginning, being longer than what the model sees.
+      unscored: of the requests, those whose answer is empty or longer than that.
       tokens: that the model read.
       served: of these, those that each expert served, by layer: (layers, N).
     """
 
     requests: int = 0
     cut: int = 0
+    unscored: int = 0
     tokens: int = 0
     served: np.ndarray | float = 0.0
 
@@ -128,10 +145,16 @@ class MoEPPJax(LM):
         self, requests: list[Instance], disable_tqdm: bool = False
     ) -> list[tuple[float, bool]]:
         pairs = encode_pairs(self._tokenizer, [r.args for r in requests], self._bos)
-        rows = [row_of(pair, self.max_length) for pair in pairs]
+        good = [i for i, pair in enumerate(pairs) if can_be_scored(pair, self.max_length)]
+        left = set(range(len(pairs))).difference(good)
+        self._leave_out([requests[i] for i in sorted(left)])
+        rows = [row_of(pairs[i], self.max_length) for i in good]
         for request, pair in zip(requests, pairs, strict=True):
             self._tally(request, sum(map(len, pair)) > self.max_length + 1)
-        answers = self._scored([r.task_name for r in requests], rows, disable_tqdm)
+        answers = [_IMPOSSIBLE] * len(requests)
+        found = self._scored([requests[i].task_name for i in good], rows, disable_tqdm)
+        for i, answer in zip(good, found, strict=True):
+            answers[i] = answer
         for request, answer in zip(requests, answers, strict=True):
             self.cache_hook.add_partial("loglikelihood", request.args, answer)
         return answers
@@ -157,6 +180,7 @@ class MoEPPJax(LM):
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         prompts = encode(self._tokenizer, [r.args[0] for r in requests], self._bos)
+        prompts = [prompt or [self._tokenizer.bos_id] for prompt in prompts]
         groups: dict[str, list[int]] = defaultdict(list)
         for number, request in enumerate(requests):
             groups[repr(sorted(request.args[1].items()))].append(number)
@@ -181,6 +205,18 @@ class MoEPPJax(LM):
             rows = [Row((p + new)[-self.max_length :], [0], [0]) for p, new in wholes]
             self._scored([r.task_name for r in requests], rows, disable_tqdm)
         return texts
+
+    def _leave_out(self, requests: Sequence[Instance]) -> None:
+        """Counts answers that cannot be scored, and names a few."""
+        for request in requests:
+            self.tallies[request.task_name or ""].unscored += 1
+        if requests and is_first():
+            named = ", ".join(f"{r.task_name} {r.doc_id}" for r in requests[:_NAMED])
+            logger.warning(
+                "%d of the answers are empty, or longer than the %d tokens that the model sees: "
+                "they count as impossible, and are items %s%s",
+                len(requests), self.max_length, named, ", ..." * (len(requests) > _NAMED),
+            )  # fmt: skip
 
     def _tally(self, request: Instance, cut: bool) -> None:
         tally = self.tallies[request.task_name or ""]

@@ -27,7 +27,9 @@ def encode_pairs(
     """Contexts and continuations, cut where the tokens of the context alone end.
 
     Both are encoded together, so that the tokens are those of running text; spaces at the end of a
-    context go to the continuation, whose words begin with them. An empty context is BOS.
+    context go to the continuation, whose words begin with them. An empty context is BOS. Where
+    nothing is left after the context's tokens, as the continuation merges into the last of them, it
+    is encoded apart.
     """
     moved = [_move_spaces(*pair) for pair in pairs]
     contexts = encode(tokenizer, [context for context, _ in moved], bos)
@@ -38,6 +40,10 @@ def encode_pairs(
             cut.append(Pair(before, whole[len(before) :]))
         else:
             cut.append(Pair([tokenizer.bos_id], whole[bos:]))
+    merged_into = [i for i, pair in enumerate(cut) if not pair.continuation]
+    apart = encode(tokenizer, [moved[i][1] for i in merged_into], bos=False)
+    for i, continuation in zip(merged_into, apart, strict=True):
+        cut[i] = Pair(cut[i].context, continuation)
     return cut
 
 
@@ -46,19 +52,23 @@ def _move_spaces(context: str, continuation: str) -> tuple[str, str]:
     return kept, context[len(kept) :] + continuation
 
 
+def can_be_scored(pair: Pair, max_length: int) -> bool:
+    """Whether the continuation has tokens, and no more than the model sees."""
+    return 0 < len(pair.continuation) <= max_length
+
+
 def row_of(pair: Pair, max_length: int) -> Row:
     """What the model reads, the last token left out, and the places of the continuation.
 
     Too long a context loses its beginning.
 
     Raises:
-      ValueError: the continuation has no token of its own, or does not fit.
+      ValueError: the continuation has no token, or does not fit.
     """
     asked = len(pair.continuation)
-    if not 0 < asked <= max_length:
+    if not can_be_scored(pair, max_length):
         raise ValueError(
-            f"a continuation of {asked} tokens cannot be scored: it must have at least one after "
-            f"the context's, and at most {max_length}"
+            f"a continuation of {asked} tokens cannot be scored: it must have 1 to {max_length}"
         )
     whole = (pair.context + pair.continuation)[-(max_length + 1) :]
     tokens = whole[:-1]

@@ -90,12 +90,20 @@ def row(task: Task, report: dict[str, Any], model: Any, local: bool) -> dict[str
     stderr = result[metric.replace(",", "_stderr,", 1)]
     parts = [name for name in report["n-samples"] if _belongs(name, task)]
     tallies = [model.tallies[name] for name in parts if name in model.tallies]
-    served = sum(np.asarray(tally.served) for tally in tallies)
-    by_layer = served[:, : model.config.moe.n_ffn].sum(axis=1) / sum(t.tokens for t in tallies)
+    m = model.config.model
+    nothing = np.zeros((m.num_layers // m.moe_every, model.config.moe.num_experts))
+    served = sum((np.asarray(tally.served) for tally in tallies), start=nothing)
+    tokens = max(1, sum(tally.tokens for tally in tallies))  # none, if no answer can be scored
+    by_layer = served[:, : model.config.moe.n_ffn].sum(axis=1) / tokens
     notes = [task.note] if local and task.note else []
     if cut := sum(tally.cut for tally in tallies):
         share = cut / sum(tally.requests for tally in tallies)
         notes.append(f"{share:.0%} of the prompts cut to their last {model.max_length} tokens")
+    if unscored := sum(tally.unscored for tally in tallies):
+        notes.append(
+            f"{unscored} answers count as impossible: empty, or of more than {model.max_length} "
+            "tokens"
+        )
     return {
         "task": task.label,
         "name": task.name,
@@ -108,7 +116,7 @@ def row(task: Task, report: dict[str, Any], model: Any, local: bool) -> dict[str
         "ffn_experts_per_token": float(by_layer.mean()),
         "ffn_experts_per_token_by_layer": by_layer.tolist(),
         "paper_ffn_experts_per_token": task.paper_ffn,
-        "load_by_layer": (served / served.sum(axis=1, keepdims=True)).tolist(),
+        "load_by_layer": (served / np.maximum(served.sum(axis=1, keepdims=True), 1)).tolist(),
         "notes": notes,
     }
 
