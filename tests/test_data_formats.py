@@ -237,6 +237,24 @@ def test_a_long_row_is_refused(tmp_path, longest):
         documents(tmp_path)
 
 
+@pytest.mark.parametrize("kind", [pyarrow.string(), pyarrow.binary_view()])
+def test_a_value_that_is_stored_once_for_many_rows_is_in_memory_once(tmp_path, kind):
+    size, rows = 1_000_000, 200
+    text = b"x" * size if "binary" in str(kind) else "x" * size
+    table = pyarrow.table({"text": pyarrow.array([text] * rows, kind)})
+    pyarrow.parquet.write_table(
+        table, tmp_path / "a.parquet", compression="zstd", dictionary_pagesize_limit=2**30
+    )
+    del table
+    assert (tmp_path / "a.parquet").stat().st_size < 10_000
+    [part] = FilesCorpus(str(tmp_path)).parts()
+    before, most, count = pyarrow.total_allocated_bytes(), 0, 0
+    for document in part.documents():
+        assert len(document.text) == size
+        most, count = max(most, pyarrow.total_allocated_bytes() - before), count + 1
+    assert count == rows and most < 20 * size
+
+
 def test_lines_without_a_blank_one_between_are_cut(tmp_path, longest):
     lines = [f"{i:099}\n" for i in range(1000)]
     (tmp_path / "a.txt").write_text("".join(lines))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +32,16 @@ def check(file: Path, schema: Any, field: str) -> None:
         raise ConfigError(f"{file}: the column {field!r} is {of_column}, not text")
 
 
-def as_bytes(column: Any) -> list[bytes | None]:
-    """Undecoded, as Arrow does not check that text is UTF-8."""
+def as_bytes(column: Any) -> Iterator[bytes | None]:
+    """Row by row, as a dictionary's values may be many times as large together as it is; undecoded,
+    as Arrow does not check that text is UTF-8.
+    """
     import pyarrow as arrow
 
     if arrow.types.is_dictionary(column.type):
-        column = column.dictionary_decode()
-    return column.cast(arrow.large_binary()).to_pylist()
+        values = column.dictionary.cast(arrow.large_binary())
+        for index in column.indices.to_pylist():
+            yield None if index is None else values[index].as_py()
+    else:
+        for value in column.cast(arrow.large_binary()):
+            yield value.as_py()

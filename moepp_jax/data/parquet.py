@@ -25,6 +25,8 @@ def rows(file: Path, field: str, start: int, stop: int) -> Iterator[tuple[int, f
     """
     with _opened(file) as table:
         columns.check(file, table.schema_arrow, field)
+    # As a dictionary: a value that is stored once, for many rows, is in memory once.
+    with _opened(file, read_dictionary=[field]) as table:
         counts = [table.metadata.row_group(i).num_rows for i in range(stop)]
         row, done, total = sum(counts[:start]), 0, sum(counts[start:])
         groups = range(start, stop)
@@ -36,12 +38,12 @@ def rows(file: Path, field: str, start: int, stop: int) -> Iterator[tuple[int, f
 
 
 @contextlib.contextmanager
-def _opened(file: Path) -> Iterator[Any]:
+def _opened(file: Path, **options: Any) -> Iterator[Any]:
     import pyarrow as arrow
     import pyarrow.parquet as arrow_parquet
 
     try:
-        with arrow_parquet.ParquetFile(file, page_checksum_verification=True) as table:
+        with arrow_parquet.ParquetFile(file, page_checksum_verification=True, **options) as table:
             yield table
     except (OSError, arrow.ArrowException) as error:
         said = str(error).strip().split("\n")[0]
