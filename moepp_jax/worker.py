@@ -8,7 +8,6 @@ killed in these.
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import multiprocessing
 import os
@@ -17,7 +16,6 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from multiprocessing import connection
 from typing import Any
 
@@ -26,9 +24,6 @@ shared: tuple[Any, ...] = ()
 
 # Seconds between two looks at whether the parent is there, where nothing wakes us when it ends.
 _LOOK_EVERY = 0.1
-
-# In the environment of workers that are starting: the number of their parent.
-_PARENT = "MOEPP_JAX_PARENT"
 
 # Of Linux's prctl: the signal that the kernel sends a process when its parent ends.
 _PR_SET_PDEATHSIG = 1
@@ -60,22 +55,6 @@ def _have_the_kernel_end_us(parent: int) -> None:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() != parent:  # it ended before we asked
             os._exit(1)
-
-
-@contextlib.contextmanager
-def announced() -> Iterator[None]:
-    """Workers that are started in this context know whose they are before they import anything."""
-    os.environ[_PARENT] = str(os.getpid())
-    try:
-        yield
-    finally:
-        del os.environ[_PARENT]
-
-
-def before_imports() -> None:
-    """For the main module of a worker, which is imported before multiprocessing is ready."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    _end_without(int(os.environ.pop(_PARENT, os.getppid())))
 
 
 def _end_without(parent: int) -> None:

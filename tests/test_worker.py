@@ -32,25 +32,6 @@ if __name__ == "__main__":
         list(pool.map(work, range(2)))
 """
 
-IMPORTING = """
-import os, multiprocessing, time
-from moepp_jax import worker
-
-if __name__ == "__mp_main__":
-    worker.before_imports()
-    os.write(1, b"%d\\n" % os.getpid())
-    time.sleep(60)
-
-if __name__ == "__main__":
-    context = multiprocessing.get_context("spawn")
-    workers = [context.Process(target=print) for _ in range(2)]
-    with worker.announced():
-        for process in workers:
-            process.start()
-    for process in workers:
-        process.join()
-"""
-
 OF_ANOTHER_PROGRAM = """
 import subprocess, sys
 from moepp_jax import worker
@@ -77,10 +58,9 @@ def is_alive(pid: str) -> bool:
             POOL.format(doing=HOLDING_THE_INTERPRETER),
             marks=pytest.mark.skipif(sys.platform != "linux", reason="the kernel's part"),
         ),
-        IMPORTING,
         OF_ANOTHER_PROGRAM,
     ],
-    ids=["sleeping", "holding the interpreter", "importing", "another program"],
+    ids=["sleeping", "holding the interpreter", "another program"],
 )
 def test_it_ends_with_its_parent(tmp_path, program, number):
     file = tmp_path / "program.py"
@@ -110,13 +90,6 @@ def test_another_program_gets_its_arguments_and_its_status():
     assert "'-n1', '-r1', 'import sys'" in done.stdout
     wrong = subprocess.run(worker.command("timeit", "--wrong"), capture_output=True, text=True)
     assert wrong.returncode == 2 and "--wrong not recognized" in wrong.stderr + wrong.stdout
-
-
-def test_one_that_starts_when_its_parent_is_gone_ends():
-    program = "import time; from moepp_jax import worker; worker.before_imports(); time.sleep(60)"
-    env = os.environ | {"MOEPP_JAX_PARENT": "1234567"}
-    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=env, timeout=20)
-    assert done.returncode == 1
 
 
 def test_it_imports_nothing_of_ours():

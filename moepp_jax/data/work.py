@@ -93,8 +93,7 @@ def _share_out(folder: Path, jobs: Sequence[Job], workers: int, meter: _Meter) -
     read, stop = context.Value("q", 0), context.Value("b", 0)
     pool = ProcessPoolExecutor(workers, context, worker.start, (read, stop))
     try:
-        with worker.announced():
-            waiting = {pool.submit(_do_in_worker, folder, job) for job in jobs}
+        waiting = {pool.submit(_do_in_worker, folder, job) for job in jobs}
         while waiting:
             ended, waiting = concurrent.futures.wait(
                 waiting, _POLL_EVERY, concurrent.futures.FIRST_COMPLETED
