@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -32,6 +32,7 @@ class Model:
       config: of the run that trained it.
       params: a plain nested dictionary of arrays; None in a model that only generates.
       tokenizer: None where the work directory has none; texts then cannot be given, tokens can.
+      ends: tokens that end what the model writes, beside the tokenizer's end of a text.
       mesh: that the parameters are cut over, None for one device.
       name, step: of the run and its checkpoint.
       speed: of the last generation.
@@ -46,6 +47,7 @@ class Model:
         only_generate: bool = False,
         name: str = "",
         step: int = 0,
+        ends: Collection[int] = (),
     ):
         """
         Args:
@@ -54,7 +56,7 @@ class Model:
         """
         self.config = config
         self.params = None if only_generate else params
-        self.tokenizer = tokenizer
+        self.tokenizer, self.ends = tokenizer, frozenset(ends)
         self.name, self.step = name, step
         self.network = model_lib.build(config, mesh, dispatch="dropless")
         self.mesh = mesh
@@ -65,7 +67,10 @@ class Model:
             specs = (mesh_lib.specs(self.network.described), rows, rows)
             forward = jax.shard_map(forward, mesh=mesh, in_specs=specs, out_specs=rows)
         self._logits = jax.jit(forward)
-        self._generator = Generator(self.network, params, mesh, use_up=only_generate)
+        surplus = tokenizer and tokenizer.surplus(config.model.vocab_size)
+        self._generator = Generator(
+            self.network, params, mesh, use_up=only_generate, surplus=surplus
+        )
         self.speed = Speed()
 
     def logits(self, tokens, mask=None) -> Float[Array, "B S V"]:
@@ -108,8 +113,8 @@ class Model:
 
         Args:
           prompts: one text, or several texts, or several lists of token ids.
-          stop: texts and token ids that end a text, beside the tokenizer's end of a text; what is
-            returned ends before them. Of ids, those stay in which a stop text came.
+          stop: texts and token ids that end a text, beside `ends` and the tokenizer's end of a
+            text; what is returned ends before them. Of ids, those stay in which a stop text came.
           num_samples: so many texts of each prompt, as a list in the place of one.
           batch_size: texts that are made together.
           progress: called with the number of new tokens, whenever there are some.
@@ -200,14 +205,14 @@ class Model:
         chosen = self.config.replace("generate", **settings).generate
         stop = [stop] if isinstance(stop, str) else list(stop)
         texts = [s for s in stop if not isinstance(s, int)]
-        ends = {s for s in stop if isinstance(s, int)}
+        ends = self.ends | {s for s in stop if isinstance(s, int)}
         if self.tokenizer is not None:
-            ends.add(self.tokenizer.eos_id)
+            ends |= {self.tokenizer.eos_id}
         elif texts or (as_text and prompts):
             what = "token ids to stop at" if texts else "lists of token ids"
             raise ConfigError(f"this model has no tokenizer: give {what}")
         if as_text:
-            ids = [[self.tokenizer.bos_id, *self.tokenizer.encode(text)] for text in prompts]
+            ids = [self.tokenizer.prompt(text) for text in prompts]
         else:
             ids = [_ids(i, p) for i, p in enumerate(prompts)]
         ids = [prompt for prompt in ids for _ in range(samples)]
@@ -230,7 +235,7 @@ class _Request(NamedTuple):
     prompts: list[list[int]]
     samples: list[int]
     settings: GenerateConfig
-    ends: set[int]
+    ends: frozenset[int]
     readers: list[Reader] | None
 
 
@@ -273,7 +278,7 @@ def load(
     mesh = _over_all_devices(run.config) if all_devices else None
     params = run.params(mesh, as_used=only_generate)
     name, at = Path(run.workdir).name, run.step or 0
-    return Model(run.config, params, run.tokenizer(), mesh, only_generate, name, at)
+    return Model(run.config, params, run.tokenizer(), mesh, only_generate, name, at, run.ends())
 
 
 def _over_all_devices(config: Config) -> Mesh:

@@ -35,6 +35,7 @@ from moepp_jax.config import Config, differences
 from moepp_jax.data import Tokenizer
 from moepp_jax.errors import ConfigError
 from moepp_jax.moe import Rule, RuleError, param
+from moepp_jax.special_tokens import GENERATION
 from moepp_jax.storage import open_path, same_place
 from moepp_jax.workdir import holds_run, own_tokenizer, read_config, tokenizer_file
 
@@ -153,9 +154,15 @@ def _read(workdir: str | os.PathLike) -> Parent | None:
         raise ConfigError(f"{file} cannot be read as the parent of a run: {error}") from error
 
 
-def files(parent: Parent) -> dict[str, str]:
+def files(parent: Parent) -> dict[str, str | bytes]:
     """What the new run's folder has of it before its config.json."""
-    return {FILE: json.dumps(dataclasses.asdict(parent), indent=2) + "\n"}
+    written: dict[str, str | bytes] = {
+        FILE: json.dumps(dataclasses.asdict(parent), indent=2) + "\n"
+    }
+    generation = open_path(parent.workdir) / GENERATION
+    if generation.exists():
+        written[GENERATION] = generation.read_bytes()
+    return written
 
 
 def with_tokenizer(config: Config, workdir: str | os.PathLike, parent: Parent | None) -> Config:
@@ -164,15 +171,20 @@ def with_tokenizer(config: Config, workdir: str | os.PathLike, parent: Parent | 
     named = config.data.tokenizer
     if parent is None or (named and not same_place(named, tokenizer_file(parent.workdir))):
         return config
-    return config.replace("data", tokenizer=own_tokenizer(workdir))
+    return config.replace("data", tokenizer=_copy(workdir, parent))
 
 
 def to_prepare(config: Config, workdir: str | os.PathLike, parent: Parent | None) -> Config:
     """The same, with the parent's tokenizer as long as there is no copy."""
-    there = config.data.tokenizer != own_tokenizer(workdir) or tokenizer_file(workdir).exists()
-    if parent is None or there:
+    if parent is None or config.data.tokenizer != _copy(workdir, parent):
+        return config
+    if tokenizer_file(workdir).exists():
         return config
     return config.replace("data", tokenizer=str(tokenizer_file(parent.workdir)))
+
+
+def _copy(workdir: str | os.PathLike, parent: Parent) -> str:
+    return own_tokenizer(workdir, tokenizer_file(parent.workdir).name)
 
 
 def located(parent: Parent, config: Config, workdir: str | os.PathLike) -> Parent:

@@ -10,13 +10,14 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from moepp_jax import mesh as mesh_lib
-from moepp_jax import model
+from moepp_jax import model, special_tokens
 from moepp_jax.checkpoint import Checkpoints
 from moepp_jax.config import Config
 from moepp_jax.data import Tokenizer
 from moepp_jax.errors import ConfigError
 from moepp_jax.moe import param
-from moepp_jax.storage import AnyPath
+from moepp_jax.special_tokens import GENERATION
+from moepp_jax.storage import AnyPath, open_path
 from moepp_jax.workdir import read_config, tokenizer_file
 
 
@@ -36,14 +37,29 @@ class Run(NamedTuple):
         """That of the work directory, None where it has none.
 
         Raises:
-          ConfigError: it has none, and it is required.
+          ConfigError: it has none, and it is required; or it cannot be that of this model.
         """
         file = tokenizer_file(self.workdir)
         if file.exists():
-            return Tokenizer.load(file)
+            tokenizer = Tokenizer.load(file)
+            tokenizer.require_fits(self.config.model.vocab_size, file)
+            return tokenizer
         if required_for:
             raise ConfigError(f"{file} is missing: {required_for}")
         return None
+
+    def ends(self) -> frozenset[int]:
+        """Tokens that end what the model writes, by the folder's generation_config.json.
+
+        Raises:
+          ConfigError: it cannot be read, or names a token that the model has not.
+        """
+        file = open_path(self.workdir) / GENERATION
+        if not file.exists():
+            return frozenset()
+        found = special_tokens.ids(special_tokens.of_file(file), "eos_token_id", file)
+        special_tokens.require_below(found, self.config.model.vocab_size, file)
+        return frozenset(found)
 
     def params(self, mesh: Mesh | None = None, as_used: bool = False) -> dict[str, Any]:
         """The parameters, each on the devices that hold it.

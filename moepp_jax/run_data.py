@@ -13,7 +13,7 @@ from moepp_jax.errors import ConfigError
 from moepp_jax.metrics import was_measured
 from moepp_jax.storage import AnyPath, write_atomic
 from moepp_jax.workdir import (
-    BEFORE,
+    DATA,
     data_file,
     holds_run,
     keep_tokenizer,
@@ -57,8 +57,7 @@ def open_data(config: Config, workdir: str | os.PathLike) -> Dataset:
 
 def files(dataset: Dataset) -> dict[str, str | bytes]:
     """What a new run's folder has of its data before its config.json."""
-    contents = (dataset.tokenizer.model, Pins.of(dataset.prepared).to_json())
-    return dict(zip(BEFORE, contents, strict=True))
+    return dataset.tokenizer.files | {DATA: Pins.of(dataset.prepared).to_json()}
 
 
 def keep(folder: AnyPath, dataset: Dataset) -> None:

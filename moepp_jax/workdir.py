@@ -21,14 +21,16 @@ from typing import Any
 from moepp_jax import claim, earlier
 from moepp_jax.config import Config, differences
 from moepp_jax.errors import ConfigError
+from moepp_jax.special_tokens import GENERATION, SETTINGS
 from moepp_jax.storage import AnyPath, is_local, open_path, write_atomic
 
+TOKENIZERS = ("tokenizer.model", "tokenizer.json")
+
 _CONFIG = "config.json"
-_TOKENIZER = "tokenizer.model"
-_DATA = "data.json"
+DATA = "data.json"
 
 # What a new folder gets before its config.json, so that one which has this is whole.
-BEFORE = (_TOKENIZER, _DATA)
+_BEFORE = (*TOKENIZERS, SETTINGS, GENERATION, DATA)
 
 _LOCK = ".train.lock"
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
@@ -56,7 +58,7 @@ def check_workdir(path: str | os.PathLike, config: Config, may_hold: Collection[
     """Refuses a folder in which this run cannot be; touches nothing.
 
     Args:
-      may_hold: names of files that a new folder may have beside BEFORE, left by a start that was
+      may_hold: names of files that a new folder may have beside those, left by a start that was
         killed.
 
     Raises:
@@ -69,7 +71,7 @@ def check_workdir(path: str | os.PathLike, config: Config, may_hold: Collection[
     if (folder / _CONFIG).exists():
         require_same(folder, config, may_grow=True)
     elif folder.exists() and any(
-        not entry.name.startswith(".") and entry.name not in (*BEFORE, *may_hold)
+        not entry.name.startswith(".") and entry.name not in (*_BEFORE, *may_hold)
         for entry in folder.iterdir()
     ):
         raise ConfigError(
@@ -101,20 +103,21 @@ def open_workdir(
     try:
         if not (folder / _CONFIG).exists():
             folder.mkdir(parents=True, exist_ok=True)
-            for name, content in (first | {_CONFIG: _written(config)}).items():
+            for name, content in first.items():
                 write_atomic(folder / name, content)
+            write_atomic(folder / _CONFIG, _written(config, folder))
         elif (there := read_config(path)).train.steps < config.train.steps:
             longer = there.replace("train", steps=config.train.steps)
-            write_atomic(folder / _CONFIG, _written(longer))
+            write_atomic(folder / _CONFIG, _written(longer, folder))
     except OSError as error:
         raise ConfigError(f"workdir {folder} cannot be written: {error}") from error
     return folder
 
 
-def _written(config: Config) -> str:
+def _written(config: Config, folder: AnyPath) -> str:
     """A configuration as the run's folder has it, wherever that is."""
     if config.data.tokenizer:
-        config = config.replace("data", tokenizer=_TOKENIZER)
+        config = config.replace("data", tokenizer=tokenizer_file(folder).name)
     return config.to_json()
 
 
@@ -182,7 +185,7 @@ def read_config(
     except ConfigError as error:
         raise ConfigError(f"{file}: {error}") from error
     named = config.data.tokenizer
-    if named and (named == _TOKENIZER or tokenizer_file(path).exists()):
+    if named and (named in TOKENIZERS or tokenizer_file(path).exists()):
         config = config.replace("data", tokenizer=own_tokenizer(path))
     told = [field for field in added if not field.startswith(_FREE)]
     if told:
@@ -191,18 +194,26 @@ def read_config(
 
 
 def tokenizer_file(path: str | os.PathLike) -> AnyPath:
-    """Where a run keeps the tokenizer that its model was trained with."""
-    return open_path(path) / _TOKENIZER
+    """Where a run keeps the tokenizer that its model was trained with, of whichever kind it is.
+
+    A folder without one gets the first of these names.
+    """
+    files = [open_path(path) / name for name in TOKENIZERS]
+    return next((file for file in files if file.exists()), files[0])
 
 
 def data_file(path: str | os.PathLike) -> AnyPath:
     """Where a run notes the data that it began with."""
-    return open_path(path) / _DATA
+    return open_path(path) / DATA
 
 
-def own_tokenizer(path: str | os.PathLike) -> str:
-    """The same, as a configuration names it."""
-    file = tokenizer_file(path)
+def own_tokenizer(path: str | os.PathLike, name: str = "") -> str:
+    """Where a run keeps its tokenizer, as a configuration names it.
+
+    Args:
+      name: of the file, by default that which is there.
+    """
+    file = open_path(path) / name if name else tokenizer_file(path)
     return str(file.absolute() if is_local(file) else file)
 
 
@@ -216,7 +227,9 @@ def keep_tokenizer(folder: AnyPath, tokenizer: Any) -> None:
     """
     file = tokenizer_file(folder)
     if not file.exists():
-        write_atomic(file, tokenizer.model)
+        # The tokenizer's own file is the last: where it is, all are.
+        for name, content in reversed(tokenizer.files.items()):
+            write_atomic(folder / name, content)
     elif type(tokenizer).load(file).fingerprint != tokenizer.fingerprint:
         raise ConfigError(
             f"{file} is not the tokenizer of the prepared data: the run was started on other text; "

@@ -208,20 +208,23 @@ def test_a_tokenizer_from_elsewhere_is_used_as_it_is(dataset, tmp_path):
     assert not any(line.startswith("tokenizer") for line in lines)
 
 
-@pytest.mark.parametrize("vocab_size", [300, 500])
-def test_a_vocabulary_that_is_not_the_tokenizers_is_an_error_before_any_work(
-    dataset, tmp_path, vocab_size
-):
+def test_a_vocabulary_below_the_tokenizers_is_an_error_before_any_work(dataset, tmp_path):
     file = tmp_path / "mine.model"
     dataset.tokenizer.save(file)
-    wrong = config(
-        tmp_path / "data", **{"data.tokenizer": str(file), "model.vocab_size": vocab_size}
-    )
+    wrong = config(tmp_path / "data", **{"data.tokenizer": str(file), "model.vocab_size": 300})
     with pytest.raises(
-        ConfigError, match=rf"vocab_size = {vocab_size} is not the 400 .*mine\.model"
+        ConfigError, match=r"vocab_size = 300 is less than the 400 .*mine\.model: set it to 400"
     ):
         prepare(wrong, report=lambda line: None)
     assert not list((tmp_path / "data").iterdir())
+
+
+def test_a_vocabulary_above_the_tokenizers_is_as_published_models_have_it(dataset, tmp_path):
+    file, lines = tmp_path / "mine.model", []
+    dataset.tokenizer.save(file)
+    more = config(tmp_path / "data", **{"data.tokenizer": str(file), "model.vocab_size": 500})
+    assert_equal(prepare(more, lines.append).train_batch(0), dataset.train_batch(0))
+    assert f"tokenizer: 100 of config.model.vocab_size are no piece of {file}" in lines
 
 
 def test_opening_what_is_not_prepared_names_the_folder_and_the_remedy(tmp_path):

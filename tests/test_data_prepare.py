@@ -326,10 +326,10 @@ def test_sources_share_a_tokenizer_that_neither_names_order_nor_weights_change(t
     other = prepare(
         config(tmp_path / "data", b, a, **of, **{"data.sources.source0.weight": 3.0}), lines
     )
-    assert not lines and other.tokenizer.model == made.tokenizer.model
+    assert not lines and other.tokenizer.files == made.tokenizer.files
     assert other.tokens["source0"] == made.tokens["source1"]
     alone = prepare(config(tmp_path / "data", a, **of), lines)
-    assert alone.tokenizer.model != made.tokenizer.model
+    assert alone.tokenizer.files != made.tokenizer.files
     assert {line.split(":")[0] for line in lines} == {"tokenizer", "tokens"}
 
 
@@ -342,7 +342,7 @@ def test_a_source_of_weight_zero_is_left_out_and_that_is_said(tmp_path):
     [line] = lines
     assert line.startswith("sources: source1 left out") and "weight is 0" in line
     assert made.tokens == alone.tokens == prepared_sources(c).tokens
-    assert made.tokenizer.model == alone.tokenizer.model
+    assert made.tokenizer.files == alone.tokenizer.files
     assert estimate.estimate(c, lines.append).keys() == {"source0"}
 
 
@@ -357,7 +357,7 @@ def test_empty_documents_are_left_out_and_counted(tmp_path):
 
 def test_a_document_of_50_mb_among_others_keeps_its_text(tmp_path, monkeypatch):
     """Here 300 kB, where pieces are 50 kB."""
-    monkeypatch.setattr("moepp_jax.data.tokenizer._PIECE", 50_000)
+    monkeypatch.setattr("moepp_jax.data.sentencepiece_file._PIECE", 50_000)
     long = " ".join(text_of(i) for i in range(1500))
     text = write_texts(tmp_path / "text", 50)
     (text / "long.jsonl").write_text(json.dumps({"text": long}) + "\n")

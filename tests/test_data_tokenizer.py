@@ -45,8 +45,8 @@ def test_a_long_text_is_encoded_in_pieces_to_the_same_ids(name, llama, monkeypat
     t = tokenizer() if name == "trained" else llama
     texts = ["short", " ".join(TEXTS), "", "a  b   c" * 99, " ".join(TEXTS[:3])]
     whole = t.encode_batch(texts)
-    monkeypatch.setattr("moepp_jax.data.tokenizer._PIECE", 200)
-    assert len(t._pieces(texts[1])) > 20
+    monkeypatch.setattr("moepp_jax.data.sentencepiece_file._PIECE", 200)
+    assert len(t._file._pieces(texts[1])) > 20
     assert t.encode_batch(texts, threads=1) == whole
     without_spaces = "x" * 999
     assert t.decode(t.encode(without_spaces)).replace(" ", "") == without_spaces
@@ -122,14 +122,22 @@ def test_what_is_no_model_is_one_clear_error(tmp_path, content):
         Tokenizer.load(file)
 
 
-def test_a_model_without_bos_is_an_error(tmp_path):
+@pytest.mark.parametrize("lacks", ["bos_id", "eos_id"])
+def test_a_model_may_lack_bos_but_not_eos(tmp_path, lacks):
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(TEXTS),
         model_prefix=str(tmp_path / "t"),
         vocab_size=200,
         model_type="bpe",
-        bos_id=-1,
         minloglevel=2,
+        **{lacks: -1},
     )
-    with pytest.raises(ConfigError, match="lacks a BOS or an EOS"):
-        Tokenizer.load(tmp_path / "t.model")
+    if lacks == "eos_id":
+        with pytest.raises(ConfigError, match=r"t\.model lacks an EOS piece"):
+            Tokenizer.load(tmp_path / "t.model")
+        return
+    t = Tokenizer.load(tmp_path / "t.model")
+    ids = t.encode("so it goes")
+    assert (t.bos_id, t.beginning, t.prefix_id) == (None, [], t.eos_id)
+    assert t.document(ids) == [*ids, t.eos_id] and t.prompt("so it goes") == ids
+    assert t.prompt("") == [t.eos_id]

@@ -55,6 +55,15 @@ def checkpoint(folder: Path, name: str = "mixtral", tensors=None, **changes) -> 
     return folder
 
 
+def with_rows(folder: Path, rows: int, name: str = "mixtral") -> Path:
+    """A committed one with so many rows in its embedding."""
+    rng = np.random.default_rng(0)
+    shape = (rows, fields_in(ROOT / name)["hidden_size"])
+    names = ("model.embed_tokens.weight", "lm_head.weight")
+    tensors = {n: rng.normal(0, 0.2, shape).astype(np.float32) for n in names}
+    return checkpoint(folder, name, tensors, vocab_size=rows)
+
+
 @pytest.fixture(scope="module", params=NAMES)
 def upcycled(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("upcycle") / "run"
@@ -191,7 +200,7 @@ def test_a_layout_that_is_not_known(tmp_path):
 
 
 def test_the_tokenizer_comes_along(tmp_path, tokenizer):
-    source = checkpoint(tmp_path / "source")
+    source = with_rows(tmp_path / "source", 330)
     shutil.copyfile(tokenizer, source / "tokenizer.model")
     said = []
     config = interop.upcycle(source, tmp_path / "run", report=said.append, **POOL)
@@ -225,12 +234,15 @@ def test_a_run_that_was_moved_has_its_tokenizer_with_it(tmp_path, tokenizer):
 def test_a_tokenizer_from_elsewhere(tmp_path, tokenizer):
     said = []
     where = {"tokenizer": tokenizer, "report": said.append}
-    interop.upcycle(ROOT / "mixtral", tmp_path / "run", **where, **POOL)
+    source = with_rows(tmp_path / "source", 330)
+    interop.upcycle(source, tmp_path / "run", **where, **POOL)
     assert len(said) == 1 and (tmp_path / "run" / "tokenizer.model").exists()
     for bad, why in ((tmp_path / "none.model", "cannot be read"), (ROOT / "make.py", "is not a")):
         with pytest.raises(ConfigError, match=f"tokenizer {bad} {why}"):
-            interop.upcycle(ROOT / "mixtral", tmp_path / "2", tokenizer=bad, **POOL, **SILENT)
-    assert [p.name for p in tmp_path.iterdir()] == ["run"]
+            interop.upcycle(source, tmp_path / "2", tokenizer=bad, **POOL, **SILENT)
+    with pytest.raises(ConfigError, match=r"some\.model has 320 pieces, more than .* = 64"):
+        interop.upcycle(ROOT / "mixtral", tmp_path / "2", tokenizer=tokenizer, **POOL, **SILENT)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["run", "source"]
 
 
 def test_without_a_tokenizer_nothing_else_is_taken_for_it(tmp_path):

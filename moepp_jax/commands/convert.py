@@ -16,7 +16,7 @@ _LAYOUT = flags.DEFINE_string(
     "layout", "moepp", f"to-hf: whose names and fields: {', '.join(interop.LAYOUTS)}"
 )
 _TOKENIZER = cli.define_path(
-    "tokenizer", None, "upcycle: SentencePiece model, if it is not in PATH"
+    "tokenizer", None, "upcycle: SentencePiece model or tokenizer.json, if it is not in PATH"
 )
 _SETTINGS = {
     "n_ffn": flags.DEFINE_integer("n_ffn", None, "upcycle: copies of a dense FFN"),

@@ -47,7 +47,7 @@ def run(arguments: list[str]) -> None:
         raise ConfigError("no --prompt was given: write --prompt='some text'")
     file = workdir.tokenizer_file(options.given_workdir())
     if not file.exists():
-        raise ConfigError(f"{file} is missing: put the SentencePiece model of this model there")
+        raise ConfigError(f"{file} is missing: put the tokenizer of this model there")
     model = api.load(
         options.given_workdir(),
         options.STEP.value,

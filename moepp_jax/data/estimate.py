@@ -88,6 +88,7 @@ def _estimate(corpus: Corpus, tokenizer: Tokenizer | None, vocab_size: int) -> E
     places = [parts[len(parts) * i // _PLACES] for i in range(_PLACES)]
     places = parts if len(parts) <= _PLACES else places
     documents = empty = text_bytes = read = encoded = tokens = 0
+    around = len(tokenizer.document([])) if tokenizer else 2
     exact, seconds = len(places) == len(parts), 0.0
     for part in places:
         of_part = last = 0
@@ -115,7 +116,7 @@ def _estimate(corpus: Corpus, tokenizer: Tokenizer | None, vocab_size: int) -> E
         documents=round(documents * scale),
         empty=round(empty * scale),
         text_bytes=total,
-        tokens=round(total / a_token + 2 * documents * scale),
+        tokens=round(total / a_token + around * documents * scale),
         exact=exact,
         seconds=total * (seconds / encoded + _READING) if encoded else None,
     )

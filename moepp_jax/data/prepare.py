@@ -65,6 +65,8 @@ def prepare_sources(config: Config, report: Report = print, workers: int | None 
     if not data.tokenizer and not file.exists():
         _train_tokenizer(config, file, [text.made() for text in texts.values()], report)
     tokenizer = load_tokenizer(config, file)
+    if surplus := int(tokenizer.surplus(config.model.vocab_size).sum()):
+        report(f"tokenizer: {surplus:,} of config.model.vocab_size are no piece of {file}")
     tokens = {}
     for name, text in texts.items():
         tokens[name] = tokens_folder(data, text.name, tokenizer)
@@ -208,15 +210,16 @@ def _train_tokenizer(config: Config, file: Path, texts: list[Path], report: Repo
 
 
 def load_tokenizer(config: Config, file: AnyPath) -> Tokenizer:
-    """
+    """The tokenizer; the model may have more rows in its embedding than there are pieces.
+
     Raises:
-      ConfigError: it cannot be read, or its vocabulary is not the model's.
+      ConfigError: it cannot be read, or has pieces that the model has no row for.
     """
     tokenizer = Tokenizer.load(file)
-    if tokenizer.vocab_size != config.model.vocab_size:
+    if tokenizer.vocab_size > config.model.vocab_size:
         raise ConfigError(
-            f"config.model.vocab_size = {config.model.vocab_size} is not the "
+            f"config.model.vocab_size = {config.model.vocab_size} is less than the "
             f"{tokenizer.vocab_size} pieces of the tokenizer {file}: set it to "
-            f"{tokenizer.vocab_size}, or change config.data.tokenizer"
+            f"{tokenizer.vocab_size} or more, or change config.data.tokenizer"
         )
     return tokenizer

@@ -1,55 +1,54 @@
-"""SentencePiece BPE: trained here without losing a byte, or loaded from a .model file."""
+"""Text to token ids and back: one class, with a file of either kind behind it."""
 
 from __future__ import annotations
 
-import hashlib
+import functools
 import heapq
-import io
-import itertools
 import os
-import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import SupportsInt
 
-import sentencepiece
+import numpy as np
 
+from moepp_jax import special_tokens
+from moepp_jax.data import sentencepiece_file, tokenizer_json
 from moepp_jax.data.storage import publish
+from moepp_jax.data.tokenizer_file import TokenizerFile
 from moepp_jax.errors import ConfigError
-from moepp_jax.storage import open_path
+from moepp_jax.storage import AnyPath, open_path
+from moepp_jax.workdir import tokenizer_file
 
 # Raise it when `Tokenizer.train` would make another model of the same text.
 TRAINER_VERSION = 1
-
-# UTF-8 bytes of text that are enough to learn the merges from.
-TRAINING_BYTES = 50_000_000
-
-# Characters that are encoded at once, at most: more are slower, and 65 times their size in memory.
-_PIECE = 100_000
-
-_SPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # what SentencePiece writes for a space
 
 
 class Tokenizer:
     """Text to token ids and back.
 
     A tokenizer trained here is lossless: `decode(encode(text)) == text` for every string. One from
-    elsewhere may normalise.
+    elsewhere may normalise, and may read special tokens in a text.
+
+    Attributes:
+      kind: "sentencepiece" or "tokenizer.json".
+      files: what `load` needs, by name; a run keeps it.
+      fingerprint: of the file, and of what ends a document.
+      vocab_size: pieces; a model may have more rows in its embedding.
+      beginning: what stands before a text: BOS, or nothing.
+      bos_id: None where nothing does.
+      eos_id, pad_id: end of a document; padding.
     """
 
-    def __init__(self, model: bytes):
-        self.model = model  # the bytes of its .model file
-        self._processor = sentencepiece.SentencePieceProcessor()
-        self._processor.LoadFromSerializedProto(model)
-        self.fingerprint = hashlib.sha256(model).hexdigest()[:12]
-        self.vocab_size = self._processor.vocab_size()
-        self.bos_id = self._processor.bos_id()
-        self.eos_id = self._processor.eos_id()
-        # LLaMA-style models have no padding piece: theirs is id 0, as in the released checkpoint.
-        self.pad_id = max(self._processor.pad_id(), 0)
-        self._specials = {self.bos_id, self.eos_id, self.pad_id}
-        self._adds_space = self._processor.encode("a", out_type=str)[0].startswith(_SPACE)
-        self._space_ids = [self._processor.piece_to_id(f"<0x{b:02X}>") for b in _SPACE.encode()]
+    def __init__(self, file: TokenizerFile):
+        self._file = file
+        self.kind, self.files, self.fingerprint = file.kind, dict(file.files), file.fingerprint
+        self.vocab_size = file.vocab_size
+        self.beginning = list(file.beginning)
+        self.bos_id = self.beginning[0] if self.beginning else None
+        self.eos_id, self.pad_id = file.eos_id, file.pad_id
+
+    def __reduce__(self):
+        return _of_files, (tuple(self.files.items()),)
 
     def encode(self, text: str) -> list[int]:
         """Ids without BOS and EOS."""
@@ -57,112 +56,105 @@ class Tokenizer:
 
     def encode_batch(self, texts: Sequence[str], threads: int = -1) -> list[list[int]]:
         """`encode` of each text, on so many threads; -1 is one a core."""
-        pieces = [self._pieces(text) for text in texts]
-        encoded = iter(self._encode_pieces(list(itertools.chain(*pieces)), threads))
-        batch = []
-        for of_text in pieces:
-            ids = next(encoded)
-            for _ in of_text[1:]:
-                ids += next(encoded)
-            batch.append(ids)
-        return batch
+        return self._file.encode_batch(texts, threads)
 
-    def _pieces(self, text: str) -> list[str]:
-        """A long text in pieces, cut before spaces.
+    def document(self, ids: Sequence[int]) -> list[int]:
+        """The ids of a text as a document: between BOS, where there is one, and EOS."""
+        return [*self.beginning, *ids, self.eos_id]
 
-        A model that puts a space before every text gets the one that was cut off by doing so.
-        """
-        pieces, start = [], 0
-        while len(text) - start > _PIECE:
-            end = text.rfind(" ", start + 1, start + _PIECE)
-            end = start + _PIECE if end < 0 else end
-            pieces.append(text[start:end])
-            start = end + (self._adds_space and text[end] == " ")
-        return [*pieces, text[start:]]
+    @property
+    def prefix_id(self) -> int:
+        """What the first token of a text is predicted from: BOS, or the end of another text."""
+        return self.eos_id if self.bos_id is None else self.bos_id
 
-    def _encode_pieces(self, texts: Sequence[str], threads: int) -> list[list[int]]:
-        batch = self._processor.encode(texts, num_threads=threads)
-        for i, text in enumerate(texts):
-            if _SPACE in text:
-                batch[i] = self._encode_literal_space_symbol(text)
-        return batch
-
-    def _encode_literal_space_symbol(self, text: str) -> list[int]:
-        """SentencePiece would read the symbol as a space; its bytes survive."""
-        first, *rest = self._processor.encode(text.split(_SPACE))
-        return first + [i for ids in rest for i in self._space_ids + ids]
+    def prompt(self, text: str) -> list[int]:
+        """The ids of a text that is to be continued, at least one."""
+        return [*self.beginning, *self.encode(text)] or [self.prefix_id]
 
     def decode(self, ids: Iterable[SupportsInt]) -> str:
-        """The text of the ids; BOS, EOS and padding have none."""
-        return self._processor.decode([int(i) for i in ids if int(i) not in self._specials])
+        """The text of the ids; BOS, EOS, padding and ids beyond the pieces have none."""
+        return self._file.decode([i for i in map(int, ids) if i < self.vocab_size])
 
     def piece(self, token: int) -> tuple[str, bytes | None]:
         """A token's name, and what it adds to a text, which may be a part of a character.
 
-        None for what stands for no text: BOS, EOS, padding, unknown.
+        None for what stands for no text: BOS, EOS, padding, unknown and other special tokens.
         """
-        name, of = self._processor.id_to_piece(token), self._processor
-        if token in self._specials or of.is_control(token) or of.is_unknown(token):
-            return name, None
-        if of.is_byte(token):
-            return name, bytes([int(name[1:-1], 16)])
-        return name, name.replace(_SPACE, " ").encode()
+        return self._file.piece(token)
+
+    def surplus(self, rows: int) -> np.ndarray:
+        """Of the rows of an embedding, those that are no piece: (rows,) bool."""
+        found = np.arange(rows) >= self.vocab_size
+        found[list(self._file.unused())] = True
+        return found
+
+    def require_fits(self, rows: int, file: object) -> None:
+        """
+        Args:
+          file: for messages.
+
+        Raises:
+          ConfigError: it has ids that an embedding of so many rows has not.
+        """
+        if self.vocab_size > rows:
+            raise ConfigError(
+                f"the tokenizer {file} has {self.vocab_size} pieces, more than "
+                f"config.model.vocab_size = {rows}: it is not the one that this model was trained "
+                "with"
+            )
 
     def save(self, path: str | os.PathLike) -> None:
-        publish(Path(path), lambda made: made.write_bytes(self.model))
+        """Writes its file under this name, and beside it what else `load` needs."""
+        (_, own), *beside = self.files.items()
+        for name, content in beside:
+            _publish(Path(path).with_name(name), content)
+        _publish(Path(path), own)
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> Tokenizer:
         """
+        Args:
+          path: a SentencePiece model, a *.json of the `tokenizers` library, or a folder with one.
+
         Raises:
-          ConfigError: there is no such file, or it is not a SentencePiece model with BOS and EOS.
+          ConfigError: there is no such file, it cannot be read, or it has no end of a document.
         """
-        try:
-            tokenizer = cls(open_path(path).read_bytes())
-        except OSError as error:
-            raise ConfigError(
-                f"the tokenizer {path} cannot be read: {error.strerror}; config.data.tokenizer "
-                "names a SentencePiece .model file, or is empty to train one"
-            ) from None
-        except RuntimeError:
-            raise ConfigError(f"the tokenizer {path} is not a SentencePiece .model file") from None
-        if min(tokenizer.bos_id, tokenizer.eos_id) < 0:
-            raise ConfigError(
-                f"the tokenizer {path} lacks a BOS or an EOS piece: documents need both"
-            )
-        return tokenizer
+        file = open_path(path)
+        file = tokenizer_file(file) if file.is_dir() else file
+        content = _read(file)
+        if file.suffix != ".json":
+            return cls(sentencepiece_file.SentencePieceFile(content, path))
+        beside = {name: file.parent / name for name in special_tokens.FILES}
+        beside = {name: _read(f) for name, f in beside.items() if f.exists()}
+        return cls(tokenizer_json.TokenizerJson(content, beside, path))
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int) -> Tokenizer:
-        """BPE of exactly `vocab_size` pieces; the same texts give the same model.
+        """As `sentencepiece_file.train`."""
+        return cls(sentencepiece_file.train(texts, vocab_size))
 
-        Uses texts up to 50 MB. Runs of line ends and punctuation may become pieces; what no piece
-        covers falls back to bytes. The ids are the released model's: padding 0, BOS 1, EOS 2.
 
-        Raises:
-          ConfigError: the texts do not allow that many pieces, or need more.
-        """
-        model = io.BytesIO()
-        try:
-            sentencepiece.SentencePieceTrainer.train(
-                sentence_iterator=_limited(texts),
-                model_writer=model,
-                model_type="bpe",
-                vocab_size=vocab_size,
-                byte_fallback=True,
-                normalization_rule_name="identity",
-                remove_extra_whitespaces=False,
-                add_dummy_prefix=False,
-                max_sentence_length=2**30,  # bytes; longer documents would be left out
-                pad_id=0,
-                bos_id=1,
-                eos_id=2,
-                unk_id=3,
-                minloglevel=2,
-            )
-        except RuntimeError as error:
-            raise _vocabulary_error(str(error), vocab_size) from None
-        return cls(model.getvalue())
+@functools.lru_cache(maxsize=1)
+def _of_files(files: tuple[tuple[str, bytes], ...]) -> Tokenizer:
+    """Read once in a process, however often it is sent there."""
+    (name, content), *beside = files
+    if name == sentencepiece_file.NAME:
+        return Tokenizer(sentencepiece_file.SentencePieceFile(content))
+    return Tokenizer(tokenizer_json.TokenizerJson(content, dict(beside)))
+
+
+def _read(file: AnyPath) -> bytes:
+    try:
+        return file.read_bytes()
+    except OSError as error:
+        raise ConfigError(
+            f"the tokenizer {file} cannot be read: {error.strerror}; config.data.tokenizer "
+            "names a SentencePiece .model file or a tokenizer.json, or is empty to train one"
+        ) from None
+
+
+def _publish(file: Path, content: bytes) -> None:
+    publish(file, lambda made: made.write_bytes(content))
 
 
 def interleaved(sources: Iterable[Iterable[str]]) -> Iterator[str]:
@@ -180,27 +172,3 @@ def interleaved(sources: Iterable[Iterable[str]]) -> Iterator[str]:
         else:
             heapq.heapreplace(heap, (given + len(text.encode()), i, texts))
             yield text
-
-
-def _limited(texts: Iterable[str]) -> Iterator[str]:
-    left = TRAINING_BYTES
-    for text in texts:
-        if left <= 0:
-            return
-        left -= len(text.encode())
-        yield text
-
-
-def _vocabulary_error(message: str, vocab_size: int) -> ConfigError:
-    field = f"config.model.vocab_size = {vocab_size}"
-    if most := re.search(r"value <= (\d+)", message):
-        return ConfigError(
-            f"{field} is more than the training text allows: at most {most[1]} pieces can be "
-            "learnt from it; lower it or give more text"
-        )
-    if least := re.search(r"required_chars. \d+ vs (\d+)", message):
-        return ConfigError(
-            f"{field} is too small for the 256 bytes, 4 special pieces and the characters of the "
-            f"training text: it must be at least {least[1]}"
-        )
-    return ConfigError(f"{field}: SentencePiece could not be trained: {message}")

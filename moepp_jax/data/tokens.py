@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -47,7 +46,7 @@ def _features(vocab_size: int) -> tfds.features.FeaturesDict:
 
 
 class TokenDocuments(Sequence):
-    """The documents of one split by index, each a vector of token ids from BOS to EOS.
+    """The documents of one split by index, each a vector of token ids, as `Tokenizer.document`.
 
     Laid end to end they are a stream, which `read` reads anywhere. Another process to which they
     are sent opens them for itself.
@@ -181,7 +180,7 @@ def _make(folder: Path, text: Path, tokenizer: Tokenizer, workers: int, report: 
     ]
     threads = 1 if min(workers, len(parts)) > 1 else -1
     jobs = [
-        _TokensJob(folder, text, part, i, len(parts), tokenizer.model, threads)
+        _TokensJob(folder, text, part, i, len(parts), tokenizer, threads)
         for i, part in enumerate(parts)
     ]
     results = work.run(folder, jobs, workers, "tokens", report)
@@ -210,14 +209,14 @@ def _record_starts(tokens: Sequence[int]) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class _TokensJob:
-    """Encodes one shard of each split: BOS, the ids of a document, EOS; in the same order."""
+    """Encodes one shard of each split, its documents in the same order."""
 
     folder: Path
     text: Path
     shards: dict[str, Shard]  # of the text
     index: int
     count: int
-    model: bytes  # of the tokenizer
+    tokenizer: Tokenizer
     threads: int
 
     @property
@@ -236,7 +235,7 @@ class _TokensJob:
         return {split: self._encode(split, advance)._asdict() for split in self.shards}
 
     def _encode(self, split: str, advance: work.Advance) -> Shard:
-        dtype = _features(_tokenizer(self.model).vocab_size)["tokens"].np_dtype
+        dtype = _features(self.tokenizer.vocab_size)["tokens"].np_dtype
         counts: list[tuple[int, int]] = []
         with contextlib.ExitStack() as stack:
             name = shard_name(_NAME, split, self.index, self.count)
@@ -251,14 +250,14 @@ class _TokensJob:
 
     def _encoded(self, split: str, advance: work.Advance, counts: list) -> Iterator[list[int]]:
         """The ids of each document; tells `counts` how many, and of how many bytes."""
-        tokenizer = _tokenizer(self.model)
-        bos, eos = [tokenizer.bos_id], [tokenizer.eos_id]
         stored = records.read_shard(self.text, self.shards[split])
         for texts in _batches(decode_bytes(record, "text") for record in stored):
-            encoded = tokenizer.encode_batch([text.decode() for text in texts], self.threads)
+            decoded = [text.decode() for text in texts]
+            encoded = self.tokenizer.encode_batch(decoded, self.threads)
             for text, ids in zip(texts, encoded, strict=True):
-                counts.append((len(ids) + 2, len(text)))
-                yield bos + ids + eos
+                document = self.tokenizer.document(ids)
+                counts.append((len(document), len(text)))
+                yield document
             advance(sum(map(len, texts)))
 
 
@@ -287,8 +286,3 @@ def _batches(texts: Iterable[bytes]) -> Iterator[list[bytes]]:
             batch, size = [], 0
     if batch:
         yield batch
-
-
-@functools.lru_cache(maxsize=1)
-def _tokenizer(model: bytes) -> Tokenizer:
-    return Tokenizer(model)

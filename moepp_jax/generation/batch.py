@@ -6,7 +6,6 @@ from collections.abc import Collection, Sequence
 
 import numpy as np
 
-from moepp_jax.config import GenerateConfig
 from moepp_jax.generation import decode as device
 from moepp_jax.generation import sampling
 from moepp_jax.generation.programs import Programs
@@ -25,11 +24,12 @@ class Batch:
         limits: Sequence[int],
         samples: Sequence[int],
         ends: Collection[int],
-        settings: GenerateConfig,
+        seed: int,
+        rules: sampling.Rules,
     ):
         self._programs = programs
         self._prompts = prompts
-        self._rules = sampling.rules(settings)
+        self._rules = rules
         room = max(4, _power_of_two(len(ends)))  # -1 is no token
         self._ends = np.array([*ends, *[-1] * (room - len(ends))], np.int32)
         # More rows than prompts: they do what the last one does, so that they choose its experts.
@@ -46,7 +46,7 @@ class Batch:
         self._rows = device.Rows(
             first=filled([self._width - len(prompt) for prompt in prompts]),
             limit=filled(limits),
-            seed=np.full(rows, settings.seed % 2**32, np.uint32),
+            seed=np.full(rows, seed % 2**32, np.uint32),
             prompt=filled([sampling.number_of(prompt) for prompt in prompts], np.uint32),
             sample=filled(samples),
         )

@@ -6,10 +6,12 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 
 from moepp_jax.config import GenerateConfig
 from moepp_jax.errors import ConfigError
+from moepp_jax.generation import sampling
 from moepp_jax.generation.batch import Batch
 from moepp_jax.generation.layers import Layers
 from moepp_jax.generation.programs import Programs, Speed
@@ -37,6 +39,7 @@ class Generator:
         mesh: Mesh | None = None,
         least_places: int = 256,
         use_up: bool = False,
+        surplus: np.ndarray | None = None,
     ):
         """
         Args:
@@ -46,12 +49,14 @@ class Generator:
           mesh: sequences are split over its devices, which are of one process.
           least_places: of a cache.
           use_up: the arrays of params are deleted when they are copied.
+          surplus: (V,) rows of the embedding that are no token, which are never drawn.
         """
         devices = jax.devices() if mesh is None else mesh.devices.flat
         layers = Layers(model, devices[0].platform)
         self._config = model.config
         self._programs = Programs(layers, params, mesh, use_up)
         self._least_places = least_places
+        self._surplus = surplus
 
     @property
     def speed(self) -> Speed:
@@ -125,7 +130,8 @@ class Generator:
                         break
             return new
 
-        batch = Batch(self._programs, prompts, limits, samples, ends, settings)
+        rules = sampling.rules(settings, self._surplus)
+        batch = Batch(self._programs, prompts, limits, samples, ends, settings.seed, rules)
         yield read(batch.start(self._least_places))
         while left:
             yield read(batch.go_on(left))

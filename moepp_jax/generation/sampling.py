@@ -20,9 +20,15 @@ from moepp_jax.config import GenerateConfig
 Rules = dict[str, Any]
 
 
-def rules(settings: GenerateConfig) -> Rules:
-    """The rules that these settings ask for."""
+def rules(settings: GenerateConfig, surplus: np.ndarray | None = None) -> Rules:
+    """The rules that these settings ask for.
+
+    Args:
+      surplus: (V,) which ids are no token; none by default.
+    """
     found: Rules = {}
+    if surplus is not None and surplus.any():
+        found["surplus"] = np.asarray(surplus, bool)
     if settings.repetition_penalty != 1:
         found["repetition_penalty"] = np.float32(settings.repetition_penalty)
     if settings.temperature > 0:
@@ -61,15 +67,18 @@ def sample(
 ) -> Int[Array, " B"]:
     """One token a row, each drawn with its own key.
 
-    The rules apply in this order: repetition_penalty divides the positive logits of tokens that the
-    text holds already, and multiplies the negative ones; temperature divides; top_k leaves the best
-    k; top_p, of these, the smallest set that has so much of their probability; min_p, of these,
-    those that are at least so probable as this share of the best. Equal ones stay or go together.
+    The rules apply in this order: what is surplus is never drawn; repetition_penalty divides the
+    positive logits of tokens that the text holds already, and multiplies the negative ones;
+    temperature divides; top_k leaves the best k; top_p, of these, the smallest set that has so much
+    of their probability; min_p, of these, those that are at least so probable as this share of the
+    best. Equal ones stay or go together.
 
     Args:
       keys: (B,) keys of this step, `draw_key`.
       seen: tokens that the text holds; read by repetition_penalty alone.
     """
+    if "surplus" in rules:
+        logits = jnp.where(rules["surplus"], -jnp.inf, logits)
     if "repetition_penalty" in rules:
         penalty = rules["repetition_penalty"]
         penalised = jnp.where(logits > 0, logits / penalty, logits * penalty)

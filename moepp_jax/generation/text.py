@@ -34,7 +34,7 @@ class Reader:
         self._decode = tokenizer.decode
         self._stop = checked_stops(stop)
         # Tokens whose text is settled, then those that may still change it.
-        self._before, self._new = list(prompt[-_WINDOW:]), []
+        self._before, self._new = self._context(prompt), []
         self._settled = ""
         self._handed_out = 0
         self.text = ""
@@ -50,8 +50,9 @@ class Reader:
         else:
             self._settled += text
             self._read(self._settled)
-            if self._decode(self._new[-1:]):
-                self._before = self._new[-1:]
+            # Together: in some files a character's bytes are text only with all of its neighbours.
+            if self._decode(self._new):
+                self._before = self._new
             else:
                 self._before += self._new
             self._new = []
@@ -72,6 +73,13 @@ class Reader:
         piece = self.text[self._handed_out :]
         self._handed_out = len(self.text)
         return piece
+
+    def _context(self, prompt: Sequence[int]) -> list[int]:
+        """The last tokens of the prompt, from the beginning of a character on."""
+        size = _WINDOW
+        while size < len(prompt) and self._decode(prompt[-size:]).startswith(_BROKEN):
+            size *= 2
+        return list(prompt[-size:])
 
     def _text_of_new(self) -> str:
         return self._decode(self._before + self._new)[len(self._decode(self._before)) :]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from moepp_jax.config import Config, GenerateConfig
@@ -57,10 +57,15 @@ def generate_until(
     prompts: Sequence[Sequence[int]],
     settings: GenerateConfig,
     stops: Sequence[str],
+    ends: Collection[int] = (),
 ) -> list[str]:
-    """New text of every prompt, up to the first stop, the end of the text or max_new_tokens."""
+    """New text of every prompt, up to the first stop, the end of the text or max_new_tokens.
+
+    Args:
+      ends: tokens that end a text beside the tokenizer's.
+    """
     readers = [Reader(tokenizer, prompt, stops) for prompt in prompts]
-    generator(prompts, settings, tokenizer.eos_id, watch=readers)
+    generator(prompts, settings, {tokenizer.eos_id, *ends}, watch=readers)
     for reader in readers:
         reader.close()
     return [reader.text for reader in readers]

@@ -79,7 +79,7 @@ class MoEPPJax(LM):
       config: by default the work directory's; only its mesh may differ.
       batch_size: rows of full length in a batch, or "auto".
       max_length: tokens that the model sees; by default its sequence length in training.
-      add_bos_token: begin every text with BOS, as documents begin in training.
+      add_bos_token: begin every text with BOS, as documents begin in training, if they do.
       data, fsdp, expert: sizes of the mesh, where those of the run do not fit the devices.
       count_generated: route generated answers once more to count where their tokens went.
       max_batch_size, device: the harness gives them always; they say nothing here: batches never
@@ -111,7 +111,7 @@ class MoEPPJax(LM):
         run = open_run(workdir, step, (config or read_config(workdir)).replace("mesh", **mesh))
         self._config, self.step = run.config, run.step
         self._tokenizer = run.tokenizer(required_for="benchmarks are texts, and need the tokenizer")
-        self._bos = add_bos_token
+        self._ends, self._bos = run.ends(), add_bos_token
         self.max_length = int(max_length or self._config.data.seq_len)
         self._mesh = mesh_lib.make_mesh(self._config)
         self._params = run.params(self._mesh)
@@ -134,7 +134,7 @@ class MoEPPJax(LM):
 
     @property
     def tokenizer_name(self) -> str:
-        return f"sentencepiece-{self._tokenizer.fingerprint}"
+        return f"{self._tokenizer.kind}-{self._tokenizer.fingerprint}"
 
     def get_model_info(self) -> dict[str, Any]:
         """What the harness keeps beside its results."""
@@ -194,7 +194,9 @@ class MoEPPJax(LM):
                     ids = [prompts[number][-room:] for number in part]
                     for number in part:
                         self._tally(requests[number], len(prompts[number]) > room)
-                    new = generate_until(self._generate, self._tokenizer, ids, settings, stops)
+                    new = generate_until(
+                        self._generate, self._tokenizer, ids, settings, stops, self._ends
+                    )
                     for number, text in zip(part, new, strict=True):
                         texts[number] = text
                         self.cache_hook.add_partial("generate_until", requests[number].args, text)
@@ -226,7 +228,7 @@ class MoEPPJax(LM):
     def _windows(self, ids: Sequence[int]) -> Iterator[Pair]:
         """Disjoint windows of a text: every token is predicted once, from all that fits before."""
         for window in get_rolling_token_windows(
-            list(ids), self._tokenizer.bos_id, self.max_length, context_len=1
+            list(ids), self._tokenizer.prefix_id, self.max_length, context_len=1
         ):
             yield Pair(*make_disjoint_window(window))
 
@@ -257,7 +259,8 @@ class MoEPPJax(LM):
         if jax.process_count() > 1:
             raise ConfigError("tasks that generate run in one process: leave them out here")
         model = model_lib.build(self._config, self._mesh, "dropless")
-        return Generator(model, self._params, self._mesh)
+        surplus = self._tokenizer.surplus(self._config.model.vocab_size)
+        return Generator(model, self._params, self._mesh, surplus=surplus)
 
     def _bar(self, total: int, doing: str, quiet: bool) -> tqdm:
         # None: where there is no terminal.

@@ -17,7 +17,7 @@ class Pair(NamedTuple):
 
 
 def encode(tokenizer: Tokenizer, texts: Sequence[str], bos: bool) -> list[list[int]]:
-    first = [tokenizer.bos_id] if bos else []
+    first = tokenizer.beginning if bos else []
     return [first + ids for ids in tokenizer.encode_batch(texts)]
 
 
@@ -27,9 +27,9 @@ def encode_pairs(
     """Contexts and continuations, cut where the tokens of the context alone end.
 
     Both are encoded together, so that the tokens are those of running text; spaces at the end of a
-    context go to the continuation, whose words begin with them. An empty context is BOS. Where
-    nothing is left after the context's tokens, as the continuation merges into the last of them, it
-    is encoded apart.
+    context go to the continuation, whose words begin with them. An empty context is BOS, or EOS
+    where there is none. Where nothing is left after the context's tokens, as the continuation
+    merges into the last of them, it is encoded apart.
     """
     moved = [_move_spaces(*pair) for pair in pairs]
     contexts = encode(tokenizer, [context for context, _ in moved], bos)
@@ -39,7 +39,8 @@ def encode_pairs(
         if context:
             cut.append(Pair(before, whole[len(before) :]))
         else:
-            cut.append(Pair([tokenizer.bos_id], whole[bos:]))
+            start = len(tokenizer.beginning) if bos else 0
+            cut.append(Pair(tokenizer.beginning or [tokenizer.prefix_id], whole[start:]))
     merged_into = [i for i, pair in enumerate(cut) if not pair.continuation]
     apart = encode(tokenizer, [moved[i][1] for i in merged_into], bos=False)
     for i, continuation in zip(merged_into, apart, strict=True):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,15 +15,15 @@ from absl import logging
 from moepp_jax.checkpoint import Checkpoints
 from moepp_jax.config import Config
 from moepp_jax.configs import base
-from moepp_jax.data import Tokenizer
 from moepp_jax.interop import safetensors_file, source, streams, targets
+from moepp_jax.interop.brought import Brought
 from moepp_jax.interop.errors import ConversionError
 from moepp_jax.interop.fields import Groups
 from moepp_jax.interop.layout import EMBEDDING, HEAD, Place
 from moepp_jax.model import describe
 from moepp_jax.moe import Param
 from moepp_jax.moe.param import path_of
-from moepp_jax.workdir import open_workdir, tokenizer_file
+from moepp_jax.workdir import open_workdir
 
 # What the work directory of a converted model remembers of where it came from.
 RECORD = "hf.json"
@@ -88,29 +87,18 @@ def configuration(given: Config | None, changes: list[Groups]) -> Config:
     return Config.parse(tree)
 
 
-def tokenizer_of(workdir: Path, file: Path, required: bool = False) -> Groups:
-    """The fields that name a work directory's tokenizer, which is to be made of this file.
-
-    Raises:
-      ConfigError: the file is there, or is required to be, and holds no tokenizer.
-    """
-    if required or file.exists():
-        Tokenizer.load(file)
-    return {"data": {"tokenizer": str(tokenizer_file(workdir.absolute()))}}
-
-
 def build(
     target: Path,
     config: Config,
     leaves: Mapping[str, Leaf],
-    tokenizer: Path,
+    brought: Brought,
     record: Mapping[str, Any] | None = None,
 ) -> None:
     """Makes the work directory; nothing is left of it if that fails.
 
     Args:
       leaves: every parameter of the model.
-      tokenizer: its file, if it is there.
+      brought: what it came with.
       record: what is to be remembered in RECORD.
 
     Raises:
@@ -118,8 +106,8 @@ def build(
     """
     with targets.beside(target) as made:
         open_workdir(made, config)
-        if tokenizer.exists():
-            shutil.copyfile(tokenizer, tokenizer_file(made))
+        for name, content in brought.files().items():
+            (made / name).write_bytes(content)
         if record is not None:
             (made / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
         opened = Checkpoints(made, config.train.keep, streams.handlers())

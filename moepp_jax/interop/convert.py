@@ -5,6 +5,7 @@ Tensor by tensor: a model is never in memory whole.
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import shutil
@@ -17,22 +18,23 @@ import numpy as np
 from moepp_jax.config import Config
 from moepp_jax.errors import ConfigError
 from moepp_jax.interop import (
+    brought,
     building,
     families,
     hf_config,
-    mixtral,
     safetensors_file,
     shards,
     source,
     streams,
     targets,
     tokenizer_config,
+    vanilla,
 )
 from moepp_jax.interop import fields as values
 from moepp_jax.interop.errors import ConversionError
 from moepp_jax.interop.layout import EMBEDDING, Places, layout, with_head
 from moepp_jax.run import open_run
-from moepp_jax.workdir import tokenizer_file
+from moepp_jax.special_tokens import GENERATION
 
 
 def from_hf(
@@ -58,8 +60,7 @@ def from_hf(
     """
     folder, target = targets.local(path), targets.local(workdir)
     fields = source.read_json(folder / "config.json")
-    tokenizer = folder / "tokenizer.model"
-    config = _config(folder, fields, target, config, dtype)
+    config, came = _config(folder, fields, target, config, dtype)
     found = source.open_tensors(folder)
     # Tables of the rotary embedding are computed anew.
     tensors = {name: t for name, t in found.items() if not families.is_unread(name)}
@@ -68,25 +69,28 @@ def from_hf(
     source.require(tensors, places, folder)
     building.require_tied(config, tensors)
     record = {"config": fields, "dtypes": {name: tensor.dtype for name, tensor in tensors.items()}}
-    building.build(target, config, building.leaves_of(places, tensors), tokenizer, record)
+    building.build(target, config, building.leaves_of(places, tensors), came, record)
     report(f"{folder}: {len(tensors)} tensors are now step 0 of {target}")
     return config
 
 
-def _config(folder: Path, fields, target: Path, given: Config | None, dtype) -> Config:
-    tokenizer = folder / "tokenizer.model"
+def _config(
+    folder: Path, fields, target: Path, given: Config | None, dtype
+) -> tuple[Config, brought.Brought]:
     try:
         decided = hf_config.groups(fields, dtype)
         changes = [] if given else [values.sequences_of(hf_config.length(fields))]
-        changes.append(decided)
-        if tokenizer.exists():
-            changes.append(building.tokenizer_of(target, tokenizer))
+    except ConfigError as error:
+        raise ConversionError(f"{folder / 'config.json'}: {error}") from error
+    came = brought.read(folder, fields, decided["model"]["vocab_size"])
+    changes += [decided] if came.tokenizer is None else [decided, came.named(target)]
+    try:
         config = building.configuration(given, changes)
         hf_config.require_agreement(fields, config)
     except ConfigError as error:
         why = values.in_their_words(error)
         raise ConversionError(f"{folder / 'config.json'}: {why}") from error
-    return config
+    return config, came
 
 
 def _require_enough(config: Config, tensors: Mapping[str, source.Tensor], folder: Path) -> None:
@@ -104,19 +108,23 @@ class _Written(NamedTuple):
     caution: str | None = None
 
 
-def _as_authors(config: Config, original: values.Fields) -> _Written:
-    fields, why = hf_config.fields_of(config, original)
+def _as_authors(config: Config, original: values.Fields, special: values.Fields) -> _Written:
+    fields, why = hf_config.fields_of(config, original, special)
     if why is not None:
         why = f"the authors' code cannot load it: {why}. `convert from-hf` can."
     return _Written(layout(config), fields, why)
 
 
-def _as_mixtral(config: Config, original: values.Fields) -> _Written:
-    fields = mixtral.fields_of(config)
-    return _Written(families.places(families.MIXTRAL, config), fields)
+def _as_vanilla(
+    layout: vanilla.Layout, config: Config, original: values.Fields, special: values.Fields
+) -> _Written:
+    fields = vanilla.fields_of(layout, config, special)
+    return _Written(families.places(layout.family, config), fields)
 
 
-LAYOUTS = {"moepp": _as_authors, "mixtral": _as_mixtral}
+LAYOUTS = {"moepp": _as_authors} | {
+    name: functools.partial(_as_vanilla, layout) for name, layout in vanilla.LAYOUTS.items()
+}
 
 
 def to_hf(
@@ -135,7 +143,7 @@ def to_hf(
       dtype: of all tensors; by default each has the type that it came with, or float32 if the model
         was not converted.
       shard_bytes: more go into several files, with an index.
-      layout: "moepp", the authors', or "mixtral", for a vanilla MoE.
+      layout: "moepp", the authors', or "mixtral", "olmoe" or "qwen3_moe", for a vanilla MoE.
 
     Raises:
       ConversionError, ConfigError, CheckpointError: there is no such checkpoint or it is damaged,
@@ -148,7 +156,9 @@ def to_hf(
     run = open_run(folder, step)
     config = run.config
     original, types = building.read_record(folder)
-    places, fields, caution = LAYOUTS[layout](config, original)
+    tokenizer = run.tokenizer()
+    special = tokenizer_config.ids(tokenizer)
+    places, fields, caution = LAYOUTS[layout](config, original, special)
     places = with_head(places, types)
     tensors = {name: (dtype or types.get(name, "float32"), p.shape) for name, p in places.items()}
     said = [name for name in ("torch_dtype", "dtype") if name in fields]
@@ -163,11 +173,10 @@ def to_hf(
     with targets.beside(target) as made:
         made.mkdir()
         _write_json(made / "config.json", fields)
-        if tokenizer_file(folder).exists():
-            shutil.copyfile(tokenizer_file(folder), made / "tokenizer.model")
-            named = tokenizer_config.settings(tokenizer_file(folder), config.data.seq_len)
-            if named is not None:
-                _write_json(made / "tokenizer_config.json", named)
+        for name, content in tokenizer_config.files(tokenizer, config.data.seq_len).items():
+            (made / name).write_bytes(content)
+        if (folder / GENERATION).exists():
+            shutil.copyfile(folder / GENERATION, made / GENERATION)
         shards.write(made, tensors, produce, shard_bytes)
     if caution is not None:
         report(f"{target}: {caution}")

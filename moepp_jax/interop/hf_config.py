@@ -132,10 +132,13 @@ def length(fields: Fields) -> int:
     return values.number(fields, "max_position_embeddings", int, default)
 
 
-def fields_of(config: Config, original: Fields) -> tuple[dict[str, Any], str | None]:
+def fields_of(
+    config: Config, original: Fields, special: Fields
+) -> tuple[dict[str, Any], str | None]:
     """A config.json for our configuration.
 
     Args:
+      special: fields with the ids of special tokens.
       original: the fields that the model came with, if it was converted: where they describe the
         model, as they do if nobody changed them or it, they stay as they are.
 
@@ -151,9 +154,7 @@ def fields_of(config: Config, original: Fields) -> tuple[dict[str, Any], str | N
         "hidden_act": "silu",
         "max_position_embeddings": config.data.seq_len,
         "moe_expert_interval": 1,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-        "pad_token_id": 0,
+        **special,
     }
     fields = general | dict(original) | _plain(config)
     fields.pop("rope_parameters", None)

@@ -17,7 +17,7 @@ import numpy as np
 
 from moepp_jax.config import Config
 from moepp_jax.errors import ConfigError
-from moepp_jax.interop import building, families, source, targets
+from moepp_jax.interop import brought, building, families, source, targets
 from moepp_jax.interop import fields as values
 from moepp_jax.interop.building import Leaf
 from moepp_jax.interop.errors import ConversionError
@@ -55,7 +55,8 @@ def upcycle(
         model types.
       config: decides what neither the checkpoint nor the settings do, as in `from_hf`.
       dtype: of the arithmetic; by default the one that config.json names.
-      tokenizer: a SentencePiece model file; by default the folder's tokenizer.model.
+      tokenizer: a SentencePiece model or a tokenizer.json; by default the folder's tokenizer.model,
+        or else its tokenizer.json.
       **settings: of SETTINGS: n_ffn, how many copies of a dense FFN; n_const, n_copy, n_zero; tau;
         bias_rate. By default the config's.
 
@@ -73,8 +74,9 @@ def upcycle(
         decided = families.groups(family, fields, dtype)
     except ConfigError as error:
         raise ConversionError(f"{folder / 'config.json'}: {error}") from error
-    file = folder / "tokenizer.model" if tokenizer is None else Path(tokenizer)
-    named = building.tokenizer_of(target, file, required=tokenizer is not None)
+    given = None if tokenizer is None else Path(tokenizer)
+    came = brought.read(folder, fields, decided["model"]["vocab_size"], given)
+    named = came.named(target)
     recipe = _recipe(fields, config)
     try:
         pool, rule = _pool(family, decided["moe"]["n_ffn"], recipe, settings)
@@ -95,13 +97,13 @@ def upcycle(
     source.require(tensors, places, folder)
     building.require_tied(config, tensors)
     leaves = _grown(building.leaves_of(places, tensors), family, config)
-    building.build(target, config, leaves, file)
+    building.build(target, config, leaves, came)
     report(f"{folder} ({family.model_type}): {len(tensors)} tensors are now step 0 of {target}")
-    if not file.exists():
+    if came.tokenizer is None:
         report(
-            f"{folder} has no tokenizer.model. To train, or to evaluate or generate text, copy the "
-            f"SentencePiece model that it was trained with to {named['data']['tokenizer']}, or "
-            "upcycle with --tokenizer=FILE."
+            f"{folder} has no tokenizer.model and no tokenizer.json. To train, or to evaluate or "
+            "generate text, copy the SentencePiece model that it was trained with to "
+            f"{named['data']['tokenizer']}, or upcycle with --tokenizer=FILE."
         )
     return config
 

@@ -231,7 +231,6 @@ def parts_of(config: Config, run: Run, text: Text) -> list[texts.Part]:
       ConfigError: a part cannot be read, or two have one name.
     """
     tokenizer, length = run.tokenizer(_TOKENIZER), config.data.seq_len
-    texts.require_fits(tokenizer, config.model.vocab_size)
     parts = [texts.of_file(Path(f), tokenizer, length, text.tokens) for f in text.files]
     if text.sources or not (text.files or text.suite):
         parts += texts.of_sources(open_data(config, run.workdir), text.sources)

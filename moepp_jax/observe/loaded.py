@@ -26,11 +26,10 @@ def routing(model: Any, given: Sequence[Any]) -> Routing:
     """
     if not all(isinstance(text, str) for text in given):
         raise ConfigError(f"{given!r} must be one text or several")
-    texts.require_fits(model.tokenizer, model.config.model.vocab_size)
     documents = model.tokenizer.encode_batch(given)
     if not any(documents):
         raise ConfigError("there is no text to route: the texts are empty")
-    longest = max(map(len, documents)) + 2
+    longest = max(map(len, map(model.tokenizer.document, documents)))
     chunk = model.config.model.loss_chunk  # which has to divide the row
     length = min(model.config.data.seq_len, -(-longest // chunk) * chunk)
     part = texts.listed("text", "file", documents, model.tokenizer, length)

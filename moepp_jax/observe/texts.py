@@ -38,18 +38,6 @@ class Part(NamedTuple):
         return min(len(self.rows), max(1, tokens // self.rows.row_length))
 
 
-def require_fits(tokenizer: Tokenizer, vocab_size: int) -> None:
-    """
-    Raises:
-      ConfigError: the tokenizer has ids that the model has no embedding of.
-    """
-    if tokenizer.vocab_size > vocab_size:
-        raise ConfigError(
-            f"the tokenizer has {tokenizer.vocab_size} pieces, more than config.model.vocab_size = "
-            f"{vocab_size}: it is not the one that this model was trained with"
-        )
-
-
 class WholeRows:
     """Documents in rows of one length, none cut that a row can hold.
 
@@ -127,7 +115,7 @@ def listed(
     name: str, kind: str, documents: list[list[int]], tokenizer: Tokenizer, length: int
 ) -> Part:
     """A part of documents without BOS and EOS, in rows of `length` tokens."""
-    whole = [[tokenizer.bos_id, *ids, tokenizer.eos_id] for ids in documents]
+    whole = [tokenizer.document(ids) for ids in documents]
     return Part(name, kind, WholeRows(whole, length, tokenizer.pad_id))
 
 

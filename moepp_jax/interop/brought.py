@@ -1,0 +1,62 @@
+"""What a checkpoint brings beside its weights: a tokenizer, and the tokens that end a text."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from moepp_jax import special_tokens
+from moepp_jax.data import Tokenizer
+from moepp_jax.interop import source
+from moepp_jax.interop.fields import Fields, Groups
+from moepp_jax.special_tokens import GENERATION
+from moepp_jax.workdir import TOKENIZERS, tokenizer_file
+
+
+class Brought(NamedTuple):
+    """
+    Attributes:
+      tokenizer: None if there is none.
+      generation: the fields of generation_config.json, with the tokens that end a text; empty if no
+        file says anything.
+    """
+
+    tokenizer: Tokenizer | None
+    generation: dict[str, Any]
+
+    def files(self) -> dict[str, bytes]:
+        """What a work directory keeps of it."""
+        files = {} if self.tokenizer is None else dict(self.tokenizer.files)
+        if self.generation:
+            files[GENERATION] = (json.dumps(self.generation, indent=2) + "\n").encode()
+        return files
+
+    def named(self, workdir: Path) -> Groups:
+        """The field that names the tokenizer of this work directory, there or to be put there."""
+        name = TOKENIZERS[0] if self.tokenizer is None else next(iter(self.tokenizer.files))
+        return {"data": {"tokenizer": str(workdir.absolute() / name)}}
+
+
+def read(folder: Path, fields: Fields, rows: int, tokenizer: Path | None = None) -> Brought:
+    """What is in a checkpoint's folder.
+
+    Args:
+      fields: of its config.json.
+      rows: of its embedding.
+      tokenizer: a file that is taken instead of the folder's.
+
+    Raises:
+      ConfigError: a file is there, or given, and cannot be used; names it.
+    """
+    file = tokenizer_file(folder) if tokenizer is None else tokenizer
+    opened = Tokenizer.load(file) if tokenizer is not None or file.exists() else None
+    if opened is not None:
+        opened.require_fits(rows, file)
+    generation = folder / GENERATION
+    said = source.read_json(generation) if generation.exists() else {}
+    ends = special_tokens.ends(fields, said, folder)
+    special_tokens.require_below(ends, rows, folder)
+    if ends and not special_tokens.ids(said, "eos_token_id", generation):
+        said["eos_token_id"] = ends if len(ends) > 1 else ends[0]
+    return Brought(opened, said)
