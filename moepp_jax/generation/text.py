@@ -50,7 +50,6 @@ class Reader:
         else:
             self._settled += text
             self._read(self._settled)
-            # Together: in some files a character's bytes are text only with all of its neighbours.
             if self._decode(self._new):
                 self._before = self._new
             else:
@@ -82,7 +81,11 @@ class Reader:
         return list(prompt[-size:])
 
     def _text_of_new(self) -> str:
-        return self._decode(self._before + self._new)[len(self._decode(self._before)) :]
+        before, whole = self._decode(self._before), self._decode(self._before + self._new)
+        if whole.startswith(before) or before.endswith(_BROKEN):
+            return whole[len(before) :]
+        # Some decoders show a run of bytes as broken while any of its characters is not complete.
+        return self._decode(self._new)
 
     def _read(self, whole: str, last: bool = False) -> None:
         longest = max(map(len, self._stop), default=0)
