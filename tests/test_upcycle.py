@@ -1,7 +1,6 @@
 """Other families' checkpoints as MoE++ models: the same function at first, and bad ones refused."""
 
 import importlib.util
-import json
 import shutil
 from pathlib import Path
 
@@ -10,7 +9,6 @@ import numpy as np
 import pytest
 from absl import flags
 from absl.testing import flagsaver
-from safetensors.numpy import load_file, save_file
 
 import moepp_jax
 from moepp_jax import flops, interop, run_data
@@ -25,8 +23,8 @@ from moepp_jax.interop import ConversionError
 from moepp_jax.moe.rules.moepp import NEVER
 from moepp_jax.workdir import open_workdir, read_config
 from tests import tiny
+from tests.published import ROOT, checkpoint, tensors_in, with_rows
 
-ROOT = Path(__file__).parent / "data" / "upcycle"
 NAMES = ("llama", "mixtral", "olmoe", "qwen3_moe")
 POOL = {"n_const": 2, "n_copy": 1, "n_zero": 1}
 NO_POOL = dict.fromkeys(POOL, 0)
@@ -36,32 +34,6 @@ NORM = "model.norm.weight"
 
 def close(actual, expected):
     np.testing.assert_allclose(actual, expected, rtol=0, atol=2e-5 * np.abs(expected).max())
-
-
-def fields_in(folder: Path) -> dict:
-    return json.loads((folder / "config.json").read_text())
-
-
-def tensors_in(folder: Path) -> dict[str, np.ndarray]:
-    return {n: a for f in folder.glob("*.safetensors") for n, a in load_file(f).items()}
-
-
-def checkpoint(folder: Path, name: str = "mixtral", tensors=None, **changes) -> Path:
-    """A committed one in one file, with other tensors (None: without it) or fields."""
-    folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(fields_in(ROOT / name) | changes))
-    wanted = tensors_in(ROOT / name) | (tensors or {})
-    save_file({n: a for n, a in wanted.items() if a is not None}, folder / "model.safetensors")
-    return folder
-
-
-def with_rows(folder: Path, rows: int, name: str = "mixtral") -> Path:
-    """A committed one with so many rows in its embedding."""
-    rng = np.random.default_rng(0)
-    shape = (rows, fields_in(ROOT / name)["hidden_size"])
-    names = ("model.embed_tokens.weight", "lm_head.weight")
-    tensors = {n: rng.normal(0, 0.2, shape).astype(np.float32) for n in names}
-    return checkpoint(folder, name, tensors, vocab_size=rows)
 
 
 @pytest.fixture(scope="module", params=NAMES)
