@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import heapq
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import SupportsInt
 
