@@ -225,4 +225,4 @@ def test_a_lost_copy_of_the_tokenizer_is_that_of_the_data(text, tmp_path, fed):
     (run / "tokenizer.model").unlink()
     train(c.replace("train", steps=6), run, **SILENT)
     assert (run / "tokenizer.model").read_bytes() == before
-    assert open_dataset(c).tokenizer.model == before
+    assert open_dataset(c).tokenizer.files == {"tokenizer.model": before}

@@ -1,6 +1,7 @@
 """Other families' checkpoints as MoE++ models: the same function at first, and bad ones refused."""
 
 import importlib.util
+import json
 import shutil
 from pathlib import Path
 

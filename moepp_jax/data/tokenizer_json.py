@@ -38,7 +38,9 @@ class TokenizerJson(TokenizerFile):
           named: the file, for messages.
         """
         self._named = named
-        said = {name: special_tokens.read(raw, _beside(named, name)) for name, raw in beside.items()}
+        said = {
+            name: special_tokens.read(raw, _beside(named, name)) for name, raw in beside.items()
+        }
         settings = said.get(SETTINGS, {})
         self._tokenizer = _opened(content, named)
         self._require_ids(json.loads(content).get("added_tokens") or ())
@@ -86,7 +88,8 @@ class TokenizerJson(TokenizerFile):
                 if self._tokenizer.token_to_id(token["content"]) != number:
                     raise ValueError(f"{token['content']!r} cannot be token {number}")
         except (TypeError, ValueError, KeyError, AttributeError) as error:
-            raise self._error(f"added_tokens_decoder in {SETTINGS} does not fit it: {error}") from None
+            said = f"added_tokens_decoder in {SETTINGS} does not fit it: {error}"
+            raise self._error(said) from None
 
     def _make_special(self, names: Iterable[str]) -> None:
         """Those of these tokens that are in the vocabulary and were not added already."""
@@ -110,7 +113,8 @@ class TokenizerJson(TokenizerFile):
         found = special_tokens.end_of_document(said)
         if found is None and not behind:
             raise self._error(
-                f"no token is known to end a document: put a {SETTINGS} with its eos_token beside it"
+                f"no token is known to end a document: put a {SETTINGS} with its eos_token beside "
+                "it"
             )
         if found is None:
             return behind[-1]
@@ -182,7 +186,7 @@ def _bytes_of(decoder: Any) -> Callable[[str], bytes]:
 
 
 def _byte_level() -> dict[str, bytes]:
-    """The characters by which byte-level BPE writes bytes: those that can be seen are themselves."""
+    """The characters by which byte-level BPE writes bytes: those that can be seen stay."""
     seen = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [b for b in range(256) if b not in seen]
     table = {chr(b): bytes([b]) for b in seen}
