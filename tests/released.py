@@ -24,11 +24,12 @@ def fields_in(folder: Path) -> dict:
 
 
 def checkpoint(folder: Path, tensors=None, **changes) -> Path:
-    """The reference with little in it, in one file, with other tensors or fields of config.json."""
+    """The reference with little in it, in one file; other tensors (None: without it) or fields."""
     folder.mkdir()
     fields = fields_in(reference.ROOT / "mixtral_gating") | changes
     (folder / "config.json").write_text(json.dumps(fields))
-    save_file(tensors_in(reference.ROOT / "mixtral_gating") | (tensors or {}), folder / "x")
+    wanted = tensors_in(reference.ROOT / "mixtral_gating") | (tensors or {})
+    save_file({n: a for n, a in wanted.items() if a is not None}, folder / "x")
     (folder / "x").rename(folder / "model.safetensors")
     return folder
 

@@ -91,6 +91,19 @@ def test_tied_embeddings_may_come_written_out(tmp_path):
         interop.from_hf(other, tmp_path / "run2", **SILENT)
 
 
+def test_a_tied_embedding_may_come_as_the_output_matrix_alone(tmp_path):
+    tensors = tensors_in(reference.ROOT / "mixtral_gating")
+    head = tensors.pop("model.embed_tokens.weight")
+    moved = {"lm_head.weight": head, "model.embed_tokens.weight": None}
+    source = checkpoint(tmp_path / "source", moved, tie_word_embeddings=True)
+    interop.from_hf(source, tmp_path / "run", **SILENT)
+    np.testing.assert_array_equal(moepp_jax.load(tmp_path / "run").params["embedding"], head)
+    interop.to_hf(tmp_path / "run", tmp_path / "back", **SILENT)
+    assert same_bytes(tensors | {"lm_head.weight": head}, tensors_in(tmp_path / "back"))
+    untied = checkpoint(tmp_path / "untied", moved, tie_word_embeddings=False)
+    refused(untied, tmp_path, "untied lacks tensor model.embed_tokens.weight")
+
+
 @pytest.mark.parametrize(
     ("changes", "why"),
     [

@@ -109,6 +109,15 @@ def test_cached_decoding_normalises_keys_as_the_forward_does(upcycled):
     np.testing.assert_array_equal(logits[:, 5:10].argmax(-1), new)
 
 
+def test_a_tied_output_matrix_is_the_embedding(tmp_path):
+    name = "model.embed_tokens.weight"
+    moved = {"lm_head.weight": tensors_in(ROOT / "llama")[name], name: None}
+    source = checkpoint(tmp_path / "source", "llama", moved)
+    interop.upcycle(source, tmp_path / "run", **POOL, **SILENT)
+    want = np.load(ROOT / "llama" / "expected.npz")
+    close(moepp_jax.load(tmp_path / "run").logits(want["input_ids"]), want["logits"])
+
+
 # As a Mixtral
 
 

@@ -63,7 +63,7 @@ def require_tied(config: Config, tensors: Mapping[str, source.Tensor]) -> None:
     Raises:
       ConversionError: it is another one.
     """
-    if not config.model.tied_embeddings or HEAD not in tensors:
+    if not config.model.tied_embeddings or not {HEAD, EMBEDDING} <= tensors.keys():
         return
     head, embedding = tensors[HEAD], tensors[EMBEDDING]
     if head.dtype != embedding.dtype or not np.array_equal(head.read(), embedding.read()):

@@ -32,7 +32,7 @@ from moepp_jax.interop import (
 )
 from moepp_jax.interop import fields as values
 from moepp_jax.interop.errors import ConversionError
-from moepp_jax.interop.layout import EMBEDDING, Places, layout, with_head
+from moepp_jax.interop.layout import EMBEDDING, HEAD, Places, layout, with_head
 from moepp_jax.run import open_run
 from moepp_jax.special_tokens import GENERATION
 
@@ -163,7 +163,8 @@ def to_hf(
     tensors = {name: (dtype or types.get(name, "float32"), p.shape) for name, p in places.items()}
     said = [name for name in ("torch_dtype", "dtype") if name in fields]
     if dtype is not None or (not said and fields != original):
-        fields |= dict.fromkeys(said or ["torch_dtype"], dtype or tensors[EMBEDDING][0])
+        embedding = EMBEDDING if EMBEDDING in tensors else HEAD
+        fields |= dict.fromkeys(said or ["torch_dtype"], dtype or tensors[embedding][0])
     stored = streams.Stored(run.params_folder())
 
     def produce(name: str) -> np.ndarray:

@@ -102,8 +102,14 @@ _GATE = {
 
 
 def with_head(places: Places, names: Container[str]) -> Places:
-    """The places, and the embedding's once more where it is tied and came as output matrix too."""
-    return places | {HEAD: places.get(HEAD, places[EMBEDDING])} if HEAD in names else places
+    """The places; those of a tied embedding under the names that it came by.
+
+    It may have come as the embedding, as the output matrix, or as both.
+    """
+    if HEAD not in names or HEAD in places:
+        return places
+    tied = places | {HEAD: places[EMBEDDING]}
+    return tied if EMBEDDING in names else {n: p for n, p in tied.items() if n != EMBEDDING}
 
 
 def around(
