@@ -4,12 +4,9 @@
 among them, and with `--init_optimizer` from AdamW's moments too, on any mesh. The new run begins at
 step 0, and its learning rate where its own schedule begins.
 
-A parameter must mean what it meant. So every field of config.model and config.moe must be the
-parent's, but for those that say how a model is trained or computed: `_FREE` names them. A field
-that is added later is none of them until it is put there. Of a routing rule's options those must be
-the parent's that change what `route` computes, which is seen from its traced program: weights of
-losses, tau or the rate of a bias leave it as it is. The new run's tokenizer is the parent's: an
-empty config.data.tokenizer is filled in with the copy of it that the new run keeps.
+A parameter must mean what it meant: `alike` says which fields must be the parent's. The new run's
+tokenizer is the parent's: an empty config.data.tokenizer is filled in with the copy of it that the
+new run keeps.
 
 parent.json in the new run's folder remembers the parent. It is written before config.json, as the
 tokenizer is: a folder that has this one is whole. When the new run has a checkpoint of its own, it
@@ -25,35 +22,19 @@ import re
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 
-from moepp_jax import checksums, model, processes
+from moepp_jax import alike, checksums, model, processes
 from moepp_jax import state as state_lib
 from moepp_jax.checkpoint import Checkpoints
-from moepp_jax.config import Config, differences
+from moepp_jax.config import Config
 from moepp_jax.data import Tokenizer
 from moepp_jax.errors import ConfigError
-from moepp_jax.moe import Rule, RuleError, param
+from moepp_jax.moe import param
 from moepp_jax.special_tokens import GENERATION
 from moepp_jax.storage import open_path, same_place
 from moepp_jax.workdir import holds_run, own_tokenizer, read_config, tokenizer_file
 
 FILE = "parent.json"
-
-# Fields of the model that its parameters do not depend on.
-_FREE = {
-    "model.init_std",
-    "model.const_std",
-    "model.dtype",
-    "model.remat",
-    "model.loss_chunk",
-    "moe.gamma",
-    "moe.group_size",
-    "moe.dispatch",
-    "moe.eval_dispatch",
-    "moe.exchange_buffer",
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -237,7 +218,10 @@ def _require_alike(parent: Parent, config: Config, workdir: str | os.PathLike) -
         theirs = read_config(parent.workdir)
     except ConfigError as error:
         raise ConfigError(f"--init_from={parent}: {error}") from error
-    lines = [*_fields(theirs, config), *_shapes(theirs, config)]
+    lines = [
+        f"  config.{name}: {there!r} there, {here!r} here"
+        for name, (there, here) in alike.unlike(theirs, config).items()
+    ] + _shapes(theirs, config)
     if lines:
         raise ConfigError(
             f"--init_from={parent} is of another model, whose parameters mean something else:\n"
@@ -253,40 +237,6 @@ def _require_alike(parent: Parent, config: Config, workdir: str | os.PathLike) -
             f"config.data.tokenizer = {named!r} is not the tokenizer of --init_from={parent}: "
             f"leave the field empty, which takes {file}"
         )
-
-
-def _fields(theirs: Config, ours: Config) -> list[str]:
-    """The fields that change what a parameter means, with both values."""
-    a, b = ({name: c.to_dict()[name] for name in ("model", "moe")} for c in (theirs, ours))
-    lines = []
-    for name, (there, here) in differences(a, b).items():
-        option = name.removeprefix("moe.rule.")
-        of_rule = option not in (name, "type")
-        if name in _FREE or (of_rule and not _matters(theirs.moe.rule, ours.moe.rule, option)):
-            continue
-        lines.append(f"  config.{name}: {there!r} there, {here!r} here")
-    return lines
-
-
-def _matters(theirs: Rule, ours: Rule, option: str) -> bool:
-    """Whether rules that differ in this option route differently."""
-    if type(theirs) is not type(ours):
-        return False  # the type is named
-    try:
-        other = dataclasses.replace(ours, **{option: getattr(theirs, option)})
-    except RuleError:
-        return True
-    return _program(other) != _program(ours)
-
-
-def _program(rule: Rule, width: int = 8) -> tuple[str, list[bytes]]:
-    """What `route` computes, written down: alike for rules that route alike."""
-    tokens = jax.ShapeDtypeStruct((1, 4, width), jnp.float32)
-    previous = jax.ShapeDtypeStruct((1, 4, rule.pool.size), jnp.float32)
-    described = dict(rule.params(width, 0.5)) | dict(rule.state())
-    traced = jax.make_jaxpr(rule.route)(tokens, previous, param.shapes(described))
-    written = re.sub(r" at 0x[0-9a-f]+", "", str(traced.jaxpr))  # of functions in it
-    return written, [np.asarray(constant).tobytes() for constant in traced.consts]
 
 
 def _shapes(theirs: Config, ours: Config) -> list[str]:

@@ -16,6 +16,7 @@ from moepp_jax.workdir import (
     DATA,
     data_file,
     holds_run,
+    holds_start,
     keep_tokenizer,
     own_tokenizer,
     tokenizer_file,
@@ -67,7 +68,7 @@ def keep(folder: AnyPath, dataset: Dataset) -> None:
       ConfigError: the run was started with another tokenizer.
     """
     keep_tokenizer(folder, dataset.tokenizer)
-    if not data_file(folder).exists():
+    if holds_start(folder) or not data_file(folder).exists():
         write_atomic(data_file(folder), Pins.of(dataset.prepared).to_json())
 
 
@@ -85,7 +86,8 @@ def _tokenizer(workdir: str | os.PathLike) -> Tokenizer | None:
 
 def _pins(workdir: str | os.PathLike) -> Pins | None:
     file = data_file(workdir)
-    if not (holds_run(workdir) and file.exists()):  # a start that was killed left it
+    # A start that was killed left it, or one whose data may still be another.
+    if not file.exists() or not holds_run(workdir) or holds_start(workdir):
         return None
     try:
         return Pins.parse(json.loads(file.read_text(encoding="utf-8")))

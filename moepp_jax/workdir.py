@@ -4,6 +4,8 @@ It is local or in an object store (gs://, s3://).
 
 `config.json` is written once, by the first run. A later run in the same folder continues it, so it
 must compute the same thing. It may go on for longer: then the new number of steps is noted there.
+Where nothing was trained yet, in a folder that a conversion made, all but what the parameters there
+mean may change until training begins (`holds_start`).
 
 The folder can be moved. Its tokenizer is a copy that it keeps, which config.json names by the name
 that it has here; `read_config` says where that is now. What data the run works on is noted by
@@ -18,7 +20,7 @@ import re
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
-from moepp_jax import claim, earlier
+from moepp_jax import alike, claim, earlier
 from moepp_jax.config import Config, differences
 from moepp_jax.errors import ConfigError
 from moepp_jax.special_tokens import GENERATION, SETTINGS
@@ -32,6 +34,7 @@ DATA = "data.json"
 # What a new folder gets before its config.json, so that one which has this is whole.
 _BEFORE = (*TOKENIZERS, SETTINGS, GENERATION, DATA)
 
+_METRICS = "metrics.jsonl"
 _LOCK = ".train.lock"
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
@@ -89,7 +92,8 @@ def open_workdir(
 ) -> AnyPath:
     """The folder of this run, made and given its config.json if it is new.
 
-    One that is there is given the number of steps, if that has grown, and nothing else.
+    One that is there is given the number of steps, if that has grown, and nothing else; one where
+    nothing was trained yet is given this configuration.
 
     Args:
       first: files of a new folder, by name, which are written before its config.json.
@@ -106,12 +110,19 @@ def open_workdir(
             for name, content in first.items():
                 write_atomic(folder / name, content)
             write_atomic(folder / _CONFIG, _written(config, folder))
-        elif (there := read_config(path)).train.steps < config.train.steps:
-            longer = there.replace("train", steps=config.train.steps)
-            write_atomic(folder / _CONFIG, _written(longer, folder))
+        elif (now := _noted(path, config)) != read_config(path):
+            write_atomic(folder / _CONFIG, _written(now, folder))
     except OSError as error:
         raise ConfigError(f"workdir {folder} cannot be written: {error}") from error
     return folder
+
+
+def _noted(path: str | os.PathLike, config: Config) -> Config:
+    """What config.json is to say when a run that is there goes on with this configuration."""
+    there = read_config(path)
+    if holds_start(path):
+        return config
+    return there.replace("train", steps=max(there.train.steps, config.train.steps))
 
 
 def _written(config: Config, folder: AnyPath) -> str:
@@ -151,6 +162,16 @@ def alone(path: str | os.PathLike) -> Iterator[None]:
 
 def holds_run(path: str | os.PathLike) -> bool:
     return (open_path(path) / _CONFIG).exists()
+
+
+def holds_start(path: str | os.PathLike) -> bool:
+    """Whether a run is there in which nothing was trained: its parameters alone, from elsewhere."""
+    folder = open_path(path)
+    saved, measured = folder / "checkpoints", folder / _METRICS
+    steps = [entry for entry in saved.iterdir() if entry.name.isdigit()] if saved.is_dir() else []
+    if not holds_run(path) or not steps or any((step / "rest").exists() for step in steps):
+        return False
+    return not measured.exists() or not measured.read_bytes()
 
 
 def read_config(
@@ -240,6 +261,8 @@ def keep_tokenizer(folder: AnyPath, tokenizer: Any) -> None:
 def require_same(folder: str | os.PathLike, config: Config, may_grow: bool = False) -> None:
     """Refuses a configuration that computes something else than the run in this folder did.
 
+    Where nothing was trained yet, one to which the parameters there mean something else.
+
     Args:
       may_grow: it may have more steps.
 
@@ -248,7 +271,10 @@ def require_same(folder: str | os.PathLike, config: Config, may_grow: bool = Fal
     """
     there = read_config(folder)
     changed = differences(there.to_dict(), config.to_dict())
-    if may_grow and there.train.steps < config.train.steps:
+    if holds_start(folder):
+        meant = alike.unlike(there, config).keys() | {"data.tokenizer"}
+        changed = {name: values for name, values in changed.items() if name in meant}
+    elif may_grow and there.train.steps < config.train.steps:
         changed.pop("train.steps")
     if config.data.tokenizer and _is_copied(config.data.tokenizer, folder):
         changed.pop("data.tokenizer", None)

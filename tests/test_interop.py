@@ -18,6 +18,7 @@ from moepp_jax import interop, train
 from moepp_jax.checkpoint import Checkpoints
 from moepp_jax.config import Config
 from moepp_jax.configs import base
+from moepp_jax.errors import ConfigError
 from moepp_jax.interop import ConversionError, streams
 from moepp_jax.workdir import read_config
 from tests import reference, tiny
@@ -150,6 +151,28 @@ def test_training_goes_on_from_a_converted_model(tmp_path):
     assert 0 < max(jax.tree.leaves(moved)) < 0.01  # two steps from there, not from elsewhere
     # The checkpoint that it wrote is one like any other.
     assert train.train(config, tmp_path / "new", report=lambda line: None).step == 2
+
+
+def test_what_trains_a_converted_model_can_be_chosen_until_it_was_trained(tmp_path):
+    config = tiny.config(**{"data.dir": str(tmp_path / "data")})
+    interop.to_hf(tiny.run_folder(tmp_path / "run", config), tmp_path / "out", **SILENT)
+    new = tmp_path / "new"
+    there = interop.from_hf(tmp_path / "out", new, config, **SILENT)
+    batch = there.replace("train", batch_size=16, steps=2)
+    chosen = batch.replace("moe", group_size=8).replace("data", seq_len=8).replace("optim", lr=1e-4)
+    with pytest.raises(ConfigError, match="batch_size = 80000 takes"):
+        train.train(there.replace("train", batch_size=80_000), new, report=lambda line: None)
+    assert read_config(new) == there  # what could not begin has changed nothing
+    assert train.train(chosen, new, report=lambda line: None).step == 2
+    assert read_config(new) == chosen
+    with pytest.raises(ConfigError, match=r"config.optim.lr: 0.0001 there, 0.002 now"):
+        train.train(chosen.replace("optim", lr=2e-3), new, report=lambda line: None)
+
+
+def test_batches_of_long_sequences_have_as_many_tokens(tmp_path):
+    source = checkpoint(tmp_path / "source", max_position_embeddings=32_768)
+    c = interop.from_hf(source, tmp_path / "run", **SILENT)
+    assert (c.data.seq_len, c.train.batch_size, c.moe.group_size) == (32_768, 128, 32_768)
 
 
 def test_the_commands(tmp_path):

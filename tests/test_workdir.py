@@ -7,6 +7,7 @@ import pytest
 
 from moepp_jax.config import Config, SourceConfig, differences
 from moepp_jax.configs import tiny
+from moepp_jax.configs.base import source
 from moepp_jax.data import Tokenizer
 from moepp_jax.errors import ConfigError
 from moepp_jax.workdir import (
@@ -86,6 +87,50 @@ def test_more_steps_are_noted_and_nothing_else(tmp_path, config):
     with pytest.raises(ConfigError, match=r"steps: 701 there, 702 now\nGive .* old values\.$"):
         require_same(tmp_path, _with(config, "train", steps=702))  # who asks what it computed
     assert read_config(tmp_path) == longer
+
+
+@pytest.fixture
+def start(tmp_path, config) -> Path:
+    """What a conversion leaves: parameters alone."""
+    folder = open_workdir(tmp_path / "start", config)
+    (folder / "checkpoints" / "0" / "params").mkdir(parents=True)
+    return folder
+
+
+def test_before_training_all_but_what_parameters_mean_can_be_chosen(start, config):
+    (start / "metrics.jsonl").write_text("")  # of a first try that ran out of memory
+    other = _with(config, "optim", lr=1e-5, warmup_steps=1)
+    other = _with(other, "train", batch_size=4, steps=3)
+    other = _with(other, "data", seq_len=64, sources={"x": source("elsewhere")})
+    other = _with(other, "model", dtype="bfloat16", loss_chunk=64)
+    other = _with(_with(other, "moe", group_size=64, gamma=1.5), "moe.rule", tau=0.5)
+    require_same(start, other)
+    assert read_config(start) == config
+    open_workdir(start, other)
+    assert read_config(start) == other
+
+
+def test_before_training_what_parameters_mean_stays(start, config):
+    other = _with(_with(config, "model", rope_theta=5.0), "optim", lr=1e-5)
+    other = _with(_with(other, "moe.rule", gate="raw"), "data", tokenizer="other.model")
+    with pytest.raises(ConfigError) as error:
+        open_workdir(start, other)
+    assert [line.strip() for line in str(error.value).split("\n")][1:-1] == [
+        "config.data.tokenizer: '' there, 'other.model' now",
+        "config.model.rope_theta: 10000.0 there, 5.0 now",
+        "config.moe.rule.gate: 'renormalise_nonzero' there, 'raw' now",
+    ]
+    assert read_config(start) == config
+
+
+@pytest.mark.parametrize("left", ["checkpoints/0/rest", "checkpoints/5/rest", "metrics.jsonl"])
+def test_what_was_trained_keeps_its_configuration(start, config, left):
+    if left == "metrics.jsonl":
+        (start / left).write_text('{"step": 1}\n')
+    else:
+        (start / left).mkdir(parents=True)
+    with pytest.raises(ConfigError, match=r"config.optim.lr: 0.003 there, 1e-05 now"):
+        open_workdir(start, _with(config, "optim", lr=1e-5))
 
 
 def test_files_that_go_first_may_be_there_from_a_start_that_was_killed(tmp_path, config):

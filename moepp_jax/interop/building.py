@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -72,9 +73,22 @@ def require_tied(config: Config, tensors: Mapping[str, source.Tensor]) -> None:
         )
 
 
-def configuration(given: Config | None, changes: list[Groups]) -> Config:
-    """The given configuration, by default that of configs/base.py, with groups' fields changed."""
-    tree = given.to_dict() if given else base.get_config().to_dict()
+def recipe_for(length: int) -> Config:
+    """That of configs/base.py, with sequences of the length that a model was made for.
+
+    A batch has as many tokens as there.
+    """
+    tree = base.get_config().to_dict()
+    tokens = tree["train"]["batch_size"] * tree["data"]["seq_len"]
+    tree["data"]["seq_len"] = tree["moe"]["group_size"] = length
+    tree["model"]["loss_chunk"] = math.gcd(tree["model"]["loss_chunk"], length)
+    tree["train"]["batch_size"] = max(1, tokens // length)
+    return Config.parse(tree)
+
+
+def configuration(recipe: Config, changes: list[Groups]) -> Config:
+    """A recipe with groups' fields changed."""
+    tree = recipe.to_dict()
     for change in changes:
         for group, values in change.items():
             if group != "moe.rule":

@@ -79,13 +79,13 @@ def _config(
 ) -> tuple[Config, brought.Brought]:
     try:
         decided = hf_config.groups(fields, dtype)
-        changes = [] if given else [values.sequences_of(hf_config.length(fields))]
+        recipe = given or building.recipe_for(hf_config.length(fields))
     except ConfigError as error:
         raise ConversionError(f"{folder / 'config.json'}: {error}") from error
     came = brought.read(folder, fields, decided["model"]["vocab_size"])
-    changes += [decided] if came.tokenizer is None else [decided, came.named(target)]
+    changes = [decided] if came.tokenizer is None else [decided, came.named(target)]
     try:
-        config = building.configuration(given, changes)
+        config = building.configuration(recipe, changes)
         hf_config.require_agreement(fields, config)
     except ConfigError as error:
         why = values.in_their_words(error)

@@ -108,15 +108,6 @@ def rope_scaling(divisor: float) -> dict[str, Any] | None:
     return None if divisor == 1.0 else {"type": "linear", "factor": divisor}
 
 
-def sequences_of(length: int) -> Groups:
-    """What a configuration needs to go with the length that a model was made for."""
-    return {
-        "data": {"seq_len": length},
-        "moe": {"group_size": length},
-        "model": {"loss_chunk": math.gcd(256, length)},
-    }
-
-
 def first_beyond(choices: Iterable[tuple[str, Any, tuple]]) -> str | None:
     """The first field whose value another format has no room for, in words.
 

@@ -22,7 +22,7 @@ from moepp_jax.interop import fields as values
 from moepp_jax.interop.building import Leaf
 from moepp_jax.interop.errors import ConversionError
 from moepp_jax.interop.families import Family
-from moepp_jax.interop.fields import Fields, Groups
+from moepp_jax.interop.fields import Groups
 from moepp_jax.interop.layout import with_head
 from moepp_jax.moe.rules import fields_of
 from moepp_jax.moe.rules.moepp import NEVER, MoEPPRule
@@ -77,8 +77,8 @@ def upcycle(
     given = None if tokenizer is None else Path(tokenizer)
     came = brought.read(folder, fields, decided["model"]["vocab_size"], given)
     named = came.named(target)
-    recipe = _recipe(fields, config)
     try:
+        recipe = config or building.recipe_for(families.length(fields))
         pool, rule = _pool(family, decided["moe"]["n_ffn"], recipe, settings)
         decided["moe"] |= pool
         decided["moe.rule"] |= rule
@@ -119,12 +119,6 @@ def _require_enough(
     each = decided["moe"]["n_ffn"] if family.experts and not fused else 1
     asked = f"num_hidden_layers = {layers}" + (f" and {each} experts" if each > 1 else "")
     source.require_enough(tensors, layers * each, asked, folder)
-
-
-def _recipe(fields: Fields, given: Config | None) -> Config:
-    if given is not None:
-        return given
-    return building.configuration(None, [values.sequences_of(families.length(fields))])
 
 
 def _pool(
