@@ -23,7 +23,16 @@ def get_config() -> ConfigDict:
     m.dense_ffn_size = 2048  # width of those dense layers
     m.tied_embeddings = False  # the output matrix is the embedding matrix
     m.rope_theta = 10_000.0
-    m.rope_scaling = 1.0  # positions are divided by it (linear scaling, for longer sequences)
+    # How rotary positions are stretched for longer sequences: "linear", all are divided by
+    # rope_scaling; "llama3" (Llama 3.1), only frequencies are that turn at most
+    # rope_low_freq_factor times in rope_original_length tokens, those that turn
+    # rope_high_freq_factor times or more stay, and those between are between.
+    m.rope_type = "linear"
+    m.rope_scaling = 1.0
+    m.rope_low_freq_factor = 1.0
+    m.rope_high_freq_factor = 4.0
+    m.rope_original_length = 8192
+    m.sliding_window = 0  # tokens that each sees, itself among them (Mistral v0.1); 0: all before
     m.norm_eps = 1e-6
     m.init_std = 0.01  # of every matrix (the released value); norms are 1
     m.const_std = 1.0  # of the constant experts' vectors (the authors' code)

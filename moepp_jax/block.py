@@ -3,13 +3,14 @@
 Training scans over blocks, generation walks through them with a cache: both run this one. What a
 part is made of is described beside what it computes.
 
-Shapes: B sequences, L tokens, D width, H query heads and KV key heads of width W; the letters of
-`moepp_jax.moe` besides.
+Shapes: B sequences, L tokens, D width, H query heads and KV key heads of width W, which is R pairs
+that turn; the letters of `moepp_jax.moe` besides.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -39,20 +40,55 @@ def rms_norm(params: Params, x: Float[Array, "*B D"], eps: float) -> Float[Array
     return (y * params["norm"]).astype(x.dtype)
 
 
-def rotate(
-    x_BLHW: Float[Array, "B L H W"], positions_BL: Int[Array, "B L"], theta: float, scaling: float
-) -> Float[Array, "B L H W"]:
-    """Rotary position embedding, rotate-half convention: pairs are (i, i + W/2).
+def _frequencies(c: ModelConfig) -> Float[Array, " R"]:
+    W = c.head_width
+    return c.rope_theta ** (-jnp.arange(0, W, 2, dtype=jnp.float32) / W)
 
-    Positions are divided by `scaling`.
+
+def linear_angles(c: ModelConfig, positions: Float[Array, "*B"]) -> Float[Array, "*B R"]:
+    """Positions are divided by `rope_scaling`."""
+    return positions[..., None] / c.rope_scaling * _frequencies(c)
+
+
+def llama3_angles(c: ModelConfig, positions: Float[Array, "*B"]) -> Float[Array, "*B R"]:
+    """Slow frequencies are divided by `rope_scaling`, fast ones stay, between it is a mean of both.
+
+    Slow and fast is how often one turns in `rope_original_length` tokens.
     """
-    W = x_BLHW.shape[-1]
-    frequency = theta ** (-jnp.arange(0, W, 2, dtype=jnp.float32) / W)
-    angle = positions_BL[..., None, None].astype(jnp.float32) / scaling * frequency
+    frequency, low, high = _frequencies(c), c.rope_low_freq_factor, c.rope_high_freq_factor
+    turns = c.rope_original_length * frequency / (2 * math.pi)
+    kept = jnp.clip((turns - low) / (high - low), 0.0, 1.0)
+    return positions[..., None] * frequency * (kept + (1 - kept) / c.rope_scaling)
+
+
+# How far rotary positions turn, by config.model.rope_type.
+ANGLES = {"linear": linear_angles, "llama3": llama3_angles}
+
+
+def rotate(
+    x_BLHW: Float[Array, "B L H W"], angle: Float[Array, "B L 1 R"]
+) -> Float[Array, "B L H W"]:
+    """Rotary position embedding, rotate-half convention: pairs are (i, i + W/2)."""
     sin, cos = jnp.sin(angle), jnp.cos(angle)
     a, b = jnp.split(x_BLHW.astype(jnp.float32), 2, axis=-1)
     rotated = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
     return rotated.astype(x_BLHW.dtype)
+
+
+# (mask, places of its queries, places of its keys) -> the mask
+Sight = Callable[..., Bool[Array, "*B"]]
+
+
+def sight(c: ModelConfig) -> Sight:
+    """How far back tokens see: leaves of a mask what is in their sliding window."""
+
+    def of_all(mask, query, key):
+        return mask
+
+    def of_window(mask, query, key):
+        return mask & (query - key < c.sliding_window)
+
+    return of_window if c.sliding_window else of_all
 
 
 def describe_attention(c: ModelConfig) -> Params:
@@ -85,6 +121,7 @@ def attention(
     """
     B, L, _ = x_BLD.shape
     W = c.head_width
+    angle_BL1 = ANGLES[c.rope_type](c, positions_BL[..., None].astype(jnp.float32))
 
     def placed(name, heads):
         rows = product(x_BLD, params[name])
@@ -92,7 +129,7 @@ def attention(
             rows = rows.reshape(B, L, heads, W)
         if c.qk_norm != "none":
             rows = rms_norm(params[f"{name}_norm"], rows, c.norm_eps)
-        return rotate(rows.reshape(B, L, heads, W), positions_BL, c.rope_theta, c.rope_scaling)
+        return rotate(rows.reshape(B, L, heads, W), angle_BL1)
 
     q, k = placed("q", c.num_heads), placed("k", c.num_kv_heads)
     v = product(x_BLD, params["v"]).reshape(B, L, c.num_kv_heads, W)

@@ -35,7 +35,12 @@ class ModelConfig:
     dense_ffn_size: int
     tied_embeddings: bool
     rope_theta: float
+    rope_type: str
     rope_scaling: float
+    rope_low_freq_factor: float
+    rope_high_freq_factor: float
+    rope_original_length: int
+    sliding_window: int
     norm_eps: float
     init_std: float
     const_std: float
@@ -291,6 +296,7 @@ def _typed(name: str, value: Any, kind: type) -> Any:
 
 _CHOICES = {
     "model.qk_norm": ("none", "head", "full"),
+    "model.rope_type": ("linear", "llama3"),
     "model.dtype": ("float32", "bfloat16", "float16"),
     "model.remat": ("none", "dots", "exchanged", "full"),
     "moe.dispatch": ("capacity", "dropless"),
@@ -310,6 +316,8 @@ _AT_LEAST = {
     "model.moe_every": 1,
     "model.dense_ffn_size": 1,
     "model.loss_chunk": 1,
+    "model.rope_original_length": 1,
+    "model.sliding_window": 0,
     "moe.ffn_size": 1,
     "moe.group_size": 1,
     "moe.exchange_buffer": 0,
@@ -337,6 +345,8 @@ _AT_LEAST = {
 _WITHIN = {
     "model.rope_theta": (0, math.inf),
     "model.rope_scaling": (0, math.inf),
+    "model.rope_low_freq_factor": (0, math.inf),
+    "model.rope_high_freq_factor": (0, math.inf),
     "model.norm_eps": (0, 1),
     "model.init_std": (0, math.inf),
     "moe.gamma": (0, math.inf),
@@ -396,6 +406,11 @@ def _check(c: Config) -> None:
         m.head_width % 2 == 0,
         "model.head_dim" if m.head_dim else "model.num_heads",
         f"makes heads {m.head_width} wide, and rotary positions need an even width",
+    )
+    require(
+        m.rope_high_freq_factor > m.rope_low_freq_factor,
+        "model.rope_high_freq_factor",
+        f"must be greater than config.model.rope_low_freq_factor = {m.rope_low_freq_factor}",
     )
     require(
         m.num_heads % m.num_kv_heads == 0,

@@ -13,7 +13,12 @@ from typing import Any
 _LATER = {
     "model.head_dim": 0,
     "model.qk_norm": "none",
+    "model.rope_type": "linear",
     "model.rope_scaling": 1.0,
+    "model.rope_low_freq_factor": 1.0,
+    "model.rope_high_freq_factor": 4.0,
+    "model.rope_original_length": 8192,
+    "model.sliding_window": 0,
     "model.const_std": 1.0,
     "moe.exchange_buffer": 0.0,
     "data.tfds_dir": "",

@@ -1,7 +1,8 @@
 """Parameters and floating-point operations of a configuration, counted by hand.
 
 A product of (a, b) with (b, c) is 2 a b c operations; everything else is left out, as is customary.
-Backward costs twice forward. Attention is counted over the whole sequence, causal or not.
+Backward costs twice forward. Attention is counted over the whole sequence, causal, in a window or
+not: that is what is computed, and then masked.
 """
 
 from __future__ import annotations

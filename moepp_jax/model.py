@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float, Int
 from moepp_jax import mesh as mesh_lib
 from moepp_jax import moe as moe_lib
 from moepp_jax import vocabulary
-from moepp_jax.block import Block, attend_to_each_other, describe_norm, rms_norm
+from moepp_jax.block import Block, attend_to_each_other, describe_norm, rms_norm, sight
 from moepp_jax.config import Config, ModelConfig
 from moepp_jax.errors import ConfigError
 from moepp_jax.moe import Param, Rule, RuleError, kernels, param
@@ -128,7 +128,7 @@ class LanguageModel:
         Args:
           params: like `described`.
           positions_BL: of the tokens in their documents, for the rotary embedding.
-          mask_BLL: which of the tokens each may see.
+          mask_BLL: which of the tokens each may see; of these it sees those in its window.
         """
         outside = self.whole_outside(params)
         dtype = jnp.dtype(self.config.dtype)
@@ -137,6 +137,8 @@ class LanguageModel:
         if self.sharded:
             # In a shard_map, what a scan carries must vary over the devices from the start.
             no_logits = jax.lax.pcast(no_logits, mesh_lib.AXES, to="varying")
+        place_L = jnp.arange(tokens_BL.shape[1])
+        mask_BLL = sight(self.config)(mask_BLL, place_L[:, None], place_L)
         attends = [attend_to_each_other(mask_BLL)] * self.config.moe_every
         of_block = self.block.describe()
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -221,6 +222,59 @@ def test_linear_scaling_divides_positions():
     plain = fresh()[2](params, tokens, segments, positions).hidden
     close(run(params, tokens, segments, 4 * positions).hidden, plain)
     assert np.abs(run(params, tokens, segments, positions).hidden - plain).max() > 1e-3
+
+
+def test_llama3_scaling_turns_slow_pairs_less():
+    """By the wavelengths, as Llama 3.1's authors have it."""
+    c = tiny.config(
+        **{
+            "model.head_dim": 128,
+            "model.rope_theta": 500_000.0,
+            "model.rope_type": "llama3",
+            "model.rope_scaling": 8.0,
+        }
+    ).model
+    want = []
+    for i in range(64):
+        frequency = 500_000.0 ** (-i / 64)
+        wavelength = 2 * math.pi / frequency
+        if wavelength < 8192 / 4:
+            want.append(frequency)
+        elif wavelength > 8192 / 1:
+            want.append(frequency / 8)
+        else:
+            smooth = (8192 / wavelength - 1) / (4 - 1)
+            want.append((1 - smooth) * frequency / 8 + smooth * frequency)
+    # By hand: pair 0 turns by 1, pair 63 by 500000^(-63/64) / 8; pair 30's wavelength is 2948.4,
+    # of which 8192 tokens have 2.7785.
+    assert (want[0], want[63]) == (1.0, pytest.approx(3.0688e-7, rel=1e-4))
+    assert want[30] == pytest.approx((0.59283 * 0.875 + 0.125) * 2 * math.pi / 2948.4, rel=1e-4)
+    angles = block.llama3_angles(c, jnp.array([0.0, 1.0, 1000.0]))
+    np.testing.assert_allclose(angles, np.outer([0, 1, 1000], want), rtol=2e-6)
+
+
+def test_a_window_hides_what_is_further_back():
+    """Of 2 layers with a window of 4, each carries what it sees 3 places on."""
+    c, params, run = fresh(**{"model.sliding_window": 4} | DROPLESS)
+    tokens, *rest = rows(c)
+    edited = tokens.copy()
+    edited[:, 0] += 1
+    a, b = (np.asarray(run(params, t, *rest).hidden) for t in (tokens, edited))
+    changed = np.abs(a - b).max(axis=(0, 2)) > 0
+    assert changed[:7].all() and not changed[7:].any()
+    whole = fresh(**{"model.sliding_window": c.data.seq_len} | DROPLESS)[2](params, tokens, *rest)
+    plain = fresh(**DROPLESS)[2](params, tokens, *rest)
+    np.testing.assert_array_equal(whole.hidden, plain.hidden)
+
+
+def test_a_window_is_of_a_document():
+    c, params, run = fresh(**{"model.sliding_window": 4} | DROPLESS)
+    tokens, segments, positions = rows(c)
+    alone = run(params, tokens, segments, positions).hidden[:, :20]
+    shifted = np.roll(tokens, 12, axis=1)  # the same text behind another document
+    split = np.where(np.arange(32) < 12, 1, 2) * segments
+    packed = run(params, shifted, split, np.where(split == 2, positions - 12, positions))
+    close(packed.hidden[:, 12:], alone)
 
 
 def test_dense_layers_stand_between():

@@ -20,7 +20,7 @@ from moepp_jax.commands import convert
 from moepp_jax.config import Config
 from moepp_jax.data import Tokenizer, prepare
 from moepp_jax.errors import ConfigError
-from moepp_jax.interop import ConversionError
+from moepp_jax.interop import ConversionError, families
 from moepp_jax.moe.rules.moepp import NEVER
 from moepp_jax.workdir import open_workdir, read_config
 from tests import tiny
@@ -116,6 +116,56 @@ def test_a_tied_output_matrix_is_the_embedding(tmp_path):
     interop.upcycle(source, tmp_path / "run", **POOL, **SILENT)
     want = np.load(ROOT / "llama" / "expected.npz")
     close(moepp_jax.load(tmp_path / "run").logits(want["input_ids"]), want["logits"])
+
+
+# Windows and scaled positions, which the committed Mistral has both
+
+
+def test_windows_and_scaled_positions_in_training_and_generation(tmp_path):
+    c = interop.upcycle(ROOT / "mistral", tmp_path / "run", n_ffn=2, **POOL, **SILENT)
+    m = c.model
+    assert (m.sliding_window, m.rope_type, m.rope_original_length) == (5, "llama3", 16)
+    model, want = moepp_jax.load(tmp_path / "run"), np.load(ROOT / "mistral" / "expected.npz")
+    close(model.logits(want["input_ids"]), want["logits"])
+    prompts = want["input_ids"][0, :9].tolist(), want["input_ids"][1, :3].tolist()
+    for prompt, new in zip(prompts, model.generate(prompts, max_new_tokens=8), strict=True):
+        text = np.array([prompt + new + [0] * (24 - len(prompt) - len(new))])  # is not seen yet
+        logits = np.asarray(model.logits(text))[0]
+        assert logits[len(prompt) - 1 :][: len(new)].argmax(-1).tolist() == new
+
+
+def test_what_a_family_says_of_its_window():
+    def window(name, **fields):
+        family = families.FAMILIES[name]
+        return families.groups(family, fields_in(ROOT / "qwen3_moe") | fields)["model"][
+            "sliding_window"
+        ]
+
+    on = {"use_sliding_window": True, "sliding_window": 32}
+    assert window("mistral", sliding_window=32) == window("mixtral", sliding_window=32) == 32
+    assert window("mistral", max_position_embeddings=32_768, sliding_window=None) == 0
+    assert window("qwen3_moe", **on) == 32 and window("qwen3_moe", sliding_window=32) == 0
+    assert window("qwen3", **on, max_window_layers=0) == 32
+    assert window("qwen3", **on, max_window_layers=2) == window("qwen3", **on) == 0
+    assert window("qwen3", **on, layer_types=["sliding_attention"] * 2) == 32
+    with pytest.raises(ConversionError, match="all layers must be alike"):
+        window("qwen3", **on, max_window_layers=1)
+
+
+@pytest.mark.parametrize("layout", ["moepp", "mixtral"])
+def test_windows_and_scaled_positions_are_written_back(tmp_path, layout):
+    changes = {"rope_parameters": None, **llama3(), "sliding_window": 7}
+    source, said = checkpoint(tmp_path / "source", **changes), []
+    c = interop.upcycle(source, tmp_path / "run", **NO_POOL, **SILENT)
+    interop.to_hf(tmp_path / "run", tmp_path / "out", layout=layout, report=said.append)
+    written = fields_in(tmp_path / "out")
+    assert (written["sliding_window"], written["rope_scaling"]) == (7, llama3()["rope_scaling"])
+    if layout == "mixtral":
+        again = interop.upcycle(tmp_path / "out", tmp_path / "again", **NO_POOL, **SILENT)
+    else:
+        assert written["model_type"] == "moepp_jax"
+        again = interop.from_hf(tmp_path / "out", tmp_path / "again", c, **SILENT)
+    assert again.model == c.model
 
 
 # As a Mixtral
@@ -339,6 +389,13 @@ def refused(source: Path, folder: Path, said: str, **settings) -> None:
 
 
 WINDOW = {"sliding_window": 32}
+MIXED = ["sliding_attention", "full_attention"]
+
+
+def llama3(**changes):
+    said = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    said |= {"rope_type": "llama3", "original_max_position_embeddings": 8192} | changes
+    return {"rope_scaling": said}
 
 
 @pytest.mark.parametrize(
@@ -352,9 +409,12 @@ WINDOW = {"sliding_window": 32}
         ("llama", {"num_hidden_layers": "2"}, "num_hidden_layers = '2' must be of type int"),
         ("llama", {"head_dim": 7}, r"head_dim = 7 makes heads 7 wide"),
         ("mixtral", {"num_attention_heads": 5}, r"num_attention_heads = 5 must divide"),
-        ("mixtral", WINDOW, r"sliding_window = 32 is not supported: .* = 64"),
-        ("qwen3_moe", WINDOW | {"use_sliding_window": True}, "sliding_window = 32 is not"),
-        ("qwen3_moe", {"layer_types": ["sliding_attention"] * 2}, "has 'sliding_attention'"),
+        ("llama", WINDOW, r"sliding_window = 32 is not supported: LlamaForCausalLM does not"),
+        ("mixtral", {"sliding_window": 0}, "sliding_window = 0 must be null or at least 1"),
+        ("mixtral", {"sliding_window": "all"}, "sliding_window = 'all' must be null or at"),
+        ("mixtral", WINDOW | {"layer_types": MIXED}, "all layers must be alike"),
+        ("qwen3_moe", {"layer_types": ["sliding_attention"] * 2}, "'sliding_attention', and there"),
+        ("qwen3_moe", {"layer_types": ["linear_attention"] * 2}, "has 'linear_attention', only"),
         ("qwen3_moe", {"decoder_sparse_step": 2}, "decoder_sparse_step = 2 is not supported"),
         ("qwen3_moe", {"mlp_only_layers": [0]}, r"mlp_only_layers = \[0\] is not supported"),
         ("qwen3_moe", {"shared_expert_intermediate_size": 8}, "shared_expert_intermediate_size"),
@@ -364,7 +424,11 @@ WINDOW = {"sliding_window": 32}
         ("olmoe", {"clip_qkv": 8.0}, "clip_qkv = 8.0 is not supported, only None"),
         ("olmoe", {"rope_parameters": {"rope_type": "yarn"}}, "of type 'yarn' is not supported"),
         ("olmoe", {"rope_scaling": {"type": "dynamic"}}, "of type 'dynamic' is not supported"),
-        ("olmoe", {"rope_scaling": {"rope_type": "llama3"}}, "of type 'llama3' is not supported"),
+        ("olmoe", {"rope_scaling": {"rope_type": "llama3"}}, "rope_scaling: factor is missing"),
+        ("olmoe", llama3(low_freq_factor=None), "rope_scaling: low_freq_factor is missing"),
+        ("olmoe", llama3(factor=0), "rope_scaling: factor = 0 must be greater than 0"),
+        ("olmoe", llama3(original_max_position_embeddings=9.5), "= 9.5 must be of type int"),
+        ("mistral", {"rope_parameters": None} | llama3(high_freq_factor=1), "must be greater than"),
         ("olmoe", {"rope_parameters": {"a": {}}}, "is not supported: it differs by layer"),
         ("olmoe", {"partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5 is not supported"),
         ("olmoe", {"quantization_config": {"bits": 4}}, "quantization_config = .* not supported"),
@@ -443,11 +507,16 @@ def maker():
     ("name", "fields"),
     [
         ("llama", {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 5e2}}),
+        ("llama", {"rope_parameters": llama3(rope_theta=5e2)["rope_scaling"]}),
         ("mistral", {}),
+        ("mistral", {"sliding_window": None}),
+        ("mixtral", {"sliding_window": 3}),
         ("qwen3", {"tie_word_embeddings": True}),
+        ("qwen3", {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 0}),
         ("mixtral", {"head_dim": 10, "num_key_value_heads": 4}),
         ("olmoe", {"norm_topk_prob": True, "num_key_value_heads": 1}),
         ("qwen3_moe", {"norm_topk_prob": False, "rms_norm_eps": 0.01}),
+        ("qwen3_moe", {"use_sliding_window": True, "sliding_window": 6}),
     ],
 )
 def test_transformers_computes_the_same(maker, tmp_path, name, fields):
@@ -486,6 +555,8 @@ def test_bin_files(tmp_path):
         {},
         {"model.head_dim": 6, "model.num_kv_heads": 2, "model.tied_embeddings": True},
         {"moe.rule.gate": "softmax_selected", "model.rope_scaling": 2.0, "moe.rule.top_k": 3},
+        {"model.rope_type": "llama3", "model.rope_scaling": 8.0, "model.rope_original_length": 24},
+        {"model.sliding_window": 5},
     ],
 )
 def test_transformers_loads_a_mixtral_of_ours(tmp_path, changes):

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from moepp_jax.block import sight
 from moepp_jax.generation import sampling
 from moepp_jax.generation.layers import Cache, Layers, Params, into_new, into_place
 
@@ -71,6 +72,7 @@ def prefill(
     place_L = jnp.arange(L)
     positions = jnp.maximum(place_L - rows.first[:, None], 0)
     mask = (place_L <= place_L[:, None]) & (place_L >= rows.first[:, None])[:, None, :]
+    mask = sight(layers.config)(mask, place_L[:, None], place_L)
     attends = [into_new(mask, places)] * layers.config.num_layers
     work = layers(params, tokens_BL, positions, attends)
     seen = None
@@ -115,6 +117,7 @@ def decode(
         state, i, made = carry
         place_M = jnp.arange(state.caches[0].keys.shape[1])
         mask = (place_M <= state.place) & (place_M >= rows.first[:, None])
+        mask = sight(layers.config)(mask, state.place, place_M)
         attends = [into_place(cache, state.place, mask) for cache in state.caches]
         positions = (state.place - rows.first)[:, None]
         work = layers(params, state.token[:, None], positions, attends)

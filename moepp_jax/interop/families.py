@@ -58,6 +58,8 @@ class Family(NamedTuple):
       qk_norm: as config.model.qk_norm.
       width: the field with the width of one FFN.
       experts: fields that may have the number of experts; a dense model has none.
+      window: whether its class reads sliding_window: "never", "always", or "switched" on by
+        use_sliding_window.
       absent: what its class takes for absent fields, where that is not in _FIELDS.
     """
 
@@ -68,18 +70,26 @@ class Family(NamedTuple):
     qk_norm: str = "none"
     width: str = "intermediate_size"
     experts: tuple[str, ...] = ()
+    window: str = "never"
     absent: Mapping[str, Any] = {}
 
 
 LLAMA = Family("llama", "LlamaForCausalLM")
-MISTRAL = Family("mistral", "MistralForCausalLM", absent={"sliding_window": 4096})
-QWEN3 = Family("qwen3", "Qwen3ForCausalLM", qk_norm="head", absent={"head_dim": 128})
+MISTRAL = Family("mistral", "MistralForCausalLM", window="always", absent={"sliding_window": 4096})
+QWEN3 = Family(
+    "qwen3",
+    "Qwen3ForCausalLM",
+    qk_norm="head",
+    window="switched",
+    absent={"head_dim": 128, "sliding_window": 4096, "max_window_layers": 28},
+)
 MIXTRAL = Family(
     "mixtral",
     "MixtralForCausalLM",
     ffn="block_sparse_moe.",
     matrices=("w1", "w3", "w2"),
     experts=("num_local_experts", "num_experts"),
+    window="always",
     absent={"rms_norm_eps": 1e-5, "rope_theta": 1e6, "norm_topk_prob": True},
 )
 OLMOE = Family(
@@ -95,6 +105,8 @@ QWEN3_MOE = Family(
     qk_norm="head",
     width="moe_intermediate_size",
     experts=("num_experts", "num_local_experts"),
+    window="switched",
+    absent={"sliding_window": 4096},
 )
 FAMILIES = {f.model_type: f for f in (LLAMA, MISTRAL, QWEN3, MIXTRAL, OLMOE, QWEN3_MOE)}
 
@@ -131,8 +143,6 @@ def groups(family: Family, fields: Fields, dtype: str | None = None) -> Groups:
         for name, default in _FIELDS.items()
     }
     values.require_only(fields, _ONLY)
-    _require_full_attention(family, fields, got["max_position_embeddings"])
-    theta, scaling = values.rope(fields, got["rope_theta"])
     heads = got["num_attention_heads"]
     experts = top_k = 1
     renormalised = True
@@ -153,8 +163,8 @@ def groups(family: Family, fields: Fields, dtype: str | None = None) -> Groups:
             "vocab_size": got["vocab_size"],
             "moe_every": 1,
             "tied_embeddings": got["tie_word_embeddings"],
-            "rope_theta": theta,
-            "rope_scaling": scaling,
+            **values.rope(fields, got["rope_theta"], ("linear", "llama3")),
+            "sliding_window": _window(family, fields, got),
             "norm_eps": got["rms_norm_eps"],
             "init_std": got["initializer_range"],
             "dtype": dtype or values.dtype(fields),
@@ -235,16 +245,47 @@ def is_unread(name: str) -> bool:
     return name.endswith(_UNREAD)
 
 
-def _require_full_attention(family: Family, fields: Fields, longest: int) -> None:
-    """Refuses a sliding window that sequences of the model's length would notice."""
-    window = fields.get("sliding_window", family.absent.get("sliding_window"))
-    # Qwen's classes read the window only where this field says so; others do not have the field.
-    on = fields.get("use_sliding_window", family.qk_norm != "head")
-    if on and window is not None and not (type(window) is int and window >= longest):
+def _window(family: Family, fields: Fields, got: Mapping[str, Any]) -> int:
+    """How many tokens each sees, itself among them; 0: sequences of the model's length all.
+
+    Raises:
+      ConversionError: it differs by layer, is no number, or is one that the class does not read.
+    """
+    name, longest = "sliding_window", got["max_position_embeddings"]
+    window = fields.get(name, family.absent.get(name))
+    if family.window == "switched" and not fields.get("use_sliding_window"):
+        window = None
+    kinds = set(fields.get("layer_types") or _kinds(family, fields, got, window))
+    full, sliding = "full_attention", "sliding_attention"
+    for kind in kinds - {full, sliding}:
+        raise ConversionError(f"layer_types has {kind!r}, only {full!r} and {sliding!r} are known")
+    if len(kinds) > 1:
         raise ConversionError(
-            f"sliding_window = {window!r} is not supported: every token must see all earlier ones "
-            f"of max_position_embeddings = {longest}"
+            f"layer_types, or max_window_layers, gives some layers {full} and others {sliding}, "
+            "which is not supported: all layers must be alike"
         )
-    for kind in fields.get("layer_types") or ():
-        if kind != "full_attention":
-            raise ConversionError(f"layer_types has {kind!r}, only 'full_attention' is supported")
+    if kinds == {sliding} and window is None:
+        raise ConversionError(f"layer_types has {sliding!r}, and there is no {name}")
+    if window is None or kinds == {full}:
+        return 0
+    if type(window) is not int or window < 1:
+        raise ConversionError(f"{name} = {window!r} must be null or at least 1")
+    if window >= longest:
+        return 0
+    if family.window == "never":
+        raise ConversionError(
+            f"{name} = {window} is not supported: {family.architecture} does not read it"
+        )
+    return window
+
+
+def _kinds(family: Family, fields: Fields, got: Mapping[str, Any], window: Any) -> list[str]:
+    """Each layer's attention where layer_types does not say it."""
+    layers, first = got["num_hidden_layers"], 0
+    if "max_window_layers" in family.absent:
+        default = family.absent["max_window_layers"]
+        first = values.number(fields, "max_window_layers", int, default)
+    return [
+        "sliding_attention" if window is not None and i >= first else "full_attention"
+        for i in range(layers)
+    ]

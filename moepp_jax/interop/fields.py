@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from moepp_jax.config import ModelConfig
 from moepp_jax.errors import ConfigError
 from moepp_jax.interop.errors import ConversionError
 
@@ -26,6 +27,10 @@ _NAMES = {
     "model.head_dim": "head_dim",
     "model.rope_theta": "rope_theta",
     "model.rope_scaling": "rope_scaling",
+    "model.rope_low_freq_factor": "low_freq_factor",
+    "model.rope_high_freq_factor": "high_freq_factor",
+    "model.rope_original_length": "original_max_position_embeddings",
+    "model.sliding_window": "sliding_window",
     "model.norm_eps": "rms_norm_eps",
     "model.init_std": "initializer_range",
     "moe.ffn_size": "intermediate_size",
@@ -67,35 +72,62 @@ def require_only(fields: Fields, allowed: Mapping[str, Any]) -> None:
             raise ConversionError(f"{name} = {fields[name]!r} is not supported, only {only!r}")
 
 
-def rope(fields: Fields, theta: float) -> tuple[float, float]:
-    """Base and divisor of the rotary positions, the base being theta if none is named."""
-    said = {n: _rope(fields, n, theta) for n in _ROPE if fields.get(n) is not None}
-    if len(set(said.values())) > 1:
+def rope(fields: Fields, theta: float, kinds: Iterable[str] = ("linear",)) -> dict[str, Any]:
+    """The fields of config.model that say how positions turn.
+
+    Args:
+      theta: the base, if none is named.
+      kinds: of scaling, that the model's class has.
+    """
+    said = {n: _rope(fields, n, theta, kinds) for n in _ROPE if fields.get(n) is not None}
+    first, *others = said.values() or [_UNSCALED | {"rope_theta": theta}]
+    if any(other != first for other in others):
         raise ConversionError(f"{' and '.join(said)} contradict each other")
-    return next(iter(said.values()), (theta, 1.0))
+    return first
 
 
-def _rope(fields: Fields, name: str, theta: float) -> tuple[float, float]:
+# Fields of config.model where nothing is scaled, and what they are called in a rope_scaling.
+_UNSCALED = {
+    "rope_type": "linear",
+    "rope_scaling": 1.0,
+    "rope_low_freq_factor": 1.0,
+    "rope_high_freq_factor": 4.0,
+    "rope_original_length": 8192,
+}
+_OF_TYPE = {
+    "linear": {"rope_scaling": "factor"},
+    "llama3": {
+        "rope_scaling": "factor",
+        "rope_low_freq_factor": "low_freq_factor",
+        "rope_high_freq_factor": "high_freq_factor",
+        "rope_original_length": "original_max_position_embeddings",
+    },
+}
+
+
+def _rope(fields: Fields, name: str, theta: float, kinds: Iterable[str]) -> dict[str, Any]:
     said = fields[name]
     if not isinstance(said, Mapping):
         raise ConversionError(f"{name} = {said!r} must be null or have a type and a factor")
     if any(isinstance(value, Mapping) for value in said.values()):
         raise ConversionError(f"{name} = {dict(said)!r} is not supported: it differs by layer")
     kind = said.get("rope_type", said.get("type"))
-    if kind not in (None, "default", "linear"):
-        raise ConversionError(f"{name} of type {kind!r} is not supported, only 'linear' or null")
+    if kind not in (None, "default", *kinds):
+        known = " or ".join(map(repr, kinds))
+        raise ConversionError(f"{name} of type {kind!r} is not supported, only {known} or null")
     try:
         require_only(said, {"partial_rotary_factor": 1.0})
-        theta = number(said, "rope_theta", float, theta)
-        if kind != "linear":
+        read = {"rope_theta": number(said, "rope_theta", float, theta)}
+        if kind not in kinds:
             require_only(said, {"factor": 1.0})
-            return theta, 1.0
-        factor = number(said, "factor", float)
-        if not 0 < factor < math.inf:
-            raise ConversionError(f"factor = {factor!r} must be greater than 0")
+            return _UNSCALED | read
+        for ours, theirs in _OF_TYPE[kind].items():
+            read[ours] = number(said, theirs, type(_UNSCALED[ours]))
+            if not 0 < read[ours] < math.inf:
+                raise ConversionError(f"{theirs} = {said[theirs]!r} must be greater than 0")
     except ConversionError as error:
         raise ConversionError(f"{name}: {error}") from error
-    return theta, factor
+    return _UNSCALED | read | {"rope_type": kind}
 
 
 def in_their_words(error: ConfigError) -> str:
@@ -103,9 +135,12 @@ def in_their_words(error: ConfigError) -> str:
     return re.sub(r"config\.([\w.]*\w)", lambda found: _NAMES.get(found[1], found[0]), str(error))
 
 
-def rope_scaling(divisor: float) -> dict[str, Any] | None:
+def rope_scaling(m: ModelConfig) -> dict[str, Any] | None:
     """The field of that name."""
-    return None if divisor == 1.0 else {"type": "linear", "factor": divisor}
+    if m.rope_type == "linear" and m.rope_scaling == 1.0:
+        return None
+    named = {theirs: getattr(m, ours) for ours, theirs in _OF_TYPE[m.rope_type].items()}
+    return {"type" if m.rope_type == "linear" else "rope_type": m.rope_type} | named
 
 
 def first_beyond(choices: Iterable[tuple[str, Any, tuple]]) -> str | None:

@@ -63,13 +63,16 @@ def groups(fields: Fields, dtype: str | None = None) -> Groups:
             f"model_type = {fields.get('model_type')!r} must be {THEIRS!r} (the authors' layout); "
             "`convert upcycle` reads other families"
         )
-    values.require_only(fields, _ONLY)
+    ours = fields["model_type"] == OURS
+    # A window is among our own fields.
+    allowed = {n: only for n, only in _ONLY.items() if not (ours and n == "sliding_window")}
+    values.require_only(fields, allowed)
     known = {*_DEFAULTS, *_ONLY}
     for name in fields:
         if name.startswith("moe_") and name not in known and fields[name] is not None:
             raise ConversionError(f"{name} = {fields[name]!r} is not supported: no such flag known")
     dtype = dtype or values.dtype(fields)
-    if fields["model_type"] == OURS:
+    if ours:
         return _ours(fields, dtype)
 
     got = {name: values.number(fields, name, int) for name in _REQUIRED}
@@ -88,7 +91,6 @@ def groups(fields: Fields, dtype: str | None = None) -> Groups:
         raise ConversionError(
             f"moe_gate_norm_std = {got['moe_gate_norm_std']!r} must be greater than 0"
         )
-    theta, scaling = values.rope(fields, got["rope_theta"])
     mixtral = got["moe_use_mixtral_gating"]
     scaled = not (mixtral or got["moe_feature_no_mul_topk"])
     return {
@@ -102,8 +104,8 @@ def groups(fields: Fields, dtype: str | None = None) -> Groups:
             "vocab_size": got["vocab_size"],
             "moe_every": 1,
             "tied_embeddings": got["tie_word_embeddings"],
-            "rope_theta": theta,
-            "rope_scaling": scaling,
+            **values.rope(fields, got["rope_theta"]),
+            "sliding_window": 0,
             "norm_eps": got["rms_norm_eps"],
             "init_std": got["initializer_range"],
             "dtype": dtype,
@@ -187,7 +189,8 @@ def _plain(config: Config) -> dict[str, Any]:
         "initializer_range": m.init_std,
         "rms_norm_eps": m.norm_eps,
         "rope_theta": m.rope_theta,
-        "rope_scaling": values.rope_scaling(m.rope_scaling),
+        "rope_scaling": values.rope_scaling(m),
+        "sliding_window": m.sliding_window or None,
         "tie_word_embeddings": m.tied_embeddings,
     }
 
@@ -231,6 +234,8 @@ def _beyond_theirs(config: Config) -> str | None:
             ("model.moe_every", m.moe_every, (1,)),
             ("model.head_dim", m.head_dim, (0, m.hidden_size // m.num_heads)),
             ("model.qk_norm", m.qk_norm, ("none",)),
+            ("model.rope_type", m.rope_type, ("linear",)),
+            ("model.sliding_window", m.sliding_window, (0,)),
             ("moe.rule.top_k", r.top_k, (2,)),
             ("moe.rule.bias_rate", r.bias_rate, (0.0,)),
             ("moe.rule.zero_offset", r.zero_offset, (0.0,)),

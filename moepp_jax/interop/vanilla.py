@@ -20,12 +20,14 @@ class Layout(NamedTuple):
 
     Attributes:
       gates: of config.moe.rule.gate, those that its class has.
+      window: whether attention may have one.
       free_head: whether a head may have another width than hidden_size / heads.
       always: fields whose values do not depend on the model.
     """
 
     family: Family
     gates: tuple[str, ...] = (*_RENORMALISED, "raw")
+    window: bool = False
     free_head: bool = True
     always: Mapping[str, Any] = {}
 
@@ -33,7 +35,7 @@ class Layout(NamedTuple):
 LAYOUTS = {
     layout.family.model_type: layout
     for layout in (
-        Layout(MIXTRAL, gates=_RENORMALISED, always={"sliding_window": None}),
+        Layout(MIXTRAL, gates=_RENORMALISED, window=True),
         Layout(OLMOE, free_head=False, always={"clip_qkv": None, "attention_bias": False}),
         Layout(
             QWEN3_MOE,
@@ -80,7 +82,8 @@ def fields_of(layout: Layout, config: Config, special: Mapping[str, Any]) -> dic
         "initializer_range": m.init_std,
         "rms_norm_eps": m.norm_eps,
         "rope_theta": m.rope_theta,
-        "rope_scaling": values.rope_scaling(m.rope_scaling),
+        "rope_scaling": values.rope_scaling(m),
+        **({"sliding_window": m.sliding_window or None} if layout.window else {}),
         "router_aux_loss_coef": r.balance_weight,
         "tie_word_embeddings": m.tied_embeddings,
         **layout.always,
@@ -100,6 +103,7 @@ def _require_of(layout: Layout, config: Config) -> None:
             ("model.moe_every", m.moe_every, (1,)),
             ("model.qk_norm", m.qk_norm, (family.qk_norm,)),
             ("model.head_dim", m.head_dim, (m.head_dim,) if layout.free_head else (0, width)),
+            ("model.sliding_window", m.sliding_window, (m.sliding_window if layout.window else 0,)),
             ("moe.n_const", e.n_const, (0,)),
             ("moe.n_copy", e.n_copy, (0,)),
             ("moe.n_zero", e.n_zero, (0,)),

@@ -1,7 +1,7 @@
 """Makes the checkpoints of this folder and what `transformers` computes with them.
 
     pip install torch==2.13.0 transformers==5.23.0
-    python tests/data/upcycle/make.py
+    python tests/data/upcycle/make.py [mistral ...]
 
 Every folder is a tiny random model as `save_pretrained` writes it, and in expected.npz the ids
 `input_ids` (2, 24) and their `logits` in float32. Matrices are large, so that tokens are routed
@@ -52,9 +52,21 @@ MODELS = {
         {},
     ),
 }
-MODELS["mistral"] = (transformers.MistralForCausalLM, {"intermediate_size": 40}, {})
+_LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 100.0,
+    "factor": 4.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+MODELS["mistral"] = (
+    transformers.MistralForCausalLM,
+    {"intermediate_size": 40, "sliding_window": 5, "rope_parameters": _LLAMA3},
+    {},
+)
 MODELS["qwen3"] = (transformers.Qwen3ForCausalLM, {"intermediate_size": 40, "head_dim": 8}, {})
-COMMITTED = ("llama", "mixtral", "olmoe", "qwen3_moe")
+COMMITTED = ("llama", "mistral", "mixtral", "olmoe", "qwen3_moe")
 
 
 def make(name: str, folder: Path, seed: int = 0, **fields) -> None:
@@ -78,6 +90,8 @@ def make(name: str, folder: Path, seed: int = 0, **fields) -> None:
 if __name__ == "__main__":
     root = Path(__file__).parent
     for model_type in COMMITTED:
+        if sys.argv[1:] and model_type not in sys.argv[1:]:
+            continue
         make(model_type, root / model_type)
         fields = json.loads((root / model_type / "config.json").read_text())
         print(model_type, "transformers", fields["transformers_version"], file=sys.stderr)
