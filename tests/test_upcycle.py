@@ -21,6 +21,7 @@ from moepp_jax.config import Config
 from moepp_jax.data import Tokenizer, prepare
 from moepp_jax.errors import ConfigError
 from moepp_jax.interop import ConversionError, families
+from moepp_jax.interop.family import FAMILIES
 from moepp_jax.moe.rules.moepp import NEVER
 from moepp_jax.workdir import open_workdir, read_config
 from tests import tiny
@@ -136,7 +137,7 @@ def test_windows_and_scaled_positions_in_training_and_generation(tmp_path):
 
 def test_what_a_family_says_of_its_window():
     def window(name, **fields):
-        family = families.FAMILIES[name]
+        family = FAMILIES[name]
         return families.groups(family, fields_in(ROOT / "qwen3_moe") | fields)["model"][
             "sliding_window"
         ]
@@ -166,6 +167,27 @@ def test_windows_and_scaled_positions_are_written_back(tmp_path, layout):
         assert written["model_type"] == "moepp_jax"
         again = interop.from_hf(tmp_path / "out", tmp_path / "again", c, **SILENT)
     assert again.model == c.model
+
+
+# Dense layers between
+
+
+def test_dense_layers_between_keep_their_places(tmp_path):
+    tensors = tensors_in(ROOT / "qwen3_moe")
+    mine = {n for n in tensors if n.startswith("model.layers.0.mlp.")}
+    dense = {f"{n}_proj": np.random.default_rng(0).normal(size=(40, 24)) for n in ("gate", "up")}
+    dense["down_proj"] = dense["up_proj"].T.copy()
+    named = {f"model.layers.0.mlp.{n}.weight": a.astype(np.float32) for n, a in dense.items()}
+    tensors = dict.fromkeys(mine) | named
+    for i, how in enumerate(({"decoder_sparse_step": 2}, {"mlp_only_layers": [0]})):
+        fields = how | {"intermediate_size": 40}
+        source = checkpoint(tmp_path / f"source{i}", "qwen3_moe", tensors, **fields)
+        c = interop.upcycle(source, tmp_path / f"run{i}", **POOL, **SILENT)
+        assert (c.model.moe_every, c.model.dense_ffn_size) == (2, 40)
+        layers = moepp_jax.load(tmp_path / f"run{i}").params["layers"]
+        got = layers["dense_0_dense"]["w_in"][0, 1]
+        np.testing.assert_array_equal(got, named["model.layers.0.mlp.up_proj.weight"])
+        assert len(layers["moe"]["router"]["w"]) == 1
 
 
 # As a Mixtral
@@ -415,8 +437,19 @@ def llama3(**changes):
         ("mixtral", WINDOW | {"layer_types": MIXED}, "all layers must be alike"),
         ("qwen3_moe", {"layer_types": ["sliding_attention"] * 2}, "'sliding_attention', and there"),
         ("qwen3_moe", {"layer_types": ["linear_attention"] * 2}, "has 'linear_attention', only"),
-        ("qwen3_moe", {"decoder_sparse_step": 2}, "decoder_sparse_step = 2 is not supported"),
-        ("qwen3_moe", {"mlp_only_layers": [0]}, r"mlp_only_layers = \[0\] is not supported"),
+        ("mixtral", {"decoder_sparse_step": 2}, "decoder_sparse_step = 2 is not supported"),
+        ("qwen3_moe", {"decoder_sparse_step": 0}, "decoder_sparse_step = 0 must be at least 1"),
+        ("qwen3_moe", {"decoder_sparse_step": 3}, "of 2 layers none would be sparse"),
+        ("qwen3_moe", {"mlp_only_layers": [1]}, r"of 2 layers \[0\] would be sparse, and it must"),
+        ("qwen3_moe", {"mlp_only_layers": "0"}, "mlp_only_layers = '0' must be a list of layers"),
+        ("qwen3_moe", {"model_type": "qwen2_moe"}, "'qwen2_moe' is not supported: no bias of"),
+        (
+            "qwen3_moe",
+            {"model_type": "longcat_flash"},
+            "no multi-head latent .*'longcat'",
+        ),
+        ("qwen3_moe", {"model_type": "deepseek_v2"}, "no multi-head latent attention .* no shared"),
+        ("qwen3_moe", {"zce_nums": [2]}, r"zce_nums = \[2\]: it has .* `convert from-hf` reads it"),
         ("qwen3_moe", {"shared_expert_intermediate_size": 8}, "shared_expert_intermediate_size"),
         ("qwen3_moe", {"num_local_experts": None}, "num_experts is missing"),
         ("qwen3_moe", {"num_experts_per_tok": None}, "num_experts_per_tok is missing"),
@@ -517,6 +550,7 @@ def maker():
         ("olmoe", {"norm_topk_prob": True, "num_key_value_heads": 1}),
         ("qwen3_moe", {"norm_topk_prob": False, "rms_norm_eps": 0.01}),
         ("qwen3_moe", {"use_sliding_window": True, "sliding_window": 6}),
+        ("qwen3_moe", {"decoder_sparse_step": 2, "num_hidden_layers": 4, "intermediate_size": 40}),
     ],
 )
 def test_transformers_computes_the_same(maker, tmp_path, name, fields):

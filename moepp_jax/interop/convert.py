@@ -29,6 +29,7 @@ from moepp_jax.interop import (
     targets,
     tokenizer_config,
     vanilla,
+    zeda,
 )
 from moepp_jax.interop import fields as values
 from moepp_jax.interop.errors import ConversionError
@@ -44,7 +45,7 @@ def from_hf(
     dtype: str | None = None,
     report: Callable[[str], Any] = print,
 ) -> Config:
-    """Makes a work directory of a checkpoint in the authors' layout, at step 0.
+    """Makes a work directory of a checkpoint in the authors' layout, or in ZEDA's, at step 0.
 
     Args:
       config: decides what the checkpoint does not: data, optimizer, training, mesh, losses. By
@@ -60,26 +61,48 @@ def from_hf(
     """
     folder, target = targets.local(path), targets.local(workdir)
     fields = source.read_json(folder / "config.json")
-    config, came = _config(folder, fields, target, config, dtype)
+    kind = _ZEDAS if zeda.is_zeda(fields) else _AUTHORS
+    config, came = _config(kind, folder, fields, target, config, dtype)
     found = source.open_tensors(folder)
     # Tables of the rotary embedding are computed anew.
     tensors = {name: t for name, t in found.items() if not families.is_unread(name)}
     _require_enough(config, tensors, folder)
-    places = with_head(layout(config), tensors)
+    places = with_head(kind.places(config, tensors), tensors)
     source.require(tensors, places, folder)
     building.require_tied(config, tensors)
-    record = {"config": fields, "dtypes": {name: tensor.dtype for name, tensor in tensors.items()}}
+    types = {name: tensor.dtype for name, tensor in tensors.items()}
+    record = {"config": fields, "dtypes": types} if kind.is_written else None
     building.build(target, config, building.leaves_of(places, tensors), came, record)
     report(f"{folder}: {len(tensors)} tensors are now step 0 of {target}")
     return config
 
 
+class _Kind(NamedTuple):
+    """How checkpoints of a kind are read.
+
+    Attributes:
+      groups: of config.json and a dtype, the fields that it decides.
+      length: of config.json, that of the sequences that the model was made for.
+      places: of a configuration and the tensors, where they lie.
+      is_written: `to_hf` writes the kind, so what a checkpoint was is remembered.
+    """
+
+    groups: Callable[..., values.Groups]
+    length: Callable[[values.Fields], int]
+    places: Callable[..., Places]
+    is_written: bool
+
+
+_AUTHORS = _Kind(hf_config.groups, hf_config.length, lambda config, names: layout(config), True)
+_ZEDAS = _Kind(zeda.groups, families.length, zeda.places, False)
+
+
 def _config(
-    folder: Path, fields, target: Path, given: Config | None, dtype
+    kind: _Kind, folder: Path, fields, target: Path, given: Config | None, dtype
 ) -> tuple[Config, brought.Brought]:
     try:
-        decided = hf_config.groups(fields, dtype)
-        recipe = given or building.recipe_for(hf_config.length(fields))
+        decided = kind.groups(fields, dtype)
+        recipe = given or building.recipe_for(kind.length(fields))
     except ConfigError as error:
         raise ConversionError(f"{folder / 'config.json'}: {error}") from error
     came = brought.read(folder, fields, decided["model"]["vocab_size"])
@@ -95,7 +118,8 @@ def _config(
 
 def _require_enough(config: Config, tensors: Mapping[str, source.Tensor], folder: Path) -> None:
     m, e = config.model, config.moe
-    least = max(m.num_layers, m.num_layers // m.moe_every * (e.n_ffn + e.n_const))
+    experts = 1 if families.are_fused(tensors) else e.n_ffn + e.n_const
+    least = max(m.num_layers, m.num_layers // m.moe_every * experts)
     asked = f"num_hidden_layers = {m.num_layers} and num_experts = {e.num_experts}"
     source.require_enough(tensors, least, asked, folder)
 

@@ -1,18 +1,13 @@
-"""Models of others that are ours but for their names: a family is one row of a table.
-
-A row says which fields of config.json and which tensors a family has; it is read to upcycle, and
-written where a model of ours is one of that family. All are pre-norm transformers with RMSNorm,
-rotary positions and SwiGLU, as in `transformers`.
-"""
+"""What a family's config.json and tensors are in a model of ours."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Iterable
 
 from moepp_jax.config import Config
 from moepp_jax.interop import fields as values
-from moepp_jax.interop.errors import ConversionError
+from moepp_jax.interop import patterns
+from moepp_jax.interop.family import Family
 from moepp_jax.interop.fields import Fields, Groups
 from moepp_jax.interop.layout import Ours, Place, Places, around
 
@@ -37,89 +32,12 @@ _ONLY = {
     "clip_qkv": None,
     "partial_rotary_factor": 1.0,
     "quantization_config": None,
-    "decoder_sparse_step": 1,
-    "mlp_only_layers": [],
     "n_shared_experts": 0,
     "num_shared_experts": 0,
     "shared_expert_intermediate_size": 0,
 }
 # Tables of the rotary embedding, which old checkpoints hold and nothing reads.
 _UNREAD = ".rotary_emb.inv_freq"
-
-
-class Family(NamedTuple):
-    """How models of one kind are written down.
-
-    Attributes:
-      model_type: in config.json.
-      architecture: its class.
-      ffn: prefix of the tensors behind a layer's second norm.
-      matrices: the SiLU half, the linear half, the matrix out.
-      qk_norm: as config.model.qk_norm.
-      width: the field with the width of one FFN.
-      experts: fields that may have the number of experts; a dense model has none.
-      window: whether its class reads sliding_window: "never", "always", or "switched" on by
-        use_sliding_window.
-      absent: what its class takes for absent fields, where that is not in _FIELDS.
-    """
-
-    model_type: str
-    architecture: str
-    ffn: str = "mlp."
-    matrices: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
-    qk_norm: str = "none"
-    width: str = "intermediate_size"
-    experts: tuple[str, ...] = ()
-    window: str = "never"
-    absent: Mapping[str, Any] = {}
-
-
-LLAMA = Family("llama", "LlamaForCausalLM")
-MISTRAL = Family("mistral", "MistralForCausalLM", window="always", absent={"sliding_window": 4096})
-QWEN3 = Family(
-    "qwen3",
-    "Qwen3ForCausalLM",
-    qk_norm="head",
-    window="switched",
-    absent={"head_dim": 128, "sliding_window": 4096, "max_window_layers": 28},
-)
-MIXTRAL = Family(
-    "mixtral",
-    "MixtralForCausalLM",
-    ffn="block_sparse_moe.",
-    matrices=("w1", "w3", "w2"),
-    experts=("num_local_experts", "num_experts"),
-    window="always",
-    absent={"rms_norm_eps": 1e-5, "rope_theta": 1e6, "norm_topk_prob": True},
-)
-OLMOE = Family(
-    "olmoe",
-    "OlmoeForCausalLM",
-    qk_norm="full",
-    experts=("num_experts", "num_local_experts"),
-    absent={"rms_norm_eps": 1e-5},
-)
-QWEN3_MOE = Family(
-    "qwen3_moe",
-    "Qwen3MoeForCausalLM",
-    qk_norm="head",
-    width="moe_intermediate_size",
-    experts=("num_experts", "num_local_experts"),
-    window="switched",
-    absent={"sliding_window": 4096},
-)
-FAMILIES = {f.model_type: f for f in (LLAMA, MISTRAL, QWEN3, MIXTRAL, OLMOE, QWEN3_MOE)}
-
-
-def family_of(fields: Fields) -> Family:
-    """
-    Raises:
-      ConversionError: the model_type is none of these.
-    """
-    named = fields.get("model_type")
-    if named not in FAMILIES:
-        raise ConversionError(f"model_type = {named!r} must be one of {', '.join(FAMILIES)}")
-    return FAMILIES[named]
 
 
 def groups(family: Family, fields: Fields, dtype: str | None = None) -> Groups:
@@ -143,6 +61,8 @@ def groups(family: Family, fields: Fields, dtype: str | None = None) -> Groups:
         for name, default in _FIELDS.items()
     }
     values.require_only(fields, _ONLY)
+    every = patterns.moe_every(family, fields, got["num_hidden_layers"])
+    between = {"dense_ffn_size": values.number(fields, family.between, int)} if every > 1 else {}
     heads = got["num_attention_heads"]
     experts = top_k = 1
     renormalised = True
@@ -161,10 +81,11 @@ def groups(family: Family, fields: Fields, dtype: str | None = None) -> Groups:
             "head_dim": values.number(fields, "head_dim", int, family.absent.get("head_dim", 0)),
             "qk_norm": family.qk_norm,
             "vocab_size": got["vocab_size"],
-            "moe_every": 1,
+            "moe_every": every,
+            **between,
             "tied_embeddings": got["tie_word_embeddings"],
             **values.rope(fields, got["rope_theta"], ("linear", "llama3")),
-            "sliding_window": _window(family, fields, got),
+            "sliding_window": patterns.window(family, fields, got),
             "norm_eps": got["rms_norm_eps"],
             "init_std": got["initializer_range"],
             "dtype": dtype or values.dtype(fields),
@@ -212,21 +133,32 @@ def places(family: Family, config: Config, fused: bool = False) -> Places:
             f"{prefix}{up}.weight": ours.place(w_in, block, i, 1),
         }
 
+    def gates(block: int) -> Place:
+        place = ours.place(router, block)
+        return place if family.zero_computation else _of_ffn(place, config)
+
+    def dense(leaf: str, block: int) -> Places:
+        return {
+            f"{family.ffn}{gate}.weight": ours.place(f"{leaf}/w_in", block, 0),
+            f"{family.ffn}{up}.weight": ours.place(f"{leaf}/w_in", block, 1),
+            f"{family.ffn}{out}.weight": ours.place(f"{leaf}/w_out", block),
+        }
+
     def moe(block: int) -> Places:
         if not family.experts:
             return expert(family.ffn, block, 0)
         if fused:
             return {
-                "mlp.gate.weight": _of_ffn(ours.place(router, block), config),
+                "mlp.gate.weight": gates(block),
                 "mlp.experts.gate_up_proj": ours.place(w_in, block, merged=1),
                 "mlp.experts.down_proj": ours.place(w_out, block),
             }
-        found = {f"{family.ffn}gate.weight": _of_ffn(ours.place(router, block), config)}
+        found = {f"{family.ffn}gate.weight": gates(block)}
         for i in range(config.moe.n_ffn):
             found |= expert(f"{family.ffn}experts.{i}.", block, i)
         return found
 
-    return around(config, ours, moe)
+    return around(config, ours, moe, dense)
 
 
 def _of_ffn(router: Place, config: Config) -> Place:
@@ -243,49 +175,3 @@ def are_fused(names: Iterable[str]) -> bool:
 def is_unread(name: str) -> bool:
     """Whether a tensor is nothing that a model learnt, and is computed anew."""
     return name.endswith(_UNREAD)
-
-
-def _window(family: Family, fields: Fields, got: Mapping[str, Any]) -> int:
-    """How many tokens each sees, itself among them; 0: sequences of the model's length all.
-
-    Raises:
-      ConversionError: it differs by layer, is no number, or is one that the class does not read.
-    """
-    name, longest = "sliding_window", got["max_position_embeddings"]
-    window = fields.get(name, family.absent.get(name))
-    if family.window == "switched" and not fields.get("use_sliding_window"):
-        window = None
-    kinds = set(fields.get("layer_types") or _kinds(family, fields, got, window))
-    full, sliding = "full_attention", "sliding_attention"
-    for kind in kinds - {full, sliding}:
-        raise ConversionError(f"layer_types has {kind!r}, only {full!r} and {sliding!r} are known")
-    if len(kinds) > 1:
-        raise ConversionError(
-            f"layer_types, or max_window_layers, gives some layers {full} and others {sliding}, "
-            "which is not supported: all layers must be alike"
-        )
-    if kinds == {sliding} and window is None:
-        raise ConversionError(f"layer_types has {sliding!r}, and there is no {name}")
-    if window is None or kinds == {full}:
-        return 0
-    if type(window) is not int or window < 1:
-        raise ConversionError(f"{name} = {window!r} must be null or at least 1")
-    if window >= longest:
-        return 0
-    if family.window == "never":
-        raise ConversionError(
-            f"{name} = {window} is not supported: {family.architecture} does not read it"
-        )
-    return window
-
-
-def _kinds(family: Family, fields: Fields, got: Mapping[str, Any], window: Any) -> list[str]:
-    """Each layer's attention where layer_types does not say it."""
-    layers, first = got["num_hidden_layers"], 0
-    if "max_window_layers" in family.absent:
-        default = family.absent["max_window_layers"]
-        first = values.number(fields, "max_window_layers", int, default)
-    return [
-        "sliding_attention" if window is not None and i >= first else "full_attention"
-        for i in range(layers)
-    ]

@@ -60,8 +60,8 @@ def groups(fields: Fields, dtype: str | None = None) -> Groups:
     """
     if fields.get("model_type") not in (THEIRS, OURS):
         raise ConversionError(
-            f"model_type = {fields.get('model_type')!r} must be {THEIRS!r} (the authors' layout); "
-            "`convert upcycle` reads other families"
+            f"model_type = {fields.get('model_type')!r} must be {THEIRS!r} (the authors' layout) "
+            "or 'qwen3_moe_plus_plus' (ZEDA's); `convert upcycle` reads other families"
         )
     ours = fields["model_type"] == OURS
     # A window is among our own fields.

@@ -17,11 +17,11 @@ import numpy as np
 
 from moepp_jax.config import Config
 from moepp_jax.errors import ConfigError
-from moepp_jax.interop import brought, building, families, source, targets
+from moepp_jax.interop import brought, building, families, source, targets, zeda
 from moepp_jax.interop import fields as values
 from moepp_jax.interop.building import Leaf
 from moepp_jax.interop.errors import ConversionError
-from moepp_jax.interop.families import Family
+from moepp_jax.interop.family import Family, family_of
 from moepp_jax.interop.fields import Groups
 from moepp_jax.interop.layout import with_head
 from moepp_jax.moe.rules import fields_of
@@ -70,7 +70,8 @@ def upcycle(
     folder, target = targets.local(path), targets.local(workdir)
     fields = source.read_json(folder / "config.json")
     try:
-        family = families.family_of(fields)
+        zeda.require_none(fields)
+        family = family_of(fields)
         decided = families.groups(family, fields, dtype)
     except ConfigError as error:
         raise ConversionError(f"{folder / 'config.json'}: {error}") from error
@@ -115,10 +116,10 @@ def _require_enough(
     tensors: Mapping[str, source.Tensor],
     folder: Path,
 ) -> None:
-    layers = decided["model"]["num_layers"]
+    layers, every = decided["model"]["num_layers"], decided["model"]["moe_every"]
     each = decided["moe"]["n_ffn"] if family.experts and not fused else 1
     asked = f"num_hidden_layers = {layers}" + (f" and {each} experts" if each > 1 else "")
-    source.require_enough(tensors, layers * each, asked, folder)
+    source.require_enough(tensors, max(layers, layers // every * each), asked, folder)
 
 
 def _pool(

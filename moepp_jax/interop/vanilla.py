@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from moepp_jax.config import Config
 from moepp_jax.interop import fields as values
 from moepp_jax.interop.errors import ConversionError
-from moepp_jax.interop.families import MIXTRAL, OLMOE, QWEN3_MOE, Family
+from moepp_jax.interop.family import MIXTRAL, OLMOE, QWEN3_MOE, Family
 from moepp_jax.moe import rules
 
 # Without zero experts these gates are one: softmax over all, the chosen ones over their sum.
