@@ -63,7 +63,7 @@ def test_a_bucket_keeps_the_tokenizer(bucket):
     keep_tokenizer(folder, kept)
     keep_tokenizer(folder, kept)
     assert Tokenizer.load(tokenizer_file(bucket)).fingerprint == kept.fingerprint
-    assert objects()["tokenizer.model"] == kept.model
+    assert objects()["tokenizer.model"] == kept.files["tokenizer.model"]
 
 
 def test_a_run_in_a_bucket_has_a_parent_and_its_tokenizer(bucket, tmp_path):
