@@ -25,7 +25,7 @@ from moepp_jax.interop.family import FAMILIES
 from moepp_jax.moe.rules.moepp import NEVER
 from moepp_jax.workdir import open_workdir, read_config
 from tests import tiny
-from tests.published import ROOT, checkpoint, tensors_in, with_rows
+from tests.published import ROOT, checkpoint, fields_in, tensors_in, with_rows
 
 NAMES = ("llama", "mixtral", "olmoe", "qwen3_moe")
 POOL = {"n_const": 2, "n_copy": 1, "n_zero": 1}

@@ -102,12 +102,12 @@ def _config(
 ) -> tuple[Config, brought.Brought]:
     try:
         decided = kind.groups(fields, dtype)
-        recipe = given or building.recipe_for(kind.length(fields))
     except ConfigError as error:
         raise ConversionError(f"{folder / 'config.json'}: {error}") from error
     came = brought.read(folder, fields, decided["model"]["vocab_size"])
     changes = [decided] if came.tokenizer is None else [decided, came.named(target)]
     try:
+        recipe = given or building.recipe_for(kind.length(fields))
         config = building.configuration(recipe, changes)
         hf_config.require_agreement(fields, config)
     except ConfigError as error:
