@@ -303,11 +303,21 @@ def test_without_a_tokenizer_nothing_else_is_taken_for_it(tmp_path):
     said = []
     config = interop.upcycle(ROOT / "olmoe", tmp_path / "run", report=said.append, **POOL)
     missing = tmp_path / "run" / "tokenizer.model"
-    assert "has no tokenizer.model" in said[1] and f"to {missing}" in said[1]
+    assert "has no tokenizer.model and no tokenizer.json" in said[1]
+    assert f"put the one that it was trained with into {missing.parent}, as " in said[1]
     assert "--tokenizer=FILE" in said[1]
     # Training would else learn a tokenizer of its own, whose ids mean nothing to this model.
     with pytest.raises(ConfigError, match=f"the tokenizer {missing} cannot be read"):
         prepare(config.replace("data", dir=str(tmp_path / "data")), report=lambda line: None)
+
+
+def test_a_tokenizer_that_cannot_be_read_is_left_out_and_said(tmp_path):
+    said, source = [], shutil.copytree(ROOT / "olmoe", tmp_path / "source")
+    (source / "tokenizer.json").write_text('{"version": "1.0", "model": {"type": "BPE"}}')
+    interop.upcycle(source, tmp_path / "run", report=said.append, **POOL)
+    assert "tensors are now step 0" in said[0]
+    assert f"no tokenizer: the tokenizer {source / 'tokenizer.json'} cannot be read by" in said[1]
+    assert not (tmp_path / "run" / "tokenizer.json").exists()
 
 
 # What is given besides

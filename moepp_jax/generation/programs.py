@@ -56,7 +56,8 @@ class Speed:
         return (
             f"prompts {_rate(self.prompt_tokens, self.prefill_seconds)}, "
             f"new text {_rate(self.decoded_tokens, self.decode_seconds)}; "
-            f"{self.ffn_experts_per_token:.2f} FFN experts a token; "
+            f"{f'{self.ffn_experts_per_token:.2f}' if self.decoded_tokens else 'no'} FFN experts a "
+            "token; "
             f"{self.programs} programs compiled before, in {self.compile_seconds:.1f} s"
         )
 

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from moepp_jax import special_tokens
 from moepp_jax.data import Tokenizer
+from moepp_jax.errors import ConfigError
 from moepp_jax.interop import source
 from moepp_jax.interop.fields import Fields, Groups
 from moepp_jax.special_tokens import GENERATION
@@ -17,13 +18,15 @@ from moepp_jax.workdir import TOKENIZERS, tokenizer_file
 class Brought(NamedTuple):
     """
     Attributes:
-      tokenizer: None if there is none.
+      tokenizer: None if there is none that can be read.
       generation: the fields of generation_config.json, with the tokens that end a text; empty if no
         file says anything.
+      missing: why there is no tokenizer.
     """
 
     tokenizer: Tokenizer | None
     generation: dict[str, Any]
+    missing: str = ""
 
     def files(self) -> dict[str, bytes]:
         """What a work directory keeps of it."""
@@ -44,13 +47,23 @@ def read(folder: Path, fields: Fields, rows: int, tokenizer: Path | None = None)
     Args:
       fields: of its config.json.
       rows: of its embedding.
-      tokenizer: a file that is taken instead of the folder's.
+      tokenizer: a file that is taken instead of the folder's. That one need not be readable: the
+        weights are worth having without it.
 
     Raises:
       ConfigError: a file is there, or given, and cannot be used; names it.
     """
     file = tokenizer_file(folder) if tokenizer is None else tokenizer
-    opened = Tokenizer.load(file) if tokenizer is not None or file.exists() else None
+    opened, missing = None, ""
+    if tokenizer is None and not file.exists():
+        missing = f"{folder} has no {' and no '.join(TOKENIZERS)}"
+    else:
+        try:
+            opened = Tokenizer.load(file)
+        except ConfigError as error:
+            if tokenizer is not None:
+                raise
+            missing = str(error)
     if opened is not None:
         opened.require_fits(rows, file)
     generation = folder / GENERATION
@@ -59,4 +72,4 @@ def read(folder: Path, fields: Fields, rows: int, tokenizer: Path | None = None)
     special_tokens.require_below(ends, rows, folder)
     if ends and not special_tokens.ids(said, "eos_token_id", generation):
         said["eos_token_id"] = ends if len(ends) > 1 else ends[0]
-    return Brought(opened, said)
+    return Brought(opened, said, missing)
