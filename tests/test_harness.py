@@ -15,7 +15,7 @@ from moepp_jax.errors import ConfigError
 from moepp_jax.harness import generation as harness_generation
 from moepp_jax.harness import requests, scoring
 from moepp_jax.harness.scoring import Row, Score, Scorer
-from tests import tiny
+from tests import tiny, tokenizer_files
 
 # The shorter bucket, and the longest length that a row may have.
 BUCKET, LONGEST = 64, 96
@@ -223,6 +223,14 @@ def test_bos_can_be_left_out_but_not_of_an_empty_context(tokenizer):
     pair, empty = requests.encode_pairs(tokenizer, [("the", " king"), ("", "king")], bos=False)
     assert pair.context == tokenizer.encode("the")
     assert empty == ([tokenizer.bos_id], tokenizer.encode("king"))
+
+
+def test_where_there_is_no_bos_an_empty_context_is_the_end_of_another_text(tmp_path):
+    tokenizer = Tokenizer.load(tokenizer_files.save(tmp_path, "olmoe"))
+    for bos in (True, False):
+        pair, empty = requests.encode_pairs(tokenizer, [("the", " king"), ("", "king")], bos)
+        assert pair.context + pair.continuation == tokenizer.encode("the king")
+        assert empty == ([tokenizer.eos_id], tokenizer.encode("king"))
 
 
 def test_too_long_a_context_loses_its_beginning():
