@@ -242,6 +242,12 @@ def _merge_of_nothing(fields):
     fields["model"]["merges"].append(["q", "nothing"])
 
 
+def _begins_with_nothing(fields):
+    begin = {"type": "TemplateProcessing", "special_tokens": {}}
+    begin["single"] = [{"SpecialToken": {"id": "<s>", "type_id": 0}}]
+    fields["post_processor"] = begin | {"pair": begin["single"]}
+
+
 def _other_id(fields):
     fields["added_tokens"][0]["id"] = 600
 
@@ -253,6 +259,7 @@ DAMAGES = {
     "no model": (lambda raw: b'{"version": "1.0", "model": {"type": "BPE"}}', "Missing vocab"),
     "kind": (lambda raw: raw.replace(b'"type":"BPE"', b'"type":"Tok"'), "tokenizers library: data"),
     "merge": (_merge_of_nothing, "tokenizers library: Token `nothing` out of vocabulary"),
+    "bos": (_begins_with_nothing, "the tokenizers library cannot encode a text"),
     "id": (_other_id, "added token .* has the id 600, which does not follow on the others"),
 }
 
@@ -261,7 +268,7 @@ DAMAGES = {
 def test_a_damaged_file_is_one_clear_error(tmp_path, damage):
     change, why = DAMAGES[damage]
     file = files.save(tmp_path, "qwen3_moe")
-    if damage in ("merge", "id"):
+    if damage in ("merge", "id", "bos"):
         fields = json.loads(file.read_text())
         change(fields)
         file.write_text(json.dumps(fields))

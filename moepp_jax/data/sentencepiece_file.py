@@ -105,8 +105,8 @@ class SentencePieceFile(TokenizerFile):
             return name, bytes([int(name[1:-1], 16)])
         return name, name.replace(_SPACE, " ").encode()
 
-    def unused(self) -> Iterable[int]:
-        return ()
+    def numbers(self) -> Iterable[int]:
+        return range(self.vocab_size)
 
 
 def train(texts: Iterable[str], vocab_size: int) -> SentencePieceFile:

@@ -84,8 +84,9 @@ class Tokenizer:
 
     def surplus(self, rows: int) -> np.ndarray:
         """Of the rows of an embedding, those that are no piece: (rows,) bool."""
-        found = np.arange(rows) >= self.vocab_size
-        found[list(self._file.unused())] = True
+        found = np.ones(rows, bool)
+        numbers = np.array(list(self._file.numbers()))
+        found[numbers[numbers < rows]] = False
         return found
 
     def require_fits(self, rows: int, file: object) -> None:

@@ -40,5 +40,5 @@ class TokenizerFile(abc.ABC):
         """A token's name, and what it adds to a text; None for what stands for no text."""
 
     @abc.abstractmethod
-    def unused(self) -> Iterable[int]:
-        """Ids below `vocab_size` that are no token."""
+    def numbers(self) -> Iterable[int]:
+        """The ids that are tokens, all below `vocab_size`."""

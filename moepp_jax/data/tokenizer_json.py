@@ -46,22 +46,18 @@ class TokenizerJson(TokenizerFile):
         self._require_ids(json.loads(content).get("added_tokens") or ())
         self._add(settings.get("added_tokens_decoder") or {})
         self._make_special(special_tokens.named(settings))
-        before, behind = self._around()
+        self.beginning, behind = self._around()
         self.eos_id = self.pad_id = self._end(said, behind)
         eos = self._tokenizer.id_to_token(self.eos_id)
         self._make_special([eos])
         added = self._tokenizer.get_added_tokens_decoder()
         self._added = frozenset(added)
-        self._specials = {i for i, token in added.items() if token.special} | {*before}
-        self.beginning = before
-        numbers = set(self._tokenizer.get_vocab(with_added_tokens=True).values())
-        self.vocab_size = max(numbers) + 1
-        self._unused = sorted(set(range(self.vocab_size)) - numbers)
+        self._specials = {i for i, token in added.items() if token.special} | {*self.beginning}
+        self._numbers = sorted(self._tokenizer.get_vocab(with_added_tokens=True).values())
+        self.vocab_size = self._numbers[-1] + 1
         self._bytes = _bytes_of(self._tokenizer.decoder)
-        kept = beside.get(SETTINGS, b"")
-        if special_tokens.text(settings.get("eos_token")) is None:
-            whole = {"tokenizer_class": "PreTrainedTokenizerFast"} | settings | {"eos_token": eos}
-            kept = (json.dumps(whole, indent=2, ensure_ascii=False) + "\n").encode()
+        names_end = special_tokens.text(settings.get("eos_token")) is not None
+        kept = beside[SETTINGS] if names_end else _settings(settings, eos)
         self.files = {NAME: content, SETTINGS: kept}
         differs = json.dumps([self.eos_id, sorted((i, str(t)) for i, t in added.items())])
         self.fingerprint = hashlib.sha256(content + differs.encode()).hexdigest()[:12]
@@ -88,8 +84,9 @@ class TokenizerJson(TokenizerFile):
                 if self._tokenizer.token_to_id(token["content"]) != number:
                     raise ValueError(f"{token['content']!r} cannot be token {number}")
         except (TypeError, ValueError, KeyError, AttributeError) as error:
-            said = f"added_tokens_decoder in {SETTINGS} does not fit it: {error}"
-            raise self._error(said) from None
+            raise self._error(
+                f"added_tokens_decoder in {SETTINGS} does not fit it: {error}"
+            ) from None
 
     def _make_special(self, names: Iterable[str]) -> None:
         """Those of these tokens that are in the vocabulary and were not added already."""
@@ -101,8 +98,13 @@ class TokenizerJson(TokenizerFile):
 
     def _around(self) -> tuple[list[int], list[int]]:
         """What the file puts before a text, and behind it."""
-        inner = self._tokenizer.encode("a", add_special_tokens=False).ids
-        outer = self._tokenizer.encode("a").ids
+        try:
+            inner = self._tokenizer.encode("a", add_special_tokens=False).ids
+            outer = self._tokenizer.encode("a").ids
+        except BaseException as error:  # the library's own is no Exception
+            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+                raise
+            raise self._error(f"the tokenizers library cannot encode a text: {error}") from None
         for start in range(len(outer) - len(inner) + 1):
             end = start + len(inner)
             if outer[start:end] == inner:
@@ -145,12 +147,18 @@ class TokenizerJson(TokenizerFile):
             return name, None
         return name, name.encode() if token in self._added else self._bytes(name)
 
-    def unused(self) -> Iterable[int]:
-        return self._unused
+    def numbers(self) -> Iterable[int]:
+        return self._numbers
 
 
 def _beside(named: object, name: str) -> str:
     return f"{name} beside the tokenizer {named}"
+
+
+def _settings(settings: Mapping[str, Any], eos: str) -> bytes:
+    """A tokenizer_config.json that names EOS, by which `transformers` takes the file as it is."""
+    whole = {"tokenizer_class": "PreTrainedTokenizerFast"} | settings | {"eos_token": eos}
+    return (json.dumps(whole, indent=2, ensure_ascii=False) + "\n").encode()
 
 
 def _opened(content: bytes, named: object) -> tokenizers.Tokenizer:
@@ -186,7 +194,7 @@ def _bytes_of(decoder: Any) -> Callable[[str], bytes]:
 
 
 def _byte_level() -> dict[str, bytes]:
-    """The characters by which byte-level BPE writes bytes: those that can be seen stay."""
+    """The characters by which byte-level BPE writes bytes: the visible ones are themselves."""
     seen = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [b for b in range(256) if b not in seen]
     table = {chr(b): bytes([b]) for b in seen}
