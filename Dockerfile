@@ -1,7 +1,7 @@
 # The project in an image: what it installs is pinned, what it runs is the command line.
 #
 #   docker build --build-arg PLATFORM=tpu --tag REGISTRY/moepp:tpu .
-#   docker run REGISTRY/moepp:tpu train --config=configs/moepp_7b.py --workdir=gs://BUCKET/run
+#   docker run REGISTRY/moepp:tpu train --config=moepp_7b --workdir=gs://BUCKET/run
 #
 # PLATFORM: cpu, tpu or cuda. RUN_AS: the user's number; 0, root, only where a host's devices ask
 # for it.

@@ -41,7 +41,7 @@ help:
 	@touch $@
 
 train: .venv/run
-	$(PY) -m experiments.twins --config=configs/tiny.py --workdir=runs/tiny
+	$(PY) -m experiments.twins --config=tiny --workdir=runs/tiny
 
 # Neighbours share fixtures and compiled programs: each process gets a run of them, then steals.
 test: .venv/dev

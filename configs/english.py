@@ -1,6 +1,6 @@
 """The default job on a mixture of its three domains, and how to mix sources of one's own.
 
-    python -m moepp_jax.main train --config=configs/english.py --workdir=runs/english
+    moepp train --config=english --workdir=runs/english
 
 Expected: the run's first lines say that Shakespeare is gone through 0.22 times, the Bible 0.20 and
 Wikipedia 0.59; held-out loss is told for each domain and for the mixture of the three.

@@ -1,6 +1,6 @@
 """The vanilla twin 0.6B/8E of configs/moepp_0p6b.py: the same without zero-computation experts.
 
-    python -m moepp_jax.main train --config=configs/moe_0p6b.py:/corpora --workdir=gs://.../moe_0p6b
+    moepp train --config=moe_0p6b:/corpora --workdir=gs://.../moe_0p6b
 
 Expected (paper, table 3): 44.3 on average over nine tasks.
 """

@@ -1,6 +1,6 @@
 """The vanilla twin 1B/16E of configs/moepp_1b.py: the same without zero-computation experts.
 
-    python -m moepp_jax.main train --config=configs/moe_1b.py:/corpora --workdir=gs://.../moe_1b
+    moepp train --config=moe_1b:/corpora --workdir=gs://.../moe_1b
 
 Expected (paper, table 3): 45.3 on average over nine tasks.
 """

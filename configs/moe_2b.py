@@ -1,6 +1,6 @@
 """The vanilla twin 2B/32E of configs/moepp_2b.py: the same without zero-computation experts.
 
-    python -m moepp_jax.main train --config=configs/moe_2b.py:/corpora --workdir=gs://.../moe_2b
+    moepp train --config=moe_2b:/corpora --workdir=gs://.../moe_2b
 
 Expected (paper, table 3): 45.9 on average over nine tasks.
 """

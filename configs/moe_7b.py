@@ -1,6 +1,6 @@
 """The vanilla twin 7B/16E of configs/moepp_7b.py: the same without zero-computation experts.
 
-    python -m moepp_jax.main train --config=configs/moe_7b.py:/corpora --workdir=gs://.../moe_7b
+    moepp train --config=moe_7b:/corpora --workdir=gs://.../moe_7b
 
 Expected (paper, table 3): 52.3 on average over nine tasks.
 """

@@ -1,6 +1,6 @@
 """MoE++ 0.6B/(8+4)E of the paper: 0.582 B parameters, strategy 1 (100 B tokens).
 
-    python -m moepp_jax.main train --config=configs/moepp_0p6b.py:/corpora --workdir=gs://.../moepp_0p6b
+    moepp train --config=moepp_0p6b:/corpora --workdir=gs://.../moepp_0p6b
 
 `/corpora` is where the paper's text is: configs/data/paper_mixture.py says what belongs there.
 

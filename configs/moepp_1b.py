@@ -1,6 +1,6 @@
 """MoE++ 1B/(16+4)E of the paper: 1.035 B parameters, strategy 1 (100 B tokens).
 
-    python -m moepp_jax.main train --config=configs/moepp_1b.py:/corpora --workdir=gs://.../moepp_1b
+    moepp train --config=moepp_1b:/corpora --workdir=gs://.../moepp_1b
 
 `/corpora` is where the paper's text is: configs/data/paper_mixture.py says what belongs there.
 

@@ -1,6 +1,6 @@
 """MoE++ 2B/(32+8)E of the paper: 1.941 B parameters, strategy 1 (100 B tokens).
 
-    python -m moepp_jax.main train --config=configs/moepp_2b.py:/corpora --workdir=gs://.../moepp_2b
+    moepp train --config=moepp_2b:/corpora --workdir=gs://.../moepp_2b
 
 `/corpora` is where the paper's text is: configs/data/paper_mixture.py says what belongs there.
 

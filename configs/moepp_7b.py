@@ -1,6 +1,6 @@
 """MoE++ 7B/(16+4)E of the paper: 7.676 B parameters, strategy 1 (100 B tokens).
 
-    python -m moepp_jax.main train --config=configs/moepp_7b.py:/corpora --workdir=gs://.../moepp_7b
+    moepp train --config=moepp_7b:/corpora --workdir=gs://.../moepp_7b
 
 `/corpora` is where the paper's text is: configs/data/paper_mixture.py says what belongs there. The
 paper's 1T tokens are configs/moepp_7b_1t.py and then configs/moepp_7b_1t_final.py.

@@ -1,7 +1,6 @@
-r"""MoE++ 7B/(16+4)E of the paper on 1T tokens: strategy 2, the first 900 B of them.
+"""MoE++ 7B/(16+4)E of the paper on 1T tokens: strategy 2, the first 900 B of them.
 
-    python -m moepp_jax.main train --config=configs/moepp_7b_1t.py:/corpora \
-        --workdir=gs://.../moepp_7b_1t
+    moepp train --config=moepp_7b_1t:/corpora --workdir=gs://.../moepp_7b_1t
 
 `/corpora` is where the paper's text is: configs/data/paper_mixture.py says what belongs there. The
 last 100 B tokens are a run of their own: configs/moepp_7b_1t_final.py.

@@ -1,6 +1,6 @@
 r"""MoE++ 7B/(16+4)E of the paper on 1T tokens: strategy 3, the last 100 B of them.
 
-    python -m moepp_jax.main train --config=configs/moepp_7b_1t_final.py:/corpora \
+    moepp train --config=moepp_7b_1t_final:/corpora \
         --init_from=gs://.../moepp_7b_1t@214577 --workdir=gs://.../moepp_7b_1t_final
 
 It starts from the parameters of configs/moepp_7b_1t.py and goes on with another mixture of the same

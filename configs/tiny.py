@@ -1,7 +1,7 @@
 """The default job: a tiny MoE++ language model on 14 MB of English, on a laptop in minutes.
 
-    python -m moepp_jax.main train --config=configs/tiny.py --workdir=runs/moepp
-    python -m moepp_jax.main train --config=configs/tiny.py:moe --workdir=runs/moe   # vanilla twin
+    moepp train --config=tiny --workdir=runs/moepp
+    moepp train --config=tiny:moe --workdir=runs/moe   # vanilla twin
 
 `make train` runs both and compares them; what it printed on our machine stands in the README.
 """

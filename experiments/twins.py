@@ -1,6 +1,6 @@
 """Is MoE++ better than the vanilla MoE of the same FFN experts, and cheaper? (paper, table 3)
 
-    python -m experiments.twins --config=configs/tiny.py --workdir=runs/tiny
+    python -m experiments.twins --config=tiny --workdir=runs/tiny
 
 Question   same data, same steps, same FFN experts: held-out loss, and time in the experts.
 Claim      MoE++ has the lower loss, and its experts' forward time falls towards the theory,
@@ -165,7 +165,7 @@ def sample(folder: Path) -> str:
 def show_routing(config: Config, folder: Path) -> Path:
     """The routing page of held-out text, in the run's folder, with what it shows as tables."""
     where, text = folder / "analysis", observe.Text(tokens=PAGE_TOKENS)
-    command = f"python -m moepp_jax.main analyze --workdir={folder} --tokens={PAGE_TOKENS} --page"
+    command = f"moepp analyze --workdir={folder} --tokens={PAGE_TOKENS} --page"
     files = [where / draw.RECORD]
     observe.analyze(config, folder, config.train.steps, text, files, command=command)
     return draw.draw(where, PAGE_TOKENS)[-1]

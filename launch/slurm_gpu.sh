@@ -42,7 +42,7 @@ fi
 # Processes end each other; one that srun killed for another's error would count as asked to stop.
 status=0
 srun --kill-on-bad-exit=0 --gpu-bind=none \
-  "$python" -m moepp_jax.main train --config=configs/moepp_7b.py \
+  "$python" -m moepp_jax.main train --config=moepp_7b \
   --workdir="$SHARED/runs/moepp_7b" --distributed=on \
   --config.data.sources.text.path="$SHARED/corpus" --config.data.dir="$SHARED/prepared" \
   --config.mesh.data=1 --config.mesh.fsdp=8 --config.mesh.expert=8 "$@" || status=$?

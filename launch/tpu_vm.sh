@@ -75,7 +75,7 @@ run() {
   local command=(
     sudo docker run --detach --name=moepp --restart=on-failure:20 --stop-timeout=120
     --privileged --net=host --user=0 --volume=/mnt/moepp:/data:ro "$IMAGE"
-    train --config=configs/moepp_7b.py "--workdir=gs://$BUCKET/runs/moepp_7b" --distributed=on
+    train --config=moepp_7b "--workdir=gs://$BUCKET/runs/moepp_7b" --distributed=on
     --config.data.sources.text.path=/data/corpus --config.data.dir=/data/prepared
     "--config.mesh.data=$SLICES" --config.mesh.fsdp=4 --config.mesh.expert=16 "$@"
   )

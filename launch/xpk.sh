@@ -35,7 +35,7 @@ need() {
 run() {
   need BUCKET IMAGE
   local command=(
-    python -m moepp_jax.main train --config=configs/moepp_7b.py
+    python -m moepp_jax.main train --config=moepp_7b
     "--workdir=gs://$BUCKET/runs/moepp_7b" --distributed=on
     --config.data.sources.text.path=/data/corpus --config.data.dir=/data/prepared
     "--config.mesh.data=$SLICES" --config.mesh.fsdp=4 --config.mesh.expert=16 "$@"

@@ -191,9 +191,7 @@ def read_config(
         if file.parent.exists() and not file.parent.is_dir():
             raise ConfigError(f"workdir {path} is a file: give --workdir the folder of a run")
         missing = f"has no {_CONFIG}" if file.parent.is_dir() else "is no folder"
-        raise ConfigError(
-            f"workdir {path} {missing}: `python -m moepp_jax.main train --workdir={path}` makes it"
-        )
+        raise ConfigError(f"workdir {path} {missing}: `moepp train --workdir={path}` makes it")
     try:
         fields = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

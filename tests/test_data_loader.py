@@ -228,7 +228,7 @@ def test_a_vocabulary_above_the_tokenizers_is_as_published_models_have_it(datase
 
 
 def test_opening_what_is_not_prepared_names_the_folder_and_the_remedy(tmp_path):
-    absent = rf"there is no {tmp_path}/source-\w+\.json, of .*; make it with .*main data prepare"
+    absent = rf"there is no {tmp_path}/source-\w+\.json, of .*; make it with .*moepp data prepare"
     with pytest.raises(ConfigError, match=absent):
         open_dataset(config(tmp_path))
     assert not list(tmp_path.iterdir())

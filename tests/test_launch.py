@@ -9,6 +9,7 @@ import sys
 
 import pytest
 
+from moepp_jax import main
 from tests.launching import (
     MAIN,
     MANIFESTS,
@@ -25,6 +26,7 @@ from tests.launching import (
 )
 
 GUIDE = ROOT / "docs" / "PODS.md"
+_COMMAND = "|".join(main.COMMANDS)
 
 
 @pytest.fixture
@@ -35,14 +37,19 @@ def stage(tmp_path):
 PARSE = """
 import json, os, sys
 from absl import flags
-from moepp_jax import distributed, main, mesh, profiling
+from moepp_jax import distributed, main, mesh, profiling, recipes
 from moepp_jax.config import Config
 from moepp_jax.compile.topology import Topology
 
 for name in main.COMMANDS:
     main.load(name)
 
+def found(word):
+    before, given, named = word.partition("--config=")
+    return given + recipes.with_file(named) if given and not before else word
+
 def check(arguments, devices):
+    arguments = [found(word) for word in arguments]
     sys.argv = ["main", *arguments]  # where the flag of a recipe looks for those of its fields
     _, command, *_ = flags.FLAGS(sys.argv)
     assert command in main.COMMANDS, f"{command} is no command"
@@ -86,10 +93,10 @@ def errors_of(commands: list[tuple[list[str], int | None]]) -> list[str]:
 def in_guide() -> list[tuple[list[str], int | None]]:
     text = re.sub(r"\\\n\s*", "", GUIDE.read_text())
     found = []
-    for line in re.findall(r"python -m moepp_jax\.main ([^`\n]+)", text):
+    for line in re.findall(rf"\bmoepp ((?:{_COMMAND})\b[^`\n]*)", text):
         found.append((shlex.split(line, comments=True), None))
     for line in re.findall(r"launch/(?:\w+\.sh run|slurm_gpu\.sh) (--[^`\n]+)", text):
-        recipe = ["train", "--config=configs/moepp_7b.py", "--workdir=x"]
+        recipe = ["train", "--config=moepp_7b", "--workdir=x"]
         found.append((recipe + shlex.split(line, comments=True), None))
     return found
 
@@ -112,10 +119,10 @@ def test_every_command_line_is_one(stage, tmp_path):
     commands = launched(stage, tmp_path)
     assert len(in_guide()) > 5 and len(commands) == 7
     assert errors_of([*commands.values(), *in_guide()]) == []
-    broken = [["train", "--config=configs/moepp_7b.py", flag] for flag in ("--profil=1:2", "--x=1")]
-    broken += [["train", "--config=configs/moepp_7b.py", "--config.mesh.fdsp=1"], ["fly"]]
+    broken = [["train", "--config=moepp_7b", flag] for flag in ("--profil=1:2", "--x=1")]
+    broken += [["train", "--config=moepp_7b", "--config.mesh.fdsp=1"], ["fly"]]
     broken += [["train", "--distributed=yes"], ["train", "--profile=3:2"]]
-    sizes = ["train", "--config=configs/moepp_7b.py", "--config.mesh.data=3"]
+    sizes = ["train", "--config=moepp_7b", "--config.mesh.data=3"]
     assert len(errors_of([*((one, None) for one in broken), (sizes, 64)])) == 7
 
 
@@ -128,7 +135,7 @@ def test_all_launch_the_same_run(stage, tmp_path):
     )
     for name, (arguments, _) in launched(stage, tmp_path).items():
         rest = [argument for argument in arguments if not argument.startswith(place)]
-        assert rest == ["train", "--config=configs/moepp_7b.py", "--distributed=on"], name
+        assert rest == ["train", "--config=moepp_7b", "--distributed=on"], name
         assert len(arguments) - len(rest) == 6
 
 

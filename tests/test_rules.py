@@ -137,8 +137,8 @@ def test_the_recipe_is_of_the_rule_and_says_how_it_is_run(name):
     assert said["type"] == name
     assert dict(module.get_config().moe.rule) == said  # every option stands there, to be changed
     assert Config.parse(config.to_dict()) == config
-    file = module.__name__.removeprefix("moepp_jax.").replace(".", "/") + ".py"
-    assert f"    python -m moepp_jax.main train --config={file} --workdir=runs/" in module.__doc__
+    called = module.__name__.removeprefix("moepp_jax.configs.").replace(".", "/")
+    assert f"    moepp train --config={called} --workdir=runs/" in module.__doc__
 
 
 @pytest.mark.parametrize(("name", "axes"), CASES, ids=label)

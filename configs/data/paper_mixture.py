@@ -1,7 +1,7 @@
 """The text that the paper trained on: seven sources and their weights (arXiv 2410.07348).
 
-    python -m moepp_jax.main data prepare --config=configs/moepp_7b.py:/corpora
-    python -m moepp_jax.main train        --config=configs/moepp_7b.py:/corpora --workdir=...
+    moepp data prepare --config=moepp_7b:/corpora
+    moepp train --config=moepp_7b:/corpora --workdir=...
 
 `/corpora` is the folder that holds the corpora of PLACES. They are hundreds of GB, to be had from
 those who publish them; one that is missing is named, with its place, by the first command that

@@ -1,6 +1,6 @@
 """AdaMoE's routing: 3 of 8 FFN and 12 null experts, gates of the FFN experts alone.
 
-    python -m moepp_jax.main train --config=configs/routing/adamoe.py --workdir=runs/adamoe
+    moepp train --config=routing/adamoe --workdir=runs/adamoe
 
 Expected: after 300 steps a held-out loss of 5.61 with 1.16 FFN experts a token (MoE++ has 5.43
 with 0.95). 1.2 would be balance; a balance loss near 3 (K). Dropless, as nulls are not balanced

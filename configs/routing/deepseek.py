@@ -1,6 +1,6 @@
 """DeepSeek-V3's routing: sigmoid scores, balanced by a bias that no gradient moves.
 
-    python -m moepp_jax.main train --config=configs/routing/deepseek.py --workdir=runs/deepseek
+    moepp train --config=routing/deepseek --workdir=runs/deepseek
 
 Expected: after 300 steps a held-out loss of 5.47 with 2.00 FFN experts a token (MoE++ has 5.43
 with 0.95). None is dropped; a sequence loss somewhat above 1, for the bias balances the whole

@@ -1,6 +1,6 @@
 """LongCat-Flash's routing: copy experts, and biases that keep to a budget of FFN experts.
 
-    python -m moepp_jax.main train --config=configs/routing/longcat.py --workdir=runs/longcat
+    moepp train --config=routing/longcat --workdir=runs/longcat
 
 Expected: after 300 steps a held-out loss of 5.51 with 1.17 FFN experts a token (MoE++ has 5.43
 with 0.95). 1.2 within the first hundred steps, held there by the biases; a balance loss near 1.

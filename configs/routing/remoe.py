@@ -1,6 +1,6 @@
 """ReMoE: ReLU routing, made sparse by an L1 penalty whose coefficient follows the sparsity.
 
-    python -m moepp_jax.main train --config=configs/routing/remoe.py --workdir=runs/remoe
+    moepp train --config=routing/remoe --workdir=runs/remoe
 
 Expected: after 300 steps a held-out loss of 5.23 with 2.14 FFN experts a token (MoE++ has 5.43
 with 0.95). About half of the 8 FFN experts a token at first, so slow steps, until the coefficient

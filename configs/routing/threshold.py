@@ -1,6 +1,6 @@
 """Expert threshold routing: each expert takes the tokens that pass its own moving cutoff.
 
-    python -m moepp_jax.main train --config=configs/routing/threshold.py --workdir=runs/threshold
+    moepp train --config=routing/threshold --workdir=runs/threshold
 
 Expected: after 300 steps a held-out loss of 5.44 with 1.03 FFN experts a token (MoE++ has 5.43
 with 0.95). Half of all 12 experts a token in the first step, and 4 of the FFN experts. There is no

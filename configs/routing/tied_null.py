@@ -1,6 +1,6 @@
 """Null experts with one logit: a token has its best FFN experts that pass it, 2 at most.
 
-    python -m moepp_jax.main train --config=configs/routing/tied_null.py --workdir=runs/tied_null
+    moepp train --config=routing/tied_null --workdir=runs/tied_null
 
 Expected: after 300 steps a held-out loss of 5.54 with 1.35 FFN experts a token (MoE++ has 5.43
 with 0.95). 1.23 is the balance (rho = 8 / 13), from 0 to 2 each; a balance loss near 1.

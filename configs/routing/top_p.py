@@ -1,6 +1,6 @@
 """Dynamic top-p routing: a token has as many experts as make up p = 0.4 of its probability.
 
-    python -m moepp_jax.main train --config=configs/routing/top_p.py --workdir=runs/top_p
+    moepp train --config=routing/top_p --workdir=runs/top_p
 
 Expected: after 300 steps a held-out loss of 5.50 with 1.91 FFN experts a token (MoE++ has 5.43
 with 0.95). As many as the default job's vanilla twin has, and fewer the surer the router grows.

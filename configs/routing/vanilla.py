@@ -1,6 +1,6 @@
 """A vanilla top-K mixture of experts with Switch's balance loss.
 
-    python -m moepp_jax.main train --config=configs/routing/vanilla.py --workdir=runs/vanilla
+    moepp train --config=routing/vanilla --workdir=runs/vanilla
 
 Expected: after 300 steps a held-out loss of 5.44 with 2.00 FFN experts a token (MoE++ has 5.43
 with 0.95). About what the default job's vanilla twin (configs/tiny.py:moe) gives, whose balance

@@ -1,6 +1,6 @@
 """ZEDA's routing, from scratch: zero experts, balanced as a group with the FFN experts.
 
-    python -m moepp_jax.main train --config=configs/routing/zeda.py --workdir=runs/zeda
+    moepp train --config=routing/zeda --workdir=runs/zeda
 
 Expected: after 300 steps a held-out loss of 5.55 with 1.12 FFN experts a token (MoE++ has 5.43
 with 0.95). 1.14 is the balance; both balance losses near 1. Dropless, as nothing balances the zero

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # An experiment, a run to each task of a job array on one GPU each:
 #
-#   python -m experiments.run tau --scale=small --list       # says how many runs there are: 18
+#   moepp experiments tau --scale=small --list        # says how many runs there are: 18
 #   SHARED=/shared/moepp sbatch --array=0-17 launch/sweeps/slurm.sh tau --scale=small
-#   python -m experiments.run tau --scale=small --report     # when they are through, or before
+#   moepp experiments tau --scale=small --report     # when they are through, or before
 #
 # SHARED is a folder that all nodes see: runs are in its experiments/, and go on where they were
 # stopped. Rows are written into the project's folder, which all nodes see too, and in which the

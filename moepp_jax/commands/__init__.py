@@ -1,1 +1,1 @@
-"""The commands of `python -m moepp_jax.main`: one file each, with its flags and few lines."""
+"""The commands of `moepp`: one file each, with its flags and few lines."""

@@ -96,4 +96,4 @@ def _draw(folder: Path) -> None:
 
 
 def _command() -> str:
-    return shlex.join(["python", "-m", "moepp_jax.main", *sys.argv[1:]])
+    return shlex.join(["moepp", *sys.argv[1:]])

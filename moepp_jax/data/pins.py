@@ -162,6 +162,6 @@ def _lost(what: str, name: str, why: str, run: str) -> ConfigError:
         f"the data that the run {run} began with is not there: {what} config.data.sources.{name}"
         f"{f' ({why})' if why else ''}. Put it there again, or set config.data.dir to where it is. "
         "Or train another run from this one's checkpoint on the data as it is now: "
-        f"`python -m moepp_jax.main train --config=run:{run} --init_from={run} "
+        f"`moepp train --config=run:{run} --init_from={run} "
         "--workdir=NEW`"
     )

@@ -99,7 +99,7 @@ def _require(there: bool, what: str) -> None:
     if not there:
         raise ConfigError(
             f"the data of this configuration is not prepared: there is no {what}; make it with "
-            "`python -m moepp_jax.main data prepare --config=...` where its sources can be read, "
+            "`moepp data prepare --config=...` where its sources can be read, "
             "or set config.data.dir to where that was done"
         )
 

@@ -35,8 +35,8 @@ def select(names: Sequence[str], benchmarks: str) -> list[Task]:
     missing = [task.name for task in asked if task not in there]
     if not there or (names and missing):
         raise ConfigError(
-            f"--benchmarks={benchmarks} has no files of {', '.join(missing)}: `python -m "
-            f"moepp_jax.main data benchmarks --dir={benchmarks}` makes them (LogiQA's with "
+            f"--benchmarks={benchmarks} has no files of {', '.join(missing)}: "
+            f"`moepp data benchmarks --dir={benchmarks}` makes them (LogiQA's with "
             f"--logiqa=FILE); --benchmarks={HUB} lets the harness download the items"
         )
     return there

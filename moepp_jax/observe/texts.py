@@ -174,7 +174,7 @@ def of_tasks(
                 break
         if not documents:
             raise ConfigError(
-                f"there is no item of {task.name} in {benchmarks / task.name}: `main data "
+                f"there is no item of {task.name} in {benchmarks / task.name}: `moepp data "
                 "benchmarks` makes them"
             )
         parts.append(listed(task.name, "task", documents, tokenizer, length))
@@ -196,7 +196,7 @@ def texts_of(task: Task, benchmarks: Path) -> Iterator[str]:
             except (KeyError, IndexError, ValueError, TypeError) as error:
                 raise ConfigError(
                     f"{file}, line {number}: this is no item of {task.name} ({error!r}); "
-                    "`main data benchmarks` makes the files anew"
+                    "`moepp data benchmarks` makes the files anew"
                 ) from error
 
 

@@ -103,7 +103,7 @@ def test_what_is_missing_is_told(tmp_path, python, change, said):
 
 def test_the_numbers_in_the_comments_are_those_of_the_experiment():
     for file in (SLURM, JOBSET):
-        found = re.search(r"experiments\.run (.*) --list +# .*: (\d+)", file.read_text())
+        found = re.search(r"moepp experiments (.*) --list +# .*: (\d+)", file.read_text())
         assert len(runs_of(shlex.split(found[1]))[0]) == int(found[2])
     last = int(found[2]) - 1
     assert f"--array=0-{last} " in SLURM.read_text()
