@@ -1,4 +1,4 @@
-"""moepp: MoE++ language models, trained, evaluated, looked into and converted.
+"""moepp: trains, evaluates, analyses and converts MoE++ language models.
 
     moepp train    --config=tiny --workdir=runs/x
     moepp evaluate --workdir=runs/x
@@ -10,34 +10,33 @@
     moepp data prepare --config=tiny
     moepp data benchmarks
 
-    moepp convert from-hf path/of/released runs/x
-    moepp convert to-hf runs/x path/of/export
-    moepp convert upcycle path/of/mixtral runs/y --n_const=2 --tau=0.5
+    moepp convert from-hf path/to/released runs/x
+    moepp convert to-hf runs/x path/to/export
+    moepp convert upcycle path/to/mixtral runs/y --n_const=2 --tau=0.5
 
     moepp experiments --list
     moepp experiments tau gating_residual
 
---config names a recipe that comes with the package, or a file of your own; `moepp recipes` lists
-them. Every field of the configuration is a flag: --config.moe.rule.tau=0.5. evaluate and generate
-take the work directory's configuration; with --config they check that it is the same. So does train
-where there is one already. With --config, convert from-hf and upcycle take all but the model from
-it.
+--config names a recipe of the package (`moepp recipes` lists them) or a file of your own. Every
+field of the configuration is a flag: --config.moe.rule.tau=0.5. In a work directory that holds a
+run, commands use its configuration; with --config they check that it is the same. convert from-hf
+and upcycle take everything but the model from --config.
 
-train, evaluate, analyze and lm_eval run on many hosts: start the same command on each. Under SLURM,
-Open MPI, on Cloud TPU and with JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID set
-the processes find each other; else tell them with --coordinator, --num_processes and --process_id.
+train, evaluate, analyze and lm_eval run on many hosts: start the same command on each. Under SLURM
+and Open MPI, on Cloud TPU, and with JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID
+set, the processes find each other; elsewhere give --coordinator, --num_processes and --process_id.
 A work directory may be in a bucket: gs://bucket/run, s3://bucket/run. --profile=10:13 traces three
 steps.
 
-A training run that is killed goes on when the same command is given again, and one that has ended
-when it is given more --config.train.steps. SIGTERM or SIGINT lets it save first; it then ends with
-exit status 143 or 130. train --init_from=runs/x@700 starts a new run from the parameters of another
-one, with --init_optimizer from its optimizer's moments too.
+A training run that was killed continues when the same command is given again, and a finished one
+when it is given more --config.train.steps. On SIGTERM or SIGINT it saves, then exits with status
+143 or 130. train --init_from=runs/x@700 starts a new run from the parameters of another one, with
+--init_optimizer from its optimizer's moments too.
 
-Errors end with status 1 and one message. compile needs no such devices, and ends with status 2
-where the training step does not fit them.
+An error is one message and exit status 1. compile needs none of the devices it compiles for, and
+exits with status 2 if the training step does not fit them.
 
-    moepp generate --help             # a command with its flags; --helpfull: all flags
+    moepp generate --help             # the flags of a command; --helpfull: of everything
     moepp --version
     eval "$(moepp completion bash)"   # completes commands, flags and recipes; zsh too
 

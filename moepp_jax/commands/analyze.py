@@ -1,13 +1,13 @@
-"""analyze --workdir=RUN: where the tokens of a text go, as a file, tables, figures and a page.
+"""analyze --workdir=RUN: where the tokens of a text go: a file, tables, figures and a page.
 
-    analyze --workdir=RUN                              # held-out text of all the run's sources
+    analyze --workdir=RUN                              # held-out text of all its sources
     analyze --workdir=RUN --suite=paper --source=NAME  # the paper's tasks, and one source
     analyze --workdir=RUN --text=FILE --page           # a file; and a page to read it on
-    analyze --workdir=RUN --against=RUN2               # two runs beside each other
-    analyze --out=FOLDER --redraw                      # tables and figures anew from the file
+    analyze --workdir=RUN --against=RUN2               # two runs side by side
+    analyze --out=FOLDER --redraw                      # redraws tables and figures from the file
 
-What was routed is written to OUT/routing.parquet; OUT/REPORT.md, tables (CSV) and figures are drawn
-from it alone, by `python -m moepp_jax.analysis OUT` too, which needs no JAX.
+The routing is written to OUT/routing.parquet. OUT/REPORT.md, tables (CSV) and figures are drawn
+from it alone; `python -m moepp_jax.analysis OUT` redraws them without JAX.
 """
 
 from __future__ import annotations
@@ -28,16 +28,20 @@ from moepp_jax.storage import is_local, open_path
 for _name in ("workdir", "step", "strict", "config", "zero_offset", "suite", "tasks", "benchmarks"):
     flags.declare_key_flag(_name)
 flags.adopt_module_key_flags(devices)
-_TEXT = cli.define_paths("text", "a file of text; may be given several times")
+_TEXT = cli.define_paths("text", "a text file; may be given several times")
 _SOURCE = flags.DEFINE_multi_string(
-    "source", [], "held-out text of a source of the run; may be given several times"
+    "source", [], "a source of the run, for its held-out text; may be given several times"
 )
-_TOKENS = flags.DEFINE_integer("tokens", 200_000, "of all text together, as many of each part")
-_OUT = cli.define_path("out", None, "folder to write to; by default WORKDIR/analysis")
-_AGAINST = cli.define_path("against", None, "folder of a run to be shown beside it")
-_PAGE = flags.DEFINE_bool("page", False, "write page.html too, which shows every token")
-_PAGE_TOKENS = flags.DEFINE_integer("page_tokens", 50_000, "of the page, at most", lower_bound=1)
-_REDRAW = flags.DEFINE_bool("redraw", False, "draw anew from OUT/routing.parquet, run no model")
+_TOKENS = flags.DEFINE_integer("tokens", 200_000, "tokens in all, divided equally among the parts")
+_OUT = cli.define_path("out", None, "folder to write to; default: WORKDIR/analysis")
+_AGAINST = cli.define_path("against", None, "folder of a run to compare with")
+_PAGE = flags.DEFINE_bool("page", False, "also write page.html, which shows every token")
+_PAGE_TOKENS = flags.DEFINE_integer(
+    "page_tokens", 50_000, "tokens on the page, at most", lower_bound=1
+)
+_REDRAW = flags.DEFINE_bool(
+    "redraw", False, "redraw from OUT/routing.parquet without running a model"
+)
 
 
 def run(arguments: list[str]) -> None:

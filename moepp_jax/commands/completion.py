@@ -1,7 +1,7 @@
-"""completion bash|zsh: a script by which the shell completes commands, flags, fields and recipes.
+"""completion bash|zsh: prints a script that completes commands, flags, fields and recipes.
 
-eval "$(moepp completion bash)"             # in this shell
-moepp completion bash >> ~/.bash_completion # in every one
+eval "$(moepp completion bash)"               # in this shell
+moepp completion bash >> ~/.bash_completion   # in every one
 """
 
 from __future__ import annotations

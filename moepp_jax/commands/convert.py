@@ -1,4 +1,9 @@
-"""convert from-hf PATH WORKDIR, to-hf WORKDIR PATH, upcycle PATH WORKDIR: checkpoints."""
+"""convert: checkpoints in the layouts of others, to work directories and back.
+
+convert from-hf PATH WORKDIR   # a released MoE++ or a ZEDA checkpoint
+convert to-hf WORKDIR PATH     # back; with --layout a vanilla MoE for transformers
+convert upcycle PATH WORKDIR   # LLaMA, Mistral, Mixtral, OLMoE, Qwen3, Qwen3-MoE into MoE++
+"""
 
 from absl import flags
 
@@ -10,19 +15,21 @@ from moepp_jax.errors import ConfigError
 for _name in ("config", "step", "strict"):
     flags.declare_key_flag(_name)
 _DTYPE = flags.DEFINE_string(
-    "dtype", None, "from-hf, upcycle: of the arithmetic; to-hf: of the tensors; by default as came"
+    "dtype",
+    None,
+    "from-hf, upcycle: type of the arithmetic; to-hf: type of the tensors; default: the source's",
 )
 _LAYOUT = flags.DEFINE_string(
-    "layout", "moepp", f"to-hf: whose names and fields: {', '.join(interop.LAYOUTS)}"
+    "layout", "moepp", f"to-hf: layout of names and fields: {', '.join(interop.LAYOUTS)}"
 )
 _TOKENIZER = cli.define_path(
-    "tokenizer", None, "upcycle: SentencePiece model or tokenizer.json, if it is not in PATH"
+    "tokenizer", None, "upcycle: a SentencePiece model or tokenizer.json, if PATH has none"
 )
 _SETTINGS = {
-    "n_ffn": flags.DEFINE_integer("n_ffn", None, "upcycle: copies of a dense FFN"),
-    "n_const": flags.DEFINE_integer("n_const", None, "upcycle: constant experts"),
-    "n_copy": flags.DEFINE_integer("n_copy", None, "upcycle: copy experts"),
-    "n_zero": flags.DEFINE_integer("n_zero", None, "upcycle: zero experts"),
+    "n_ffn": flags.DEFINE_integer("n_ffn", None, "upcycle: number of copies of a dense FFN"),
+    "n_const": flags.DEFINE_integer("n_const", None, "upcycle: number of constant experts"),
+    "n_copy": flags.DEFINE_integer("n_copy", None, "upcycle: number of copy experts"),
+    "n_zero": flags.DEFINE_integer("n_zero", None, "upcycle: number of zero experts"),
     "tau": flags.DEFINE_float("tau", None, "upcycle: config.moe.rule.tau"),
     "bias_rate": flags.DEFINE_float("bias_rate", None, "upcycle: config.moe.rule.bias_rate"),
 }

@@ -1,7 +1,8 @@
-"""data prepare --config=RECIPE: text to token ids on disk, ahead of training.
+"""data: what training and evaluation read, prepared ahead of them.
 
-data verify --config=RECIPE: reads what was prepared again, and checks every byte.
-data benchmarks: the items of the paper's benchmarks, for `lm_eval`.
+data prepare --config=RECIPE   # text to token ids on disk
+data verify --config=RECIPE    # reads them again and checks every byte
+data benchmarks                # the items of the paper's benchmarks, for lm_eval
 """
 
 from pathlib import Path
@@ -16,12 +17,12 @@ from moepp_jax.errors import ConfigError
 from moepp_jax.harness import local
 
 flags.declare_key_flag("config")
-_DRY_RUN = flags.DEFINE_bool("dry_run", False, "prepare: only say what there is to do")
+_DRY_RUN = flags.DEFINE_bool("dry_run", False, "prepare: only report what would be done")
 _WORKERS = flags.DEFINE_integer(
-    "workers", None, "prepare: processes; by default one a core", lower_bound=1
+    "workers", None, "prepare: number of processes; default: one per core", lower_bound=1
 )
-_DIR = cli.define_path("dir", "data/benchmarks", "benchmarks: folder to make")
-_LOGIQA = cli.define_path("logiqa", None, "benchmarks: a file of LogiQA's test split")
+_DIR = cli.define_path("dir", "data/benchmarks", "benchmarks: folder to write to")
+_LOGIQA = cli.define_path("logiqa", None, "benchmarks: file with LogiQA's test split")
 
 
 def run(arguments: list[str]) -> None:

@@ -1,4 +1,4 @@
-"""evaluate --workdir=RUN: a checkpoint on the held-out text, or on its first --batches."""
+"""evaluate --workdir=RUN: loss and routing of a checkpoint on held-out text, as JSON."""
 
 import json
 from typing import Any
@@ -11,7 +11,7 @@ from moepp_jax.commands import options
 from moepp_jax.errors import ConfigError
 
 _BATCHES = flags.DEFINE_integer(
-    "batches", 0, "so many batches of held-out text, always the same; 0 is all of it"
+    "batches", 0, "number of held-out batches, always the same ones; 0: all held-out text"
 )
 for _name in ("workdir", "step", "strict", "config", "json", "zero_offset"):
     flags.declare_key_flag(_name)

@@ -1,17 +1,17 @@
-"""experiments NAME...: trains what experiments of the paper need and do not have yet, and reports.
+"""experiments NAME...: trains the missing runs of the paper's experiments, and reports.
 
-    experiments --list                       # experiments, their runs, the time that they take
+    experiments --list                       # experiments, their runs, the time still needed
     experiments tau gating_residual          # trains what has no row yet, and reports
     experiments all --scale=small --seeds=1  # every experiment, one seed each
     experiments tau --list                   # its runs, each with its number
-    experiments tau --only=3                 # the run of that number alone
-    experiments tau --report                 # from the rows that are there
-    experiments tau --only=3 --again         # trains it anew, beside its row
+    experiments tau --only=3                 # only the run with that number
+    experiments tau --report                 # from the existing rows
+    experiments tau --only=3 --again         # trains it again and compares with its row
     experiments tau --scale=paper --topology=v5p:4x4x4  # compiles it for a pod
 
-Rows are in RESULTS/SCALE/runs.csv, known by what a run computes: each is trained once, whichever
-experiment asks. Runs are in --workdir and go on where they were stopped. Any number of processes
-may share both folders; each takes runs that no other is at.
+Rows are in RESULTS/SCALE/runs.csv, identified by what a run computes: each run is trained once,
+whichever experiment asks. Runs are in --workdir and continue where they were stopped. Any number of
+processes may share both folders; each takes runs that no other is working on.
 """
 
 from pathlib import Path
@@ -29,13 +29,13 @@ from moepp_jax.experiments.scale import find as find_scale
 
 for _name in ("workdir", "topology"):
     flags.declare_key_flag(_name)
-_SCALE = flags.DEFINE_string("scale", "tiny", f"how large: {', '.join(SCALES)}")
-_SEEDS = flags.DEFINE_integer("seeds", None, "of every variant; by default the experiment's")
+_SCALE = flags.DEFINE_string("scale", "tiny", f"size of the runs: {', '.join(SCALES)}")
+_SEEDS = flags.DEFINE_integer("seeds", None, "seeds per variant; default: the experiment's")
 _ONLY = flags.DEFINE_string("only", None, "numbers of runs to train: 3, or 0,4, or 0-7")
-_LIST = flags.DEFINE_bool("list", False, "say what there is to train, and train nothing")
-_REPORT = flags.DEFINE_bool("report", False, "write the report from rows, and train nothing")
-_AGAIN = flags.DEFINE_bool("again", False, "train runs that have a row anew, and compare")
-_RESULTS = cli.define_path("results", str(results.RESULTS), "folder that rows and reports are in")
+_LIST = flags.DEFINE_bool("list", False, "list what there is to train, and train nothing")
+_REPORT = flags.DEFINE_bool("report", False, "write reports from existing rows, and train nothing")
+_AGAIN = flags.DEFINE_bool("again", False, "train runs that have a row again, and compare")
+_RESULTS = cli.define_path("results", str(results.RESULTS), "folder of rows and reports")
 
 
 def run(arguments: list[str]) -> None:

@@ -1,7 +1,7 @@
 """generate --workdir=RUN --prompt=TEXT: continues texts.
 
-The text goes to standard output: of one prompt as it comes, of several when all is there. How fast
-it was made goes to standard error.
+The text goes to standard output: streamed for one prompt, complete at the end for several. The
+speed goes to standard error.
 """
 
 import json
@@ -20,21 +20,23 @@ _PROMPT = flags.DEFINE_multi_string("prompt", [], "text to continue; may be give
 _PROMPTS_FILE = cli.define_path(
     "prompts_file",
     None,
-    "a prompt a line; in a file of *.jsonl, objects with a prompt; - is standard input",
+    "one prompt per line; in *.jsonl, objects with a prompt; - is standard input",
 )
-_STOP = flags.DEFINE_multi_string("stop", [], "text that ends the new one, not part of it")
-_NUM_SAMPLES = flags.DEFINE_integer("num_samples", 1, "texts of each prompt")
+_STOP = flags.DEFINE_multi_string(
+    "stop", [], "text at which generation stops, not part of the output"
+)
+_NUM_SAMPLES = flags.DEFINE_integer("num_samples", 1, "texts per prompt")
 _ALL_DEVICES = flags.DEFINE_bool(
-    "all_devices", False, "cut the model over all devices: it need not fit one of them"
+    "all_devices", False, "shard the model over all devices: it need not fit on one"
 )
 _SETTINGS = {
-    "max_new_tokens": flags.DEFINE_integer("max_new_tokens", None, "tokens at most"),
+    "max_new_tokens": flags.DEFINE_integer("max_new_tokens", None, "new tokens, at most"),
     "temperature": flags.DEFINE_float("temperature", None, "0 is greedy"),
     "top_k": flags.DEFINE_integer("top_k", None, "0 is off"),
     "top_p": flags.DEFINE_float("top_p", None, "1 is off"),
     "min_p": flags.DEFINE_float("min_p", None, "0 is off"),
     "repetition_penalty": flags.DEFINE_float("repetition_penalty", None, "1 is off"),
-    "seed": flags.DEFINE_integer("seed", None, "of the sampling"),
+    "seed": flags.DEFINE_integer("seed", None, "random seed of the sampling"),
 }
 
 

@@ -12,10 +12,8 @@ from moepp_jax.harness import needed, suite
 for _name in ("workdir", "step", "strict", "config", "json", "suite", "tasks", "benchmarks"):
     flags.declare_key_flag(_name)
 flags.adopt_module_key_flags(devices)
-_LIMIT = flags.DEFINE_integer(
-    "limit", None, "items of each task (each subject of MMLU)", lower_bound=1
-)
-_BATCH_SIZE = flags.DEFINE_string("batch_size", "auto", "rows of full length in a batch")
+_LIMIT = flags.DEFINE_integer("limit", None, "items per task (per subject of MMLU)", lower_bound=1)
+_BATCH_SIZE = flags.DEFINE_string("batch_size", "auto", "full-length rows in a batch")
 
 
 def run(arguments: list[str]) -> None:

@@ -13,22 +13,24 @@ from moepp_jax.harness import suite
 CONFIG = cli.define_config()
 WORKDIR = cli.define_path("workdir", None, "folder of the run")
 STEP = flags.DEFINE_integer(
-    "step", None, "checkpoint to use; by default the best on held-out text, else the newest"
+    "step", None, "checkpoint to use; default: the best on held-out text, else the newest"
 )
 STRICT = flags.DEFINE_bool(
-    "strict", False, "refuse a checkpoint that cannot be verified, as it has lost its checksums"
+    "strict", False, "refuse checkpoints without checksums, which cannot be verified"
 )
 ZERO_OFFSET = flags.DEFINE_float(
     "zero_offset",
     None,
-    "added to the logits of zero-computation experts: above 0 fewer FFN experts run, below 0 more",
+    "added to the logits of zero-computation experts: above 0, fewer FFN experts run; below, more",
 )
-SUITE = flags.DEFINE_enum("suite", None, ["paper"], "benchmark tasks and their shots: the paper's")
-TASKS = flags.DEFINE_list("tasks", [], "some tasks of the suite; by default all")
+SUITE = flags.DEFINE_enum("suite", None, ["paper"], "benchmark tasks and their shots")
+TASKS = flags.DEFINE_list("tasks", [], "tasks of the suite, comma-separated; default: all")
 BENCHMARKS = cli.define_path(
-    "benchmarks", "data/benchmarks", f"folder of `data benchmarks`; for lm_eval also {suite.HUB}"
+    "benchmarks",
+    "data/benchmarks",
+    f"folder made by `data benchmarks`; for lm_eval also {suite.HUB}",
 )
-TOPOLOGY = flags.DEFINE_string("topology", None, f"devices to compile for, {topology.EXAMPLES}")
+TOPOLOGY = flags.DEFINE_string("topology", None, f"devices to compile for: {topology.EXAMPLES}")
 JSON = cli.define_path("json", None, "write the result to this file")
 
 

@@ -1,6 +1,6 @@
-"""recipes: those that come with the package, to be given as --config=NAME.
+"""recipes: lists the recipes of the package, for --config=NAME.
 
-A recipe of your own is a file with a function get_config: see `moepp_jax/configs/tiny.py`.
+A recipe of your own is a file with a function get_config, as in `moepp_jax/configs/tiny.py`.
 """
 
 from rich.console import Console

@@ -1,4 +1,4 @@
-"""train --config=RECIPE --workdir=RUN: trains a model, or goes on training it."""
+"""train --config=RECIPE --workdir=RUN: trains a model, or continues to train it."""
 
 from absl import flags
 
@@ -10,16 +10,16 @@ for _name in ("config", "workdir", "strict"):
     flags.declare_key_flag(_name)
 flags.adopt_module_key_flags(devices)
 _PROFILE = flags.DEFINE_string(
-    "profile", None, "START:STOP, steps to trace, counted from 0 where this command goes on"
+    "profile", None, "START:STOP: steps to trace, counted from where this command starts"
 )
 _INIT_FROM = cli.define_path(
     "init_from",
     None,
-    "WORKDIR or WORKDIR@STEP: a new run starts from the parameters of that one, by default of the "
-    "best checkpoint on held-out text, else the newest",
+    "WORKDIR or WORKDIR@STEP: start a new run from these parameters; default STEP: the best on "
+    "held-out text, else the newest",
 )
 _INIT_OPTIMIZER = flags.DEFINE_boolean(
-    "init_optimizer", False, "and from its optimizer's moments, with the learning rate at its start"
+    "init_optimizer", False, "also take its optimizer's moments; the schedule starts anew"
 )
 
 
