@@ -67,6 +67,7 @@ class MetricsWriter:
       report: told, in one line each, of rows that are lost and of events that cannot be written.
 
     Attributes:
+      staging: of the run's folder, where the rows grow.
       seconds_so_far: that the training of the rows which were kept took.
 
     Raises:
@@ -81,13 +82,13 @@ class MetricsWriter:
     ):
         self._name = open_path(workdir) / _FILE
         with self._naming():
-            self._staging = Staging(workdir)
-            file = self._staging.fetch(_FILE)
+            self.staging = Staging(workdir)
+            file = self.staging.fetch(_FILE)
             rows = _repair(file, math.inf if resume_step is None else resume_step, workdir, report)
             self._file = file.open("a", encoding="utf-8")
         self.seconds_so_far = max((row.get("seconds", 0.0) for row in rows), default=0.0)
         purged = None if resume_step is None else resume_step + 1
-        self._events = Events(self._staging.folder / "tensorboard", purged, report)
+        self._events = Events(self.staging.folder / "tensorboard", purged, report)
 
     def write(self, step: int, **values: Any) -> None:
         """One row. Values are numbers or arrays of them: of Python, numpy, or on JAX's host."""
@@ -97,16 +98,16 @@ class MetricsWriter:
             self._file.write(json.dumps(row, allow_nan=False) + "\n")
             self._file.flush()
         for name, value in values.items():
-            for tag, number in _series(name, value):
+            for tag, number in series(name, value):
                 self._events.add(tag, number, step)
         with self._naming():
-            self._staging.copy()
+            self.staging.copy()
 
     def flush(self) -> None:
         """Puts the rows so far where they are safe."""
         self._events.flush()
         with self._naming():
-            self._staging.copy(now=True)
+            self.staging.copy(now=True)
 
     def close(self) -> None:
         self._events.close()
@@ -114,7 +115,7 @@ class MetricsWriter:
             try:
                 self._file.close()  # which writes again what could not be written
             finally:
-                self._staging.close()
+                self.staging.close()
 
     @contextlib.contextmanager
     def _naming(self) -> Iterator[None]:
@@ -169,8 +170,8 @@ def _lines(file: AnyPath) -> list[tuple[str, dict[str, Any] | None]]:
     return [(line, _row(line)) for line in lines]
 
 
-def _series(name: str, value: Any) -> Iterator[tuple[str, float]]:
-    """What TensorBoard shows of a value: a number, or one of each layer or kind of expert."""
+def series(name: str, value: Any) -> Iterator[tuple[str, float]]:
+    """What is drawn of a value as a curve: a number, or one of each layer or kind of expert."""
     if not isinstance(value, list):
         yield name, value
     elif name.endswith(("_by_layer", "_by_kind")):

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 import jax
 
 from moepp_jax import evaluate as evaluate_lib
-from moepp_jax import flops, optim, processes, run_data
+from moepp_jax import flops, optim, processes, run_data, wandb_log
 from moepp_jax import mesh as mesh_lib
 from moepp_jax import parent as parent_lib
 from moepp_jax import state as state_lib
@@ -35,6 +35,7 @@ def train(
     report: Callable[[str], None] = print,
     profile: range | None = None,
     parent: Parent | None = None,
+    wandb: wandb_log.Wandb | None = None,
 ) -> state_lib.State:
     """Trains until config.train.steps, from the newest checkpoint of the work directory if any.
 
@@ -46,6 +47,7 @@ def train(
     Args:
       profile: steps, counted from 0 where this call goes on, whose trace is written too.
       parent: what a new run starts from; one that is there must have been started from it.
+      wandb: where the first process sends what is measured, too; also of a run that has ended.
 
     Raises:
       ConfigError: the configuration does not fit the devices, the data, the work directory or the
@@ -68,6 +70,7 @@ def train(
     report = report if first else _in_silence
     may_hold = [parent_lib.FILE] if parent else []
     processes.on_first(lambda: check_workdir(workdir, config, may_hold))
+    processes.on_first(lambda: wandb_log.check(workdir, wandb))
     with contextlib.ExitStack() as held:
 
         def hold() -> None:
@@ -85,13 +88,18 @@ def train(
         report(describe(dataset, config.train.steps))
         report(_headline(config, mesh, step))
         if step >= config.train.steps:
+            if first and wandb:
+                wandb_log.send(wandb, workdir, report)
             return state
         with contextlib.ExitStack() as stack:
             tracer = stack.enter_context(Profile(workdir, profile, config.train.steps - step))
-            stop = stack.enter_context(StopRequest())
             writer = progress = None
             if first:
                 writer = stack.enter_context(MetricsWriter(workdir, step, report))
+                stack.enter_context(wandb_log.following(wandb, workdir, writer.staging, report))
+            # Left before what is sent last: a signal may then end the wait, all is saved.
+            stop = stack.enter_context(StopRequest())
+            if first:
                 progress = stack.enter_context(Progress(config.train.steps, step))
             log = Log(config, mesh, dataset, writer, progress, step)
             try:

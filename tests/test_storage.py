@@ -91,7 +91,7 @@ def test_metrics_are_in_the_bucket_when_they_must_be_and_go_on_there(bucket, mon
         metrics.flush()
         assert [row["step"] for row in read_metrics(bucket)] == [1, 2]
         metrics.write(3, loss=3.0)
-        local = metrics._staging.folder
+        local = metrics.staging.folder
     assert [row["step"] for row in read_metrics(bucket)] == [1, 2, 3]
     assert not local.exists()
     with MetricsWriter(bucket, resume_step=2) as metrics:

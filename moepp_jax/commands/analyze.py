@@ -4,6 +4,7 @@
     analyze --workdir=RUN --suite=paper --source=NAME  # the paper's tasks, and one source
     analyze --workdir=RUN --text=FILE --page           # a file; and a page to read it on
     analyze --workdir=RUN --against=RUN2               # two runs side by side
+    analyze --workdir=RUN --wandb=PROJECT              # and sent to Weights & Biases
     analyze --out=FOLDER --redraw                      # redraws tables and figures from the file
 
 The routing is written to OUT/routing.parquet. OUT/REPORT.md, tables (CSV) and figures are drawn
@@ -19,13 +20,16 @@ from pathlib import Path
 import jax
 from absl import flags
 
-from moepp_jax import cli, devices, processes, progress
+from moepp_jax import cli, devices, processes, progress, wandb_log
 from moepp_jax.analysis import draw
 from moepp_jax.commands import options
 from moepp_jax.errors import ConfigError
 from moepp_jax.storage import is_local, open_path
+from moepp_jax.workdir import alone
 
 for _name in ("workdir", "step", "strict", "config", "zero_offset", "suite", "tasks", "benchmarks"):
+    flags.declare_key_flag(_name)
+for _name in ("wandb", "wandb_mode"):
     flags.declare_key_flag(_name)
 flags.adopt_module_key_flags(devices)
 _TEXT = cli.define_paths("text", "a text file; may be given several times")
@@ -43,12 +47,18 @@ _REDRAW = flags.DEFINE_bool(
     "redraw", False, "redraw from OUT/routing.parquet without running a model"
 )
 
+# What of the folder is sent to Weights & Biases: all but the records, which are large.
+_SHOWN = {".md", ".csv", ".png", ".svg", ".html"}
+
 
 def run(arguments: list[str]) -> None:
     options.no_more(arguments)
+    wandb = options.given_wandb()
+    if wandb:
+        wandb_log.check(options.given_workdir(), wandb)
     if _REDRAW.value:
         folder = _folder()
-        _draw(folder)
+        _draw(folder, wandb)
         return
     # What takes long to import is imported once the flags are known to be right.
     from moepp_jax import observe
@@ -74,7 +84,7 @@ def run(arguments: list[str]) -> None:
             config, workdir, options.STEP.value, text, files, against, moved, _command()
         )
     if processes.is_first():
-        _draw(folder)
+        _draw(folder, wandb)
 
 
 def _folder() -> Path:
@@ -94,9 +104,14 @@ def _folder() -> Path:
     return Path(workdir) / "analysis"
 
 
-def _draw(folder: Path) -> None:
+def _draw(folder: Path, wandb: wandb_log.Wandb | None) -> None:
     for written in draw.draw(folder, _PAGE_TOKENS.value if _PAGE.value else 0):
         print(f"written {written}")
+    if wandb:
+        shown = sorted(file for file in folder.iterdir() if file.suffix in _SHOWN)
+        workdir = options.given_workdir()
+        with alone(workdir):  # a run that is trained is sent by that process
+            wandb_log.send(wandb, workdir, files=shown)
 
 
 def _command() -> str:

@@ -4,7 +4,7 @@ import sys
 
 from absl import flags
 
-from moepp_jax import cli, parent, workdir
+from moepp_jax import cli, parent, wandb_log, workdir
 from moepp_jax.compile import topology
 from moepp_jax.config import Config
 from moepp_jax.errors import ConfigError
@@ -32,6 +32,19 @@ BENCHMARKS = cli.define_path(
 )
 TOPOLOGY = flags.DEFINE_string("topology", None, f"devices to compile for: {topology.EXAMPLES}")
 JSON = cli.define_path("json", None, "write the result to this file")
+WANDB = flags.DEFINE_string(
+    "wandb", None, "project of Weights & Biases to which numbers and figures of the run are sent"
+)
+WANDB_MODE = flags.DEFINE_enum(
+    "wandb_mode",
+    None,
+    wandb_log.MODES,
+    "offline: to the run's folder, for `wandb sync`; by default what WANDB_MODE says, else online",
+)
+
+
+def given_wandb() -> wandb_log.Wandb | None:
+    return wandb_log.given(WANDB.value, WANDB_MODE.value)
 
 
 def given_config() -> Config:

@@ -6,7 +6,7 @@ from moepp_jax import cli, devices, parent, profiling, train, workdir
 from moepp_jax.commands import options
 from moepp_jax.config import Config
 
-for _name in ("config", "workdir", "strict"):
+for _name in ("config", "workdir", "strict", "wandb", "wandb_mode"):
     flags.declare_key_flag(_name)
 flags.adopt_module_key_flags(devices)
 _PROFILE = flags.DEFINE_string(
@@ -26,10 +26,11 @@ _INIT_OPTIMIZER = flags.DEFINE_boolean(
 def run(arguments: list[str]) -> None:
     options.no_more(arguments)
     start = parent.given(_INIT_FROM.value, _INIT_OPTIMIZER.value)
+    wandb = options.given_wandb()
     config, folder = _config(), options.given_workdir()
     steps = profiling.parse(_PROFILE.value) if _PROFILE.value else None
     devices.start(config)
-    train.train(config, folder, profile=steps, parent=start)
+    train.train(config, folder, profile=steps, parent=start, wandb=wandb)
 
 
 def _config() -> Config:
