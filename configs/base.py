@@ -81,7 +81,8 @@ def get_config() -> ConfigDict:
     d.sources = ConfigDict({"text": source("default")})
     d.dir = "data"  # where prepared data sets and tokenizers are kept
     d.tfds_dir = ""  # where TFDS keeps its data sets (tfds:NAME), gs:// too; empty: its default
-    d.tokenizer = ""  # a SentencePiece .model file; empty: train one of model.vocab_size pieces
+    # A SentencePiece .model file or a tokenizer.json; empty: train one of model.vocab_size pieces.
+    d.tokenizer = ""
     d.seq_len = 2048  # L, tokens
     d.eval_fraction = 0.02  # share of the documents held out, chosen by their hash
     d.worker_processes = 0  # that read batches ahead; 0: threads of the process that trains do

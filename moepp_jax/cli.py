@@ -18,6 +18,7 @@ from ml_collections import config_flags
 
 from moepp_jax import distributed, ending, processes, recipes
 from moepp_jax.checkpoint import CheckpointError, SaveError
+from moepp_jax.config import near_field
 from moepp_jax.data.storage import DataError
 from moepp_jax.errors import ConfigError
 from moepp_jax.interrupt import Stopped
@@ -136,7 +137,7 @@ def _parse(argv: Sequence[str]) -> list[str]:
         return flags.FLAGS(argv)
     except flags.UnrecognizedFlagError as error:
         if any(_GIVES_RECIPE.match(word) for word in argv) or "config." not in error.flagname:
-            raise ConfigError(str(error)) from error
+            raise ConfigError(f"{error}{_field_of_like_name(error.flagname)}") from error
         raise ConfigError(
             f"--{error.flagname} changes a field of a recipe, and none was given: write "
             "--config=tiny, or --config=run:WORKDIR for that of a run"
@@ -144,12 +145,37 @@ def _parse(argv: Sequence[str]) -> list[str]:
     except flags.Error as error:
         # What a recipe raises comes with its traceback, the error itself in the last line.
         said = str(error).strip().splitlines()[-1]
-        raise ConfigError(re.sub(r"^[\w.]+Error: ", "", said)) from error
+        raise ConfigError(_in_plain_words(re.sub(r"^[\w.]+Error: ", "", said))) from error
     except (ImportError, OSError, SyntaxError) as error:
         raise ConfigError(f"--config cannot be read: {error}") from error
     except KeyError as error:
         said = " ".join(str(error.args[0]).split())
-        raise ConfigError(f"a flag names no field of the configuration: {said}") from error
+        raise ConfigError(_no_group(said, argv)) from error
+
+
+def _in_plain_words(said: str) -> str:
+    """A flag's error, without what Python's own functions call a number that is none."""
+    said = re.sub(r"invalid literal for int\(\).*", "must be an integer, in digits alone", said)
+    return re.sub(r"could not convert string to float.*", "must be a number", said)
+
+
+def _field_of_like_name(flag: str) -> str:
+    """A hint at the field of the recipe that may have been meant, where the command has one."""
+    near = near_field(flag) if "config" in flags.FLAGS else None
+    return f"; did you mean --config.{near}?" if near else ""
+
+
+def _no_group(said: str, argv: Sequence[str]) -> str:
+    """The error for a flag below a group that the recipe has not; `said` begins with its name."""
+    name = re.sub(r"^'([^']*)'.*", r"\1", said)
+    words = [re.sub(r"^--?|=.*", "", word) for word in argv if re.match(r"--?config\.", word)]
+    flag = next((f"--{word}" for word in words if name in word.split(".")), "a flag")
+    if flag.startswith("--config.data.sources."):
+        return (
+            f"{flag}: the recipe has no source {name!r}; flags change the sources that it has, and "
+            "others are named in a recipe of your own (docs/DATA.md)"
+        )
+    return f"{flag} names no field of the configuration: {said}"
 
 
 _GIVES_RECIPE = re.compile(r"--?config(=|$)")

@@ -263,6 +263,11 @@ def _rule(fields: Any, pool: Pool) -> Rule:
         raise ConfigError(f"config.moe.rule.{error}") from error
 
 
+def near_field(name: str) -> str | None:
+    """The field, with its group, that may have been meant by a name alone: "lr", "tau"."""
+    return _near(name, {}, "")
+
+
 def _near(name: str, types: Mapping[str, Any], prefix: str) -> str | None:
     """The field that may have been meant: one of a like name here, else elsewhere."""
     like = difflib.get_close_matches(name, types, n=1)

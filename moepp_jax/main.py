@@ -81,6 +81,8 @@ _HELP = {"--help", "-help", "-h", "-?"}
 def main() -> None:
     """The command line, whole: what was asked for is in sys.argv."""
     ending.from_now_on()
+    if sys.argv[1:2] == ["help"]:
+        sys.argv[1:] = [*sys.argv[2:], "--help"]
     name = command_of(sys.argv[1:])
     if name is not None:
         run(name)

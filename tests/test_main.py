@@ -240,14 +240,18 @@ def cases(folder: Path) -> list[tuple[list[str], str]]:
             ["evaluate", run, "--config.moe.rule.tau=1"],
             "--config.moe.rule.tau changes a field of a recipe",
         ),
-        (["train", recipe, "--config.mo.tau=1", new], "a flag names no field .*'mo'"),
+        (["train", recipe, "--config.mo.tau=1", new], "--config.mo.tau names no field .*'mo'"),
+        (
+            ["train", recipe, "--config.data.sources.own.path=x", new],
+            "--config.data.sources.own.path: the recipe has no source 'own'; .* recipe of your own",
+        ),
         (
             ["train", recipe, "--config.moe.rule.tau=x", new],
-            "flag --config.moe.rule.tau=x: could not conv",
+            "flag --config.moe.rule.tau=x: must be a number$",
         ),
         (
             ["train", recipe, "--config.moe.rule.top_k=1.5", new],
-            "flag --config.moe.rule.top_k=1.5: invalid",
+            "flag --config.moe.rule.top_k=1.5: must be an integer, in digits alone$",
         ),
         (["train", recipe, "--config.model.dtype=float16", new], "dtype = 'float16' is for eval"),
         (
@@ -255,6 +259,7 @@ def cases(folder: Path) -> list[tuple[list[str], str]]:
             "config.moe.rule.tau = 2.0 must be greater than",
         ),
         (["train", recipe, "--workdr=x"], "Unknown command line flag 'workdr'"),
+        (["train", recipe, "--lr=1e-3", new], ".* flag 'lr'; did you mean --config.optim.lr[?]$"),
         (
             ["train", *tiny_flags, "--config.mesh.data=3", new],
             "config.mesh: data=3 x fsdp=1 x expert=1 does not multiply to the 1 devices",
@@ -347,7 +352,7 @@ def cases(folder: Path) -> list[tuple[list[str], str]]:
         ([*generate, "--stop="], "stop = '' must be a text of at least one character"),
         (["generate", run, f"--prompts_file={folder}/file"], "--prompts_file=.* holds no prompt"),
         (["generate", run, "--prompts_file=no.txt"], "--prompts_file=no.txt cannot be read: .*No"),
-        ([*generate, "--top_k=few"], "flag --top_k=few: invalid literal"),
+        ([*generate, "--top_k=few"], "flag --top_k=few: must be an integer"),
     ]
 
 
@@ -370,8 +375,9 @@ def spoil(folder: Path) -> None:
     (folder / "mute" / "tokenizer.model").unlink()
 
 
-def test_help_is_of_the_command_and_no_error(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["main", "generate", "--help"])
+@pytest.mark.parametrize("words", (["generate", "--help"], ["help", "generate"]), ids=" ".join)
+def test_help_is_of_the_command_and_no_error(words, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["main", *words])
     monkeypatch.setattr(signal, "signal", lambda *handler: None)  # pytest's own handler stays
     monkeypatch.setattr(main.ending, "from_now_on", lambda: None)
     with pytest.raises(SystemExit) as end:
