@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -30,3 +31,14 @@ def test_loss_falls(name):
     assert len(losses) == len(ffn) > 5
     assert losses[-1] < losses[0] / 5
     assert all(0 < x < 2 for x in ffn)
+
+
+def test_the_layer_of_the_readme_runs_as_it_stands():
+    readme = (ROOT / "README.md").read_text()
+    block = re.search(r"The layer in a model of your own.*?\n\n(.*?)\n\nAn FFN", readme, re.DOTALL)
+    names = {}
+    exec(textwrap.dedent(block[1]), names)
+    assert names["y"].shape == names["x_GSD"].shape
+    assert names["logits"].shape == names["previous_logits_GSN"].shape
+    assert "balance_loss" in names["losses"]
+    assert all(loss.value.shape == () for loss in names["losses"].values())
