@@ -242,6 +242,20 @@ def test_a_tokenizer_that_cannot_be_that_of_the_model(tmp_path):
         moepp_jax.load(tmp_path / "run")
 
 
+def test_a_tokenizer_that_is_put_there_later(tmp_path):
+    source = published.whole(tmp_path / "source", "qwen3_moe")
+    (source / "tokenizer.json").rename(tmp_path / "tokenizer.json")
+    said, run = [], tmp_path / "run"
+    interop.upcycle(source, run, recipe(tmp_path), report=said.append, **NO_POOL)
+    assert f"put the one that it was trained with into {run}, as" in said[1]
+    (tmp_path / "tokenizer.json").rename(run / "tokenizer.json")
+    config = read_config(run)
+    assert config.data.tokenizer == str(run / "tokenizer.json")
+    tokenizer = moepp_jax.load(run).tokenizer
+    assert tokenizer.eos_id == 480  # by the run's generation_config.json
+    assert train.train(config, run, **SILENT).step == 3
+
+
 def test_what_is_no_olmoe(tmp_path):
     open_workdir(tmp_path / "run", tiny.config())
     with pytest.raises(ConversionError, match=r"as olmoe: config.model.qk_norm is always 'full'"):
