@@ -1,0 +1,52 @@
+"""What the project says of itself to tools agrees with what it is."""
+
+import os
+import re
+from pathlib import Path
+
+import yaml
+
+import moepp_jax
+
+ROOT = Path(__file__).parents[1]
+
+
+def read(name: str):
+    return yaml.safe_load((ROOT / name).read_text())
+
+
+def test_the_version_is_one():
+    citation = read("CITATION.cff")
+    assert citation["version"] == moepp_jax.__version__ and citation["license"] == "Apache-2.0"
+    assert citation["cff-version"] == "1.2.0" and citation["message"] and citation["authors"]
+    assert citation["preferred-citation"]["url"].endswith("2410.07348")
+    versions = re.findall(r"^## \[(.*)\]", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert versions[:2] == ["Unreleased", moepp_jax.__version__]
+
+
+def test_hooks_have_the_pinned_ruff():
+    pinned = re.findall(r"^ruff==.*$", (ROOT / "requirements/dev.txt").read_text(), re.MULTILINE)
+    (local,) = read(".pre-commit-config.yaml")["repos"]
+    assert [hook["additional_dependencies"] for hook in local["hooks"]] == [pinned, pinned]
+
+
+def test_public_ci_does_what_ours_does():
+    jobs = read(".github/workflows/ci.yml")["jobs"]
+    commands = {name: [s["run"] for s in job["steps"] if "run" in s] for name, job in jobs.items()}
+    assert commands == {"check": [".ci/run"], "newest": ["make test-newest"]}
+    assert os.access(ROOT / ".ci/run", os.X_OK)
+    targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert "test-newest" in targets
+    for job in jobs.values():
+        (python,) = [s["with"] for s in job["steps"] if s.get("uses", "").startswith("actions/set")]
+        assert python["python-version"] == "3.11"
+
+
+def test_files_that_contributors_are_sent_to_are_there():
+    """Those of the worked examples are to be written."""
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    new = r"sigmoid|warmup|tsv|\*"
+    named = re.findall(r"\b(?:moepp_jax|tests|configs|docs|experiments)/[\w/.]+\w", text)
+    assert len(named) > 10
+    gone = {name for name in named if not (ROOT / name).exists()}
+    assert all(re.search(new, name) for name in gone), gone
