@@ -2,6 +2,7 @@
 
 import os
 import re
+import tomllib
 from pathlib import Path
 
 import yaml
@@ -22,6 +23,14 @@ def test_the_version_is_one():
     assert citation["preferred-citation"]["url"].endswith("2410.07348")
     versions = re.findall(r"^## \[(.*)\]", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
     assert versions[:2] == ["Unreleased", moepp_jax.__version__]
+
+
+def test_the_readme_has_every_extra():
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"][
+        "optional-dependencies"
+    ]
+    table = (ROOT / "README.md").read_text().partition("| extra | adds |\n")[2].partition("\n\n")[0]
+    assert sorted(re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE)) == sorted(extras)
 
 
 def test_hooks_have_the_pinned_ruff():
