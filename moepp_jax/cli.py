@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 import logging as logging_of_python
 import os
 import re
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -133,8 +135,9 @@ def describe(module: ModuleType) -> str:
 
 def _parse(argv: Sequence[str]) -> list[str]:
     argv = _with_file_of_recipe(argv)
+    logging.set_verbosity(logging.ERROR)  # what it warns of is an error below
     try:
-        return flags.FLAGS(argv)
+        words = flags.FLAGS(argv)
     except flags.UnrecognizedFlagError as error:
         if any(_GIVES_RECIPE.match(word) for word in argv) or "config." not in error.flagname:
             raise ConfigError(f"{error}{_field_of_like_name(error.flagname)}") from error
@@ -148,9 +151,35 @@ def _parse(argv: Sequence[str]) -> list[str]:
         raise ConfigError(_in_plain_words(re.sub(r"^[\w.]+Error: ", "", said))) from error
     except (ImportError, OSError, SyntaxError) as error:
         raise ConfigError(f"--config cannot be read: {error}") from error
-    except KeyError as error:
-        said = " ".join(str(error.args[0]).split())
-        raise ConfigError(_no_group(said, argv)) from error
+    except Exception as error:
+        if said := _wrong_in_recipe(error, _recipe(argv)):
+            raise ConfigError(said) from error
+        if isinstance(error, KeyError):
+            said = " ".join(str(error.args[0]).split())
+            raise ConfigError(_no_group(said, argv)) from error
+        raise
+    if _recipe(argv) and flags.FLAGS.config is None:
+        raise ConfigError(f"--config={_recipe(argv)}: its get_config returns no configuration")
+    return words
+
+
+def _wrong_in_recipe(error: Exception, file: str) -> str | None:
+    """The error of a recipe's own code, with its line; None for one that comes from elsewhere."""
+    if isinstance(error, AttributeError) and error.name == "get_config":
+        return f"--config={file}: a recipe has a function get_config, and there is none in it"
+    frames = traceback.extract_tb(error.__traceback__)
+    path = os.path.abspath(file)
+    lines = [f.lineno for f in frames if file and os.path.abspath(f.filename) == path]
+    said = " ".join(str(error).split())
+    return f"--config={file}, line {lines[-1]}: {type(error).__name__}: {said}" if lines else None
+
+
+def _recipe(argv: Sequence[str]) -> str:
+    """The file that --config names, "" if there is none."""
+    for word, following in itertools.pairwise([*argv, ""]):
+        if match := _GIVES_RECIPE.match(word):
+            return (word[match.end() :] if match[1] else following).partition(":")[0]
+    return ""
 
 
 def _in_plain_words(said: str) -> str:

@@ -201,6 +201,28 @@ def run_folder(folder):
     return tiny.run_folder(folder / "run", tiny.config(**{"data.dir": str(folder / "data")}))
 
 
+# Recipes with a mistake in each, and what is said of it.
+OWN = {
+    "misnamed": (
+        "def get_config():\n    return confg\n",
+        "--config=.*misnamed.py, line 2: NameError: name 'confg' is not defined",
+    ),
+    "no_key": (
+        "def get_config():\n    return {}['moe']\n",
+        "--config=.*no_key.py, line 2: KeyError: 'moe'$",
+    ),
+    "at_import": (
+        "1 / 0\n",
+        "--config=.*at_import.py, line 1: ZeroDivisionError: division",
+    ),
+    "no_function": ("x = 1\n", "--config=.*no_function.py: a recipe has a function get_config"),
+    "no_return": (
+        "def get_config():\n    pass\n",
+        "--config=.*no_return.py: its get_config returns no configuration",
+    ),
+}
+
+
 def cases(folder: Path) -> list[tuple[list[str], str]]:
     """Arguments, and the pattern of the one line that they should give."""
     tiny_flags, run = flags(folder), f"--workdir={folder / 'run'}"
@@ -228,6 +250,11 @@ def cases(folder: Path) -> list[tuple[list[str], str]]:
         ),
         (["train", "--config", "no.py", "--config.seed=1"], "--config=no.py: there is no such"),
         (["train", "--config=README.md", new], "--config cannot be read: .*README.md"),
+        *(
+            (["train", f"--config={folder}/{name}.py", new], said)
+            for name, (_, said) in OWN.items()
+        ),
+        (["train", "--config", f"{folder}/misnamed.py"], OWN["misnamed"][1]),
         (["train", recipe + ":dense", new], "no variant 'dense' .* write :moepp or :moe"),
         (["train", recipe, "--config.moe.tua=1", new], "unknown field config.moe.tua = 1: did you"),
         (["train", recipe, "--config.moe.lr=1", new], "unknown field .*lr = 1: .* mean optim.lr"),
@@ -369,6 +396,8 @@ def test_a_device_that_is_too_small_is_told_with_what_needs_less(monkeypatch):
 def spoil(folder: Path) -> None:
     """A file, and copies of the run with something wrong in each."""
     (folder / "file").write_text("\n")
+    for name, (recipe, _) in OWN.items():
+        (folder / f"{name}.py").write_text(recipe)
     for name in ("cut", "mute"):
         shutil.copytree(folder / "run", folder / name)
     (folder / "cut" / "checkpoints" / "3" / "checksums.json").unlink()
