@@ -78,6 +78,11 @@ def write_atomic(file: AnyPath, content: str | bytes) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def _is_half(file: Path) -> bool:
+    """Whether it is what `write_atomic` is about to rename."""
+    return file.name.startswith(".") and file.suffix == ".tmp"
+
+
 def is_full(error: Exception) -> bool:
     return getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
 
@@ -134,12 +139,16 @@ class Staging:
         if not self._remote or not (now or time.monotonic() - self._last >= _COPY_EVERY):
             return
         for file in files_below(self.folder):
-            stat = file.stat()
-            state = (stat.st_size, stat.st_mtime_ns)
-            if self._copied.get(file) != state:
+            try:
+                stat = file.stat()
+                state = (stat.st_size, stat.st_mtime_ns)
+                content = file.read_bytes() if self._copied.get(file) != state else None
+            except FileNotFoundError:
+                continue  # another process that writes here has renamed it
+            if content is not None and not _is_half(file):
                 target = self._target / file.relative_to(self.folder).as_posix()
                 target.parent.mkdir(parents=True, exist_ok=True)
-                target.write_bytes(file.read_bytes())
+                target.write_bytes(content)
                 self._copied[file] = state
         self._last = time.monotonic()
 

@@ -144,15 +144,20 @@ def following(
     if not file.exists():
         fresh = {"id": _said("RUN_ID") or secrets.token_hex(4), "project": wanted.project}
         write_atomic(file, json.dumps(fresh | {"step": -1}, indent=2) + "\n")
-    workdir = open_path(workdir)
+    config = (open_path(workdir) / "config.json").read_text(encoding="utf-8")
     job = {
         "mode": wanted.mode,
-        "name": workdir.name,
+        "name": os.path.basename(os.path.abspath(workdir)),
         "folder": str(file.parent.absolute()),
-        "config": json.loads((workdir / "config.json").read_text(encoding="utf-8")),
+        "config": json.loads(config),
         "files": [str(path.absolute()) for path in files],
     }
-    process = _Process(job, report)
+    try:
+        process = _Process(job, report)
+    except OSError as error:
+        report(f"Weights & Biases: its process cannot be started: {error}; the run goes on without")
+        yield
+        return
     try:
         yield
     finally:
@@ -214,6 +219,8 @@ class _Process:
                 os.killpg(self._process.pid, signal.SIGKILL)  # wandb's own processes too
             self._process.wait()
         self._telling.join(timeout=1)
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.close()
         if status:
             self._report(f"Weights & Biases: its process has ended with status {status}")
 
@@ -223,8 +230,9 @@ class _Process:
             self._process.stdin.flush()
 
     def _tell(self) -> None:
-        for line in self._process.stdout:
-            self._report(line.rstrip("\n"))
+        with self._process.stdout as lines:
+            for line in lines:
+                self._report(line.rstrip("\n"))
 
 
 def _said(variable: str) -> str:

@@ -61,13 +61,15 @@ def _opened(job: dict[str, Any], report) -> Any:
     os.environ.setdefault("WANDB_DATA_DIR", str(place / "wandb"))
     os.environ.setdefault("WANDB_CACHE_DIR", str(place / "wandb" / "cache"))
     known = wandb_log.read(folder / wandb_log.FILE)
+    # Of a run that is there its owner may have changed the name.
+    name = os.environ.get("WANDB_NAME") or (job["name"] if known["step"] < 0 else None)
     wait, told = _TRY_AFTER, False
     while True:
         try:
             run = wandb.init(
                 project=known["project"],
                 id=known["id"],
-                name=os.environ.get("WANDB_NAME") or job["name"],
+                name=name,
                 resume="allow",
                 mode=job["mode"],
                 dir=place,

@@ -125,6 +125,23 @@ def test_a_local_folder_is_written_in_place(tmp_path):
     assert [entry.name for entry in tmp_path.iterdir()] == ["a"]
 
 
+def test_what_another_process_is_renaming_is_not_copied(bucket, monkeypatch):
+    staging = Staging(bucket)
+    for name in ("a", "gone", ".a.0123.tmp"):
+        (staging.folder / name).write_text("x")
+
+    real = type(staging.folder).stat
+
+    def stat(path, **options):
+        if path.name == "gone":
+            raise FileNotFoundError(2, "No such file or directory")
+        return real(path, **options)
+
+    monkeypatch.setattr(type(staging.folder), "stat", stat)
+    staging.copy(now=True)
+    assert objects().keys() == {"a"}
+
+
 def test_no_listing_of_a_bucket_is_remembered(bucket):
     fsspec.config.conf.pop("s3", None)
     InMemory.clear_instance_cache()

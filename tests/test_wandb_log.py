@@ -13,11 +13,16 @@ import pytest
 from moepp_jax import train, wandb_log
 from moepp_jax.errors import ConfigError
 from moepp_jax.metrics import MetricsWriter
+from moepp_jax.storage import open_path, write_atomic
 from moepp_jax.wandb_log import FILE, Wandb
 from tests import tiny
 from tests.test_main import ENVIRONMENT, ROOT, flags
+from tests.test_storage import bucket as _bucket
+from tests.test_storage import objects
 
 KEY = "a-key-that-nobody-may-see-0123456789"
+
+bucket = _bucket
 
 STAND_IN = '''
 """Notes what it is told in STAND_IN; what STAND_IN_DOES says goes wrong."""
@@ -218,6 +223,36 @@ def test_a_service_that_dies_is_one_line(run, notes, monkeypatch):
         "Weights & Biases: BrokenPipeError: the service is gone; the run goes on without it, and "
         "metrics.jsonl has all numbers"
     ]
+
+
+def test_a_run_in_a_bucket_keeps_its_id_there(bucket, notes):
+    write_atomic(open_path(bucket) / "config.json", json.dumps(CONFIG))
+    measure(bucket, range(1, 6), 0, ONLINE)
+    assert json.loads(objects()[FILE])["step"] == 5
+    measure(bucket, range(4, 10), 3, ONLINE)
+    assert notes("step") == [*range(1, 10)]
+    assert len({init["id"] for init in notes("init")}) == 1 and notes("init")[0]["name"] == "a"
+    assert "wandb/curves.png" in objects()
+
+
+def test_a_process_that_cannot_be_started_is_one_line(run, notes, monkeypatch):
+    def full(*arguments, **options):
+        raise OSError(11, "Resource temporarily unavailable")
+
+    monkeypatch.setattr(subprocess, "Popen", full)
+    said = []
+    measure(run, range(1, 10), 0, ONLINE, said)
+    assert said == [
+        "Weights & Biases: its process cannot be started: [Errno 11] Resource temporarily "
+        "unavailable; the run goes on without"
+    ]
+
+
+def test_a_name_is_given_once(run, notes):
+    """Its owner may change it."""
+    measure(run, range(1, 5), 0, ONLINE)
+    measure(run, range(5, 7), 4, ONLINE)
+    assert [init["name"] for init in notes("init")] == ["run", None]
 
 
 def is_there(pid: int) -> bool:
