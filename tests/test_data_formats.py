@@ -144,8 +144,13 @@ DEEP = b'{"text": "x"}\n{"text": ' + b"[" * 100_000 + b"]" * 100_000 + b"}\n"
         ("a.json", b'[{"text": "x"}, {"text": tru', r"record 2: not JSON \(Expecting value"),
         ("a.json", b'[{"text": "x"}, {"text": "', r"record 2: not JSON \(Unterminated string"),
         ("a.json", b'[{"text": "x"}, {text: "y"}' + b" " * 99, r"record 2: not JSON \(Expecting p"),
-        ("a.json", b'[{"text": "x"}, 7]', r"record 2: no field 'text'; there is no JSON object, b"),
-        ("a.json", b'[{"text": "x"}, {"text": {}}]', r"record 2: the field 'text' is a dict, not"),
+        (
+            "a.json",
+            b'[{"text": "x"}, 7]',
+            r"record 2: a number, where an object with the field 'te",
+        ),
+        ("a.jsonl", b'["x"]\n"y"\n', r"record 1: a string, where .*: write \{\"text\": \"...\"\}"),
+        ("a.json", b'[{"text": "x"}, {"text": {}}]', r"record 2: the field 'text' holds an object"),
         ("a.json", b'[{"text": "\xff"}]', r"record 1: it or one after it is not UTF-8: .* 0xff"),
         ("a.json", b'{\n "text": "x"\n}', r"line 1: not JSON .* an object a line, or one array of"),
         (

@@ -281,7 +281,11 @@ def test_a_damaged_file_is_one_clear_error(tmp_path, damage):
 @pytest.mark.parametrize(
     ("beside", "why"),
     [
-        ({}, "no token is known to end a document: put a tokenizer_config.json with its eos_token"),
+        (
+            {},
+            "no token is known to end a document: put a tokenizer_config.json with its eos_token "
+            'beside it, as {"eos_token": "</s>"}',
+        ),
         (
             {"tokenizer_config.json": {"eos_token": "<end>"}},
             "no such token as .*eos_token = '<end>'",

@@ -68,14 +68,19 @@ def text_of(record: Any, field: str) -> str:
     Raises:
       RecordError: it has no such field, or that holds no text.
     """
-    if not isinstance(record, dict) or field not in record:
+    if not isinstance(record, dict):
+        raise RecordError(
+            f"{_kind(record)}, where an object with the field {field!r} is to be: write "
+            f'{{"{field}": "..."}}'
+        )
+    if field not in record:
         raise RecordError(
             f"no field {field!r}; there is {_listed(record)}: set text_field of the source to the "
             "one that holds the text"
         )
     text = "" if record[field] is None else record[field]
     if not isinstance(text, str):
-        raise RecordError(f"the field {field!r} is a {type(text).__name__}, not text")
+        raise RecordError(f"the field {field!r} holds {_kind(text)}, not text")
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -86,9 +91,13 @@ def text_of(record: Any, field: str) -> str:
     return text
 
 
-def _listed(record: Any) -> str:
-    if not isinstance(record, dict):
-        return f"no JSON object, but a {type(record).__name__}"
+def _kind(value: Any) -> str:
+    """What a value that was read is called in JSON."""
+    names = {dict: "an object", list: "an array", str: "a string", bool: "true or false"}
+    return "null" if value is None else names.get(type(value), "a number")
+
+
+def _listed(record: dict[str, Any]) -> str:
     more = f" and {len(record) - _FIELDS:,} more" if len(record) > _FIELDS else ""
     return ", ".join(map(repr, list(record)[:_FIELDS])) + more
 

@@ -116,7 +116,7 @@ class TokenizerJson(TokenizerFile):
         if found is None and not behind:
             raise self._error(
                 f"no token is known to end a document: put a {SETTINGS} with its eos_token beside "
-                "it"
+                'it, as {"eos_token": "</s>"}'
             )
         if found is None:
             return behind[-1]
