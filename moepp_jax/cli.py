@@ -183,8 +183,9 @@ def _recipe(argv: Sequence[str]) -> str:
 
 
 def _in_plain_words(said: str) -> str:
-    """A flag's error, without what Python's own functions call a number that is none."""
+    """A flag's error, without what Python and absl call a value of another type."""
     said = re.sub(r"invalid literal for int\(\).*", "must be an integer, in digits alone", said)
+    said = re.sub(r"\('Non-boolean argument.*", "must be true or false", said)
     return re.sub(r"could not convert string to float.*", "must be a number", said)
 
 

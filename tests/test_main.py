@@ -280,6 +280,10 @@ def cases(folder: Path) -> list[tuple[list[str], str]]:
             ["train", recipe, "--config.moe.rule.top_k=1.5", new],
             "flag --config.moe.rule.top_k=1.5: must be an integer, in digits alone$",
         ),
+        (
+            ["train", recipe, "--config.model.tied_embeddings=maybe", new],
+            "flag --config.model.tied_embeddings=maybe: must be true or false$",
+        ),
         (["train", recipe, "--config.model.dtype=float16", new], "dtype = 'float16' is for eval"),
         (
             ["train", recipe, "--config.moe.rule.tau=2", new],
