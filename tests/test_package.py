@@ -101,7 +101,8 @@ def imported(folder: Path) -> set[str]:
                 found |= {name.name.partition(".")[0] for name in node.names}
             elif isinstance(node, ast.ImportFrom) and node.level == 0:
                 found.add(node.module.partition(".")[0])
-    return found - set(sys.stdlib_module_names) - {"moepp_jax", "__future__"}
+    newer = {"compression"}  # Python's own from 3.14 on
+    return found - set(sys.stdlib_module_names) - newer - {"moepp_jax", "__future__"}
 
 
 def test_what_is_imported_is_declared_and_the_other_way_round():
