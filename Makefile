@@ -3,7 +3,7 @@ SHELL := /bin/bash
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 PY := .venv/bin/python
 
-.PHONY: help train test test-slow test-torch test-eval test-newest test-tpu-compile test-browser test-wandb pods check format benchmark lock clean
+.PHONY: help train test test-slow test-torch test-eval test-newest test-tpu-compile test-browser test-wandb test-site site pods check format benchmark lock clean
 
 help:
 	@echo "make train      train a tiny MoE++ model and its vanilla twin on real text, and compare them"
@@ -15,6 +15,8 @@ help:
 	@echo "make test-tpu-compile  compile for TPU pods, which need not be there: ten minutes"
 	@echo "make test-browser  the routing page in Chromium, which has to be there (Debian: apt install chromium)"
 	@echo "make test-wandb  the tests against Weights & Biases, offline: installs its package"
+	@echo "make site       the documentation, to build/site: runs the tutorial, some minutes"
+	@echo "make test-site  builds it, and follows every link in it"
 	@echo "make pods       compile the 7B model for 8 to 4,096 TPU chips, which need not be there"
 	@echo "make check      lint and format checks"
 	@echo "make format     mend what they find, where it can be mended"
@@ -69,6 +71,19 @@ test-wandb: .venv/dev requirements/wandb.txt
 	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements/wandb.txt
 	$(PY) -m pytest -m wandb
 
+.venv/docs: .venv/run requirements/docs.txt
+	@echo "adding what the site is built with"
+	@$(PY) -m pip install --quiet --disable-pip-version-check -r requirements/docs.txt
+	@touch $@
+
+# Warnings are errors (website/mkdocs.yml); the variable is about a notice of the theme's.
+site: .venv/docs
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --config-file website/mkdocs.yml
+	@echo "build/site/index.html"
+
+test-site: .venv/dev .venv/docs
+	$(PY) -m pytest -m site
+
 # Not what is pinned but what is newest for this Python, in an environment of its own.
 test-newest: .venv/run
 	@test -x .venv/newest/bin/python || $(PYTHON) -m venv .venv/newest
@@ -99,7 +114,7 @@ LOCK := $(PY) -m piptools compile --quiet --no-header --no-annotate --strip-extr
   --no-emit-index-url --no-emit-find-links --no-build-isolation pyproject.toml
 lock: .venv/dev
 	$(LOCK) --constraint requirements/held.in --output-file requirements.txt
-	agree="--constraint requirements.txt"; for extra in cloud cuda dev eval hf tpu wandb; do \
+	agree="--constraint requirements.txt"; for extra in cloud cuda dev docs eval hf tpu wandb; do \
 	  $(LOCK) $$agree --extra $$extra --output-file requirements/$$extra.txt; \
 	  agree="$$agree --constraint requirements/$$extra.txt"; done
 
