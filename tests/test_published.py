@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -232,11 +233,13 @@ def test_a_tokenizer_that_cannot_be_that_of_the_model(tmp_path):
     with pytest.raises(ConfigError, match=r"source/tokenizer\.json has 487 pieces, more than"):
         interop.upcycle(source, tmp_path / "run", **NO_POOL, **SILENT)
     (source / "tokenizer.json").write_text('{"version": "1.0", "model": {"type": "BPE"}}')
-    with pytest.raises(ConfigError, match=r"source/tokenizer\.json cannot be read by .*Missing"):
-        interop.upcycle(source, tmp_path / "run", **NO_POOL, **SILENT)
+    damaged, why = source / "tokenizer.json", r"source/tokenizer\.json cannot be read by .*Missing"
+    with pytest.raises(ConfigError, match=why):
+        interop.upcycle(source, tmp_path / "run", tokenizer=damaged, **NO_POOL, **SILENT)
     assert [p.name for p in tmp_path.iterdir()] == ["source"]
-    (source / "tokenizer.json").unlink()
-    interop.upcycle(source, tmp_path / "run", **NO_POOL, **SILENT)
+    said = []
+    interop.upcycle(source, tmp_path / "run", report=said.append, **NO_POOL)
+    assert re.search(why, said[1])  # the weights are worth having without it
     tokenizer_files.save(tmp_path / "run", "olmoe")  # put there by hand
     with pytest.raises(ConfigError, match=r"run/tokenizer\.json has 487 pieces, more than"):
         moepp_jax.load(tmp_path / "run")
