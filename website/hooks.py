@@ -20,8 +20,8 @@ from mkdocs.structure.files import File
 from mkdocs.utils import get_relative_url
 
 ROOT = Path(__file__).resolve().parents[1]
-GATHERED = ("README.md", "docs/**/*", "experiments/results/**/*")
-SUFFIXES = {".md", ".png", ".svg", ".csv", ".html"}
+GATHERED = ("*.md", "CITATION.cff", "docs/**/*", "experiments/results/**/*")
+SUFFIXES = {".cff", ".md", ".png", ".svg", ".csv", ".html"}
 TUTORIAL = ROOT / "docs" / "tutorial.py"
 MADE = ROOT / "build" / "tutorial"
 # Pages that the text names as code, `docs/RUNS.md`, though not where code is linked already.
