@@ -47,7 +47,7 @@ def checkpoint(folder: Path, config: Config) -> tuple[float, float]:
         return np.resize(noise, places[name].shape)
 
     folder.mkdir()
-    written, _ = hf_config.fields_of(config, {"torch_dtype": _DTYPE})
+    written, _ = hf_config.fields_of(config, {"torch_dtype": _DTYPE}, special={})
     (folder / "config.json").write_text(json.dumps(written))
     shards.write(folder, {name: (_DTYPE, at.shape) for name, at in places.items()}, produce)
     size = sum(file.stat().st_size for file in folder.iterdir())
