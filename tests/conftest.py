@@ -20,7 +20,8 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 from jaxtyping import install_import_hook
 
 # Shapes and types in signatures are checked whenever a test calls a function of the package.
-install_import_hook("moepp_jax", f"{checked.__name__}.signature")
+install_import_hook(checked.STRICTLY, "beartype.beartype")
+install_import_hook(checked.BESIDE, f"{checked.__name__}.signature")
 
 # Tracing makes many objects and few cycles: looking for those was an eighth of all tests' time.
 gc.set_threshold(20_000, 20, 20)
