@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import itertools
 import logging as logging_of_python
 import os
 import re
@@ -139,11 +138,12 @@ def _parse(argv: Sequence[str]) -> list[str]:
     try:
         words = flags.FLAGS(argv)
     except flags.UnrecognizedFlagError as error:
-        if any(_GIVES_RECIPE.match(word) for word in argv) or "config." not in error.flagname:
+        if _recipe(argv) or not error.flagname.startswith("config."):
             raise ConfigError(f"{error}{_field_of_like_name(error.flagname)}") from error
+        run = next((w.partition("=")[2] for w in argv if re.match("--?workdir=", w)), "WORKDIR")
         raise ConfigError(
             f"--{error.flagname} changes a field of a recipe, and none was given: write "
-            "--config=tiny, or --config=run:WORKDIR for that of a run"
+            f"--config=tiny, or --config=run:{run} for that of a run"
         ) from error
     except flags.Error as error:
         # What a recipe raises comes with its traceback, the error itself in the last line.
@@ -174,12 +174,32 @@ def _wrong_in_recipe(error: Exception, file: str) -> str | None:
     return f"--config={file}, line {lines[-1]}: {type(error).__name__}: {said}" if lines else None
 
 
+def _place_of_recipe(argv: Sequence[str]) -> tuple[int, int] | None:
+    """The word with what --config gives, and where in it that begins; None if it gives nothing."""
+    for number, word in enumerate(argv):
+        match = re.match(r"--?config(=|$)", word)
+        if match and (match[1] or number + 1 < len(argv)):
+            return (number, match.end()) if match[1] else (number + 1, 0)
+    return None
+
+
 def _recipe(argv: Sequence[str]) -> str:
     """The file that --config names, "" if there is none."""
-    for word, following in itertools.pairwise([*argv, ""]):
-        if match := _GIVES_RECIPE.match(word):
-            return (word[match.end() :] if match[1] else following).partition(":")[0]
-    return ""
+    place = _place_of_recipe(argv)
+    return argv[place[0]][place[1] :].partition(":")[0] if place else ""
+
+
+def _with_file_of_recipe(argv: Sequence[str]) -> list[str]:
+    """The arguments, with the file of the recipe that --config names.
+
+    Raises:
+      ConfigError: there is no such recipe; the flag itself would tell later, and not its name.
+    """
+    words = list(argv)
+    if place := _place_of_recipe(argv):
+        number, start = place
+        words[number] = words[number][:start] + recipes.with_file(words[number][start:])
+    return words
 
 
 def _in_plain_words(said: str) -> str:
@@ -206,24 +226,3 @@ def _no_group(said: str, argv: Sequence[str]) -> str:
             "others are named in a recipe of your own (docs/DATA.md)"
         )
     return f"{flag} names no field of the configuration: {said}"
-
-
-_GIVES_RECIPE = re.compile(r"--?config(=|$)")
-
-
-def _with_file_of_recipe(argv: Sequence[str]) -> list[str]:
-    """The arguments, with the file of the recipe that --config names.
-
-    Raises:
-      ConfigError: there is no such recipe; the flag itself would tell later, and not its name.
-    """
-    words, found = list(argv), False
-    for number, word in enumerate(argv):
-        if found and number == found:
-            words[number] = recipes.with_file(word)
-        elif match := _GIVES_RECIPE.match(word):
-            if match[1]:
-                words[number] = f"{match[0]}{recipes.with_file(word[match.end() :])}"
-            else:
-                found = number + 1
-    return words

@@ -265,8 +265,9 @@ def cases(folder: Path) -> list[tuple[list[str], str]]:
         (["train", recipe, f"--config.seed={2**32}", new], "config.seed = 4294967296 must be .*2"),
         (
             ["evaluate", run, "--config.moe.rule.tau=1"],
-            "--config.moe.rule.tau changes a field of a recipe",
+            f"--config.moe.rule.tau changes a field of a recipe.* --config=run:{folder}/run for",
         ),
+        (["train", "--config.seed=1"], "--config.seed changes .* --config=run:WORKDIR for"),
         (["train", recipe, "--config.mo.tau=1", new], "--config.mo.tau names no field .*'mo'"),
         (
             ["train", recipe, "--config.data.sources.own.path=x", new],
