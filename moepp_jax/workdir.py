@@ -27,13 +27,12 @@ from moepp_jax.special_tokens import GENERATION, SETTINGS
 from moepp_jax.storage import AnyPath, is_local, open_path, write_atomic
 
 TOKENIZERS = ("tokenizer.model", "tokenizer.json")
-
-_CONFIG = "config.json"
 DATA = "data.json"
 
 # What a new folder gets before its config.json, so that one which has this is whole.
 _BEFORE = (*TOKENIZERS, SETTINGS, GENERATION, DATA)
 
+_CONFIG = "config.json"
 _METRICS = "metrics.jsonl"
 _LOCK = ".train.lock"
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
@@ -110,16 +109,17 @@ def open_workdir(
             for name, content in first.items():
                 write_atomic(folder / name, content)
             write_atomic(folder / _CONFIG, _written(config, folder))
-        elif (now := _noted(path, config)) != read_config(path):
-            write_atomic(folder / _CONFIG, _written(now, folder))
+        else:
+            there = read_config(path)
+            if (now := _noted(path, there, config)) != there:
+                write_atomic(folder / _CONFIG, _written(now, folder))
     except OSError as error:
         raise ConfigError(f"workdir {folder} cannot be written: {error}") from error
     return folder
 
 
-def _noted(path: str | os.PathLike, config: Config) -> Config:
+def _noted(path: str | os.PathLike, there: Config, config: Config) -> Config:
     """What config.json is to say when a run that is there goes on with this configuration."""
-    there = read_config(path)
     if holds_start(path):
         return config
     return there.replace("train", steps=max(there.train.steps, config.train.steps))
@@ -171,7 +171,7 @@ def holds_start(path: str | os.PathLike) -> bool:
     steps = [entry for entry in saved.iterdir() if entry.name.isdigit()] if saved.is_dir() else []
     if not holds_run(path) or not steps or any((step / "rest").exists() for step in steps):
         return False
-    return not measured.exists() or not measured.read_bytes()
+    return not measured.exists() or not measured.stat().st_size
 
 
 def read_config(
@@ -198,6 +198,10 @@ def read_config(
         raise ConfigError(f"{file} cannot be read as JSON: {error}") from error
     if not isinstance(fields, dict):
         raise ConfigError(f"{file} is no configuration: it must be a JSON object of fields")
+    if "model_type" in fields:
+        raise ConfigError(
+            f"{path} is a model in Hugging Face's layout, not a run: `moepp convert` makes one"
+        )
     fields, added = earlier.completed(fields)
     try:
         config = Config.parse(fields)

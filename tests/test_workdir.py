@@ -239,3 +239,9 @@ def test_a_run_keeps_its_tokenizer_and_takes_no_other(tmp_path):
     with pytest.raises(ConfigError, match=r"tokenizer.model is not the tokenizer"):
         keep_tokenizer(tmp_path, Tokenizer.train(text, 290))
     assert Tokenizer.load(tokenizer_file(tmp_path)).fingerprint == kept.fingerprint
+
+
+def test_a_published_model_is_no_run(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "mixtral", "architectures": []}')
+    with pytest.raises(ConfigError, match=f"{tmp_path} is a model in Hugging Face's layout, not a"):
+        read_config(tmp_path)
