@@ -314,3 +314,11 @@ def test_pieces_are_in_memory_one_at_a_time(tmp_path):
 def test_the_recipe_of_the_conversion_is_the_base(tmp_path):
     c = interop.from_hf(checkpoint(tmp_path / "source"), tmp_path / "run", **SILENT)
     assert c.optim == Config.parse(base.get_config()).optim
+
+
+def test_a_model_without_a_tokenizer_is_said_to_have_none(tmp_path):
+    said = []
+    config = interop.from_hf(reference.ROOT / "default", tmp_path / "run", report=said.append)
+    assert "The model has no tokenizer: " in said[1] and f"into {tmp_path / 'run'}, as " in said[1]
+    # Training would else learn a tokenizer of its own, whose ids mean nothing to this model.
+    assert config.data.tokenizer == str(tmp_path / "run" / "tokenizer.model")

@@ -35,6 +35,16 @@ class Brought(NamedTuple):
             files[GENERATION] = (json.dumps(self.generation, indent=2) + "\n").encode()
         return files
 
+    def caution(self, workdir: Path) -> str | None:
+        """What is to be said of a model without a tokenizer."""
+        if self.tokenizer is not None:
+            return None
+        return (
+            f"The model has no tokenizer: {self.missing}. To train, or to evaluate or generate "
+            f"text, put the one that it was trained with into {workdir}, as "
+            f"{' or '.join(TOKENIZERS)}."
+        )
+
     def named(self, workdir: Path) -> Groups:
         """The field that names the tokenizer of this work directory, there or to be put there."""
         name = TOKENIZERS[0] if self.tokenizer is None else next(iter(self.tokenizer.files))

@@ -74,6 +74,8 @@ def from_hf(
     record = {"config": fields, "dtypes": types} if kind.is_written else None
     building.build(target, config, building.leaves_of(places, tensors), came, record)
     report(f"{folder}: {len(tensors)} tensors are now step 0 of {target}")
+    if caution := came.caution(target):
+        report(caution)
     return config
 
 
@@ -105,10 +107,10 @@ def _config(
     except ConfigError as error:
         raise ConversionError(f"{folder / 'config.json'}: {error}") from error
     came = brought.read(folder, fields, decided["model"]["vocab_size"])
-    changes = [decided] if came.tokenizer is None else [decided, came.named(target)]
     try:
         recipe = given or building.recipe_for(kind.length(fields))
-        config = building.configuration(recipe, changes)
+        # Named though it is missing: training would else learn one, whose ids mean nothing here.
+        config = building.configuration(recipe, [decided, came.named(target)])
         hf_config.require_agreement(fields, config)
     except ConfigError as error:
         why = values.in_their_words(error)

@@ -26,7 +26,6 @@ from moepp_jax.interop.fields import Groups
 from moepp_jax.interop.layout import with_head
 from moepp_jax.moe.rules import fields_of
 from moepp_jax.moe.rules.moepp import NEVER, MoEPPRule
-from moepp_jax.workdir import TOKENIZERS
 
 POOL = ("n_const", "n_copy", "n_zero")
 # What a caller may set: fields of config.moe, and options of its rule.
@@ -101,12 +100,8 @@ def upcycle(
     leaves = _grown(building.leaves_of(places, tensors), family, config)
     building.build(target, config, leaves, came)
     report(f"{folder} ({family.model_type}): {len(tensors)} tensors are now step 0 of {target}")
-    if came.tokenizer is None:
-        report(
-            f"The model has no tokenizer: {came.missing}. To train, or to evaluate or generate "
-            f"text, put the one that it was trained with into {target}, as "
-            f"{' or '.join(TOKENIZERS)}, or upcycle with --tokenizer=FILE."
-        )
+    if caution := came.caution(target):
+        report(f"{caution} Or upcycle with --tokenizer=FILE.")
     return config
 
 
