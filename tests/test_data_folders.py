@@ -252,6 +252,14 @@ def test_arrow_files_that_no_state_names_are_read_where_there_is_nothing_else(tm
     assert notes(tmp_path) == "not read: .arrow that no saved data set names, 1 (x.arrow)"
 
 
+def test_a_table_that_is_named_is_read_as_text_and_said(tmp_path):
+    (tmp_path / "a.csv").write_text("id,text\n1,the bees\n")
+    (tmp_path / "a.txt").write_text("the bees")
+    said = "read as plain text, not row by row: 1 (a.csv); for a document a row make it JSON lines"
+    assert said in notes(tmp_path / "a.csv") and said in notes(f"{tmp_path}/a.*")
+    assert notes(tmp_path / "a.txt") == ""
+
+
 # --- what is not read -----------------------------------------------------------------------------
 
 

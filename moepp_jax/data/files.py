@@ -6,7 +6,7 @@ import collections
 import concurrent.futures
 import dataclasses
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from io import BufferedIOBase
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,9 @@ _READER_VERSION = 1
 # keep open; and what a killed process did of a part is lost.
 _PART_BYTES = 64_000_000
 _MAX_PARTS = 512
+
+# Tables whose rows are not told apart, whoever names them.
+_TABLES = {".csv", ".tsv"}
 
 # Bytes at the start, in the middle and at the end of a file that its fingerprint covers.
 _SAMPLE = 65_536
@@ -89,7 +92,11 @@ class FilesCorpus:
         self._cut = Path(path).is_file()
         self._check(field)
         self.description = f"Local files: {', '.join(list(self._files)[:10])}."
-        self.notes = [*_split_notes(found.files, self._splits), *found.notes()]
+        self.notes = [
+            *_split_notes(found.files, self._splits),
+            *_table_notes(self._files),
+            *found.notes(),
+        ]
         self.fingerprint = fingerprint(
             _READER_VERSION,
             [self._cut, text_field, _MAX_PARTS, _PART_BYTES],
@@ -170,6 +177,16 @@ def _split_notes(files: dict[str, Path], chosen: dict[str, str]) -> list[str]:
             f"{len(alone):,} ({folders.examples(alone)})"
         )
     return notes
+
+
+def _table_notes(files: Iterable[str]) -> list[str]:
+    tables = [name for name in files if opening.ending(name).lower() in _TABLES]
+    if not tables:
+        return []
+    return [
+        f"read as plain text, not row by row: {len(tables):,} ({folders.examples(tables)}); for a "
+        "document a row make it JSON lines or Parquet"
+    ]
 
 
 def _reads_otherwise(file: Path) -> bool:
