@@ -120,7 +120,7 @@ def run(name: str) -> None:
         with checkpoint.only_verified() if strict else contextlib.nullcontext():
             module.run(words)
 
-    with ending.EndsSoon(seconds=20):
+    with ending.EndsSoon(seconds=20.0):
         cli.run(command, lambda: cli.describe(module))
 
 

@@ -203,7 +203,7 @@ def test_a_server_that_does_not_answer_holds_no_run_up(run, notes, monkeypatch):
     began = time.monotonic()
     with (
         MetricsWriter(run, 0) as writer,
-        wandb_log.following(ONLINE, run, writer.staging, said.append, patience=1),
+        wandb_log.following(ONLINE, run, writer.staging, said.append, patience=1.0),
     ):
         wait_for(lambda: notes("init"))
         for step in range(1, 10):
