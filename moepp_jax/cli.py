@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import inspect
+import itertools
 import logging as logging_of_python
 import os
 import re
@@ -17,7 +19,7 @@ import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from moepp_jax import distributed, ending, processes, recipes
+from moepp_jax import distributed, ending, processes, recipes, workdir
 from moepp_jax.checkpoint import CheckpointError, SaveError
 from moepp_jax.config import near_field
 from moepp_jax.data.storage import DataError
@@ -133,19 +135,23 @@ def describe(module: ModuleType) -> str:
 
 
 def _parse(argv: Sequence[str]) -> list[str]:
+    _require_values(argv)
     argv = _with_file_of_recipe(argv)
     logging.set_verbosity(logging.ERROR)  # what it warns of is an error below
     try:
         words = flags.FLAGS(argv)
     except flags.UnrecognizedFlagError as error:
         if _recipe(argv) or not error.flagname.startswith("config."):
-            raise ConfigError(f"{error}{_field_of_like_name(error.flagname)}") from error
-        run = next((w.partition("=")[2] for w in argv if re.match("--?workdir=", w)), "WORKDIR")
+            raise ConfigError(f"there is no flag --{error.flagname}{_like(error)}") from error
+        run = _given(argv, "workdir")
+        way = f"--config=run:{run or 'WORKDIR'} for that of a run"
+        if not run or not workdir.holds_run(run):
+            way = f"--config=tiny, or {way}"
         raise ConfigError(
-            f"--{error.flagname} changes a field of a recipe, and none was given: write "
-            f"--config=tiny, or --config=run:{run} for that of a run"
+            f"--{error.flagname} changes a field of a recipe, and none was given: write {way}"
         ) from error
     except flags.Error as error:
+        _require_values(argv)  # the recipe's fields are flags only now
         # What a recipe raises comes with its traceback, the error itself in the last line.
         said = str(error).strip().splitlines()[-1]
         raise ConfigError(_in_plain_words(re.sub(r"^[\w.]+Error: ", "", said))) from error
@@ -160,7 +166,26 @@ def _parse(argv: Sequence[str]) -> list[str]:
         raise
     if _recipe(argv) and flags.FLAGS.config is None:
         raise ConfigError(f"--config={_recipe(argv)}: its get_config returns no configuration")
+    _require_values(argv)
     return words
+
+
+def _require_values(argv: Sequence[str]) -> None:
+    """Refuses a flag whose value would be the flag behind it, which absl takes for it.
+
+    Raises:
+      ConfigError: names both.
+    """
+    words = list(argv[1:])
+    end = words.index("--") if "--" in words else len(words)
+    for word, following in itertools.pairwise(words[:end]):
+        name = word.lstrip("-")
+        takes_one = word.startswith("-") and name in flags.FLAGS and not flags.FLAGS[name].boolean
+        if takes_one and re.match("--?[A-Za-z]", following):
+            raise ConfigError(
+                f"--{name} lacks its value, and {following} follows: write --{name}=VALUE "
+                f"(--{name}={following} if that is meant)"
+            )
 
 
 def _wrong_in_recipe(error: Exception, file: str) -> str | None:
@@ -174,19 +199,24 @@ def _wrong_in_recipe(error: Exception, file: str) -> str | None:
     return f"--config={file}, line {lines[-1]}: {type(error).__name__}: {said}" if lines else None
 
 
-def _place_of_recipe(argv: Sequence[str]) -> tuple[int, int] | None:
-    """The word with what --config gives, and where in it that begins; None if it gives nothing."""
+def _place_of(argv: Sequence[str], flag: str) -> tuple[int, int] | None:
+    """The word with what a flag gives, and where in it that begins; None if it gives nothing."""
     for number, word in enumerate(argv):
-        match = re.match(r"--?config(=|$)", word)
+        match = re.match(rf"--?{flag}(=|$)", word)
         if match and (match[1] or number + 1 < len(argv)):
             return (number, match.end()) if match[1] else (number + 1, 0)
     return None
 
 
+def _given(argv: Sequence[str], flag: str) -> str:
+    """What a flag gives, "" if it gives nothing; before flags are parsed."""
+    place = _place_of(argv, flag)
+    return os.path.expanduser(argv[place[0]][place[1] :]) if place else ""
+
+
 def _recipe(argv: Sequence[str]) -> str:
     """The file that --config names, "" if there is none."""
-    place = _place_of_recipe(argv)
-    return argv[place[0]][place[1] :].partition(":")[0] if place else ""
+    return _given(argv, "config").partition(":")[0]
 
 
 def _with_file_of_recipe(argv: Sequence[str]) -> list[str]:
@@ -196,7 +226,7 @@ def _with_file_of_recipe(argv: Sequence[str]) -> list[str]:
       ConfigError: there is no such recipe; the flag itself would tell later, and not its name.
     """
     words = list(argv)
-    if place := _place_of_recipe(argv):
+    if place := _place_of(argv, "config"):
         number, start = place
         words[number] = words[number][:start] + recipes.with_file(words[number][start:])
     return words
@@ -209,20 +239,25 @@ def _in_plain_words(said: str) -> str:
     return re.sub(r"could not convert string to float.*", "must be a number", said)
 
 
-def _field_of_like_name(flag: str) -> str:
-    """A hint at the field of the recipe that may have been meant, where the command has one."""
-    near = near_field(flag) if "config" in flags.FLAGS else None
-    return f"; did you mean --config.{near}?" if near else ""
+def _like(error: flags.UnrecognizedFlagError) -> str:
+    """A hint at what an unknown flag may have meant: another flag, else a field of the recipe."""
+    named = list(flags.FLAGS)
+    like = difflib.get_close_matches(error.flagname.replace("-", "_"), named, n=1, cutoff=0.8)
+    if not like and "config" in flags.FLAGS and (near := near_field(error.flagname)):
+        like = [f"config.{near}"]
+    return f"; did you mean --{like[0]}?" if like else "; --help lists those that there are"
 
 
 def _no_group(said: str, argv: Sequence[str]) -> str:
     """The error for a flag below a group that the recipe has not; `said` begins with its name."""
     name = re.sub(r"^'([^']*)'.*", r"\1", said)
     words = [re.sub(r"^--?|=.*", "", word) for word in argv if re.match(r"--?config\.", word)]
-    flag = next((f"--{word}" for word in words if name in word.split(".")), "a flag")
-    if flag.startswith("--config.data.sources."):
+    flag = next((word for word in words if name in word.split(".")), "")
+    if flag.startswith("config.data.sources."):
         return (
-            f"{flag}: the recipe has no source {name!r}; flags change the sources that it has, and "
-            "others are named in a recipe of your own (docs/DATA.md)"
+            f"--{flag}: the recipe has no source {name!r}; flags change the sources that it has, "
+            "and others are named in a recipe of your own (docs/DATA.md)"
         )
-    return f"{flag} names no field of the configuration: {said}"
+    near = re.search(r'mean "([^"]*)"', said)
+    hint = f"; did you mean --{flag.replace(name, near[1], 1)}?" if flag and near else ""
+    return f"--{flag or 'config'}: there is no group of fields {name!r}{hint}"

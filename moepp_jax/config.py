@@ -234,7 +234,7 @@ def _build(cls: type, fields: Any, prefix: str) -> Any:
     values = {}
     for name, kind in types.items():
         if name not in fields:
-            raise ConfigError(f"config.{prefix}{name} is missing: configs/base.py has a value")
+            raise ConfigError(f"config.{prefix}{name} is missing: {_place_of_values(cls)}")
         value = fields[name]
         if kind is Rule:
             values[name] = _rule(value, Pool(*(values[n] for n in Pool._fields)))
@@ -245,6 +245,12 @@ def _build(cls: type, fields: Any, prefix: str) -> Any:
         else:
             values[name] = _typed(f"config.{prefix}{name}", value, kind)
     return cls(**values)
+
+
+def _place_of_values(cls: type) -> str:
+    if cls is SourceConfig:
+        return "configs/base.py makes sources: base.source(path, weight=1.0, text_field='text')"
+    return "configs/base.py has a value"
 
 
 def _rule(fields: Any, pool: Pool) -> Rule:

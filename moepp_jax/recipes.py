@@ -25,6 +25,12 @@ def summary(name: str) -> str:
     return (said or "").partition("\n")[0]
 
 
+def exists(given: str) -> bool:
+    """Whether --config could be this: the name of a recipe, or a Python file that is there."""
+    name = given.partition(":")[0]
+    return name in _files() or (name.endswith(".py") and Path(name).is_file())
+
+
 def with_file(given: str) -> str:
     """FILE[:ARGUMENT] of what --config gives: a file, or the name of a recipe of the package.
 

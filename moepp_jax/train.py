@@ -88,9 +88,11 @@ def train(
         report(describe(dataset, config.train.steps))
         report(_headline(config, mesh, step))
         if step >= config.train.steps:
+            report(_ended(workdir, step))
             if first and wandb:
                 wandb_log.send(wandb, workdir, report)
             return state
+        report("compiling the training step: seconds for a tiny model, minutes for a large one")
         with contextlib.ExitStack() as stack:
             tracer = stack.enter_context(Profile(workdir, profile, config.train.steps - step))
             writer = progress = None
@@ -215,11 +217,23 @@ def _headline(config: Config, mesh, step: int) -> str:
     e = config.moe
     shape = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
     return (
-        f"{total / 1e6:,.1f} M parameters, at most {active / 1e6:,.1f} M active a token; "
+        f"{_count(total)} parameters, at most {_count(active)} active a token; "
         f"{e.n_ffn} FFN + {e.n_const} constant + {e.n_copy} copy + {e.n_zero} zero experts, "
         f"{_rule(config)}; mesh {shape} ({mesh.devices.flat[0].device_kind}); "
         f"step {step} of {config.train.steps}"
     )
+
+
+def _ended(workdir: str | os.PathLike, step: int) -> str:
+    return (
+        f"{workdir} has all its {step} steps: nothing is left to train; to go on with it, give "
+        f"--config=run:{workdir} --config.train.steps=N --workdir={workdir} with more of them"
+    )
+
+
+def _count(number: int) -> str:
+    unit, name = next(u for u in ((1e9, "B"), (1e6, "M"), (1e3, "K"), (1, "")) if number >= u[0])
+    return f"{number / unit:,.1f} {name}" if name else str(number)
 
 
 def _rule(config: Config) -> str:

@@ -190,8 +190,14 @@ def read_config(
     if not file.exists():
         if file.parent.exists() and not file.parent.is_dir():
             raise ConfigError(f"workdir {path} is a file: give --workdir the folder of a run")
-        missing = f"has no {_CONFIG}" if file.parent.is_dir() else "is no folder"
-        raise ConfigError(f"workdir {path} {missing}: `moepp train --workdir={path}` makes it")
+        if file.parent.is_dir():
+            raise ConfigError(
+                f"workdir {path} holds no run, as it has no {_CONFIG}: give --workdir the folder "
+                "of one, which `moepp train` or `moepp convert` made"
+            )
+        raise ConfigError(
+            f"workdir {path} is no folder: `moepp train --config=RECIPE --workdir={path}` makes it"
+        )
     try:
         fields = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

@@ -186,7 +186,7 @@ def test_no_texts_without_a_tokenizer(theirs):
 
 
 def test_what_cannot_be_loaded(folder, tmp_path):
-    with pytest.raises(ConfigError, match=f"{tmp_path} has no config.json"):
+    with pytest.raises(ConfigError, match=f"{tmp_path} holds no run"):
         moepp_jax.load(tmp_path)
     with pytest.raises(ConfigError, match=f"{tmp_path}/no is no folder"):
         moepp_jax.load(tmp_path / "no")

@@ -80,6 +80,11 @@ def test_missing_field_and_missing_group():
     tree = fields()
     del tree["optim"]
     assert refused(tree) == "config.optim is missing: configs/base.py has a value"
+    tree = fields()
+    del tree["data"]["sources"]["text"]["weight"]
+    assert refused(tree).startswith(
+        "config.data.sources.text.weight is missing: configs/base.py makes sources: base.source("
+    )
 
 
 # name, value, what the message says besides both.

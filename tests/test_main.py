@@ -265,10 +265,18 @@ def cases(folder: Path) -> list[tuple[list[str], str]]:
         (["train", recipe, f"--config.seed={2**32}", new], "config.seed = 4294967296 must be .*2"),
         (
             ["evaluate", run, "--config.moe.rule.tau=1"],
-            f"--config.moe.rule.tau changes a field of a recipe.* --config=run:{folder}/run for",
+            f"--config.moe.rule.tau changes .* given: write --config=run:{folder}/run for",
+        ),
+        (
+            ["train", *run.split("="), "--config.seed=1"],
+            f"--config.seed changes a field of a recipe.* write --config=run:{folder}/run for",
         ),
         (["train", "--config.seed=1"], "--config.seed changes .* --config=run:WORKDIR for"),
-        (["train", recipe, "--config.mo.tau=1", new], "--config.mo.tau names no field .*'mo'"),
+        (["train", recipe, "--config.mo.tau=1", new], ".*there is no group of fields 'mo'"),
+        (
+            ["train", recipe, "--config.trian.steps=1", new],
+            "--config.trian.steps: .* 'trian'; did you mean --config.train.steps[?]$",
+        ),
         (
             ["train", recipe, "--config.data.sources.own.path=x", new],
             "--config.data.sources.own.path: the recipe has no source 'own'; .* recipe of your own",
@@ -290,8 +298,23 @@ def cases(folder: Path) -> list[tuple[list[str], str]]:
             ["train", recipe, "--config.moe.rule.tau=2", new],
             "config.moe.rule.tau = 2.0 must be greater than",
         ),
-        (["train", recipe, "--workdr=x"], "Unknown command line flag 'workdr'"),
-        (["train", recipe, "--lr=1e-3", new], ".* flag 'lr'; did you mean --config.optim.lr[?]$"),
+        (["train", recipe, "--workdr=x"], "there is no flag --workdr; did you mean --workdir[?]$"),
+        (["train", recipe, "--init-frm=x"], ".* --init-frm; did you mean --init_from[?]$"),
+        (["train", recipe, "--lr=1e-3", new], ".* --lr; did you mean --config.optim.lr[?]$"),
+        (["train", recipe, "--zebra=1", new], "no flag --zebra; --help lists those that there are"),
+        (
+            ["train", "--workdir", "--config.seed=1", recipe],
+            "--workdir lacks its value, and --config.seed=1 follows: write --workdir=VALUE",
+        ),
+        (["train", "--config", new], "--config lacks its value, and --workdir=.*new follows: "),
+        (
+            ["train", recipe, "--config.data.dir", new],
+            "--config.data.dir lacks its value, and --workdir=.* follows: ",
+        ),
+        (
+            ["train", recipe, "--config.seed", new],
+            "--config.seed lacks its value, and --workdir=.* follows: ",
+        ),
         (
             ["train", *tiny_flags, "--config.mesh.data=3", new],
             "config.mesh: data=3 x fsdp=1 x expert=1 does not multiply to the 1 devices",
@@ -354,7 +377,16 @@ def cases(folder: Path) -> list[tuple[list[str], str]]:
             "checkpoint 3 in .* cannot be verified: it has no checksums.json; without --strict it",
         ),
         (["generate", f"--workdir={folder}/mute", "--prompt=a"], ".*tokenizer.model is missing: "),
-        (["evaluate", new], "workdir .*new is no folder: .*train.* makes it"),
+        (
+            ["evaluate", new],
+            "workdir .*new is no folder: .*train --config=RECIPE --workdir=.*new. makes",
+        ),
+        (
+            ["evaluate", f"--workdir={folder}"],
+            "workdir .* holds no run, as it has no config.json: ",
+        ),
+        (["train", str(folder / "no_key.py"), new], ".* too much: .*; did you mean --config=.*key"),
+        (["train", "tiny", new], "'tiny' is too much: .*; did you mean --config=tiny[?]$"),
         (["evaluate", run, f"--json={folder}/no/x.json"], "--json=.*/no/x.json: there is no such"),
         (
             ["evaluate", run, *tiny_flags, f"--config.data.dir={folder}/elsewhere"],

@@ -207,7 +207,9 @@ def test_a_run_of_this_version_is_told_nothing(tmp_path, config):
 
 
 def test_reading_where_no_run_is_says_what_makes_one(tmp_path):
-    with pytest.raises(ConfigError, match=f"{tmp_path} has no config.json: .*train"):
+    with pytest.raises(
+        ConfigError, match=f"{tmp_path} holds no run, as it has no config.json: .*train"
+    ):
         read_config(tmp_path)
     with pytest.raises(ConfigError, match=f"{tmp_path}/no is no folder: .*train"):
         read_config(tmp_path / "no")

@@ -37,9 +37,10 @@ _SETTINGS = {
 
 def run(arguments: list[str]) -> None:
     if len(arguments) != 3 or arguments[0] not in _WAYS:
+        said = f", not convert {' '.join(arguments)}" if arguments else ""
         raise ConfigError(
             "write convert from-hf PATH WORKDIR, convert to-hf WORKDIR PATH, or convert upcycle "
-            f"PATH WORKDIR, not convert {' '.join(arguments)}"
+            f"PATH WORKDIR{said}"
         )
     way, source, target = arguments
     _WAYS[way](source, target)

@@ -4,7 +4,7 @@ import sys
 
 from absl import flags
 
-from moepp_jax import cli, parent, wandb_log, workdir
+from moepp_jax import cli, parent, recipes, wandb_log, workdir
 from moepp_jax.compile import topology
 from moepp_jax.config import Config
 from moepp_jax.errors import ConfigError
@@ -77,4 +77,8 @@ def config_of_run(may_grow: bool = False) -> Config:
 def no_more(arguments: list[str]) -> None:
     """Refuses words after the command, which it does not take."""
     if arguments:
-        raise ConfigError(f"{' '.join(arguments)!r} is too much: this command takes flags only")
+        first = arguments[0]
+        hint = f"; did you mean --config={first}?" if recipes.exists(first) else ""
+        raise ConfigError(
+            f"{' '.join(arguments)!r} is too much: this command takes flags only{hint}"
+        )
