@@ -235,6 +235,11 @@ def _with_file_of_recipe(argv: Sequence[str]) -> list[str]:
 def _in_plain_words(said: str) -> str:
     """A flag's error, without what Python and absl call a value of another type."""
     said = re.sub(r"invalid literal for int\(\).*", "must be an integer, in digits alone", said)
+    said = re.sub(
+        r"flag --([\w.]+)=(.*): Failed to parse .* as a ConfigDict.*",
+        r"--\1=\2: it is a group of fields: write --\1.FIELD=VALUE",
+        said,
+    )
     said = re.sub(r"\('Non-boolean argument.*", "must be true or false", said)
     return re.sub(r"could not convert string to float.*", "must be a number", said)
 

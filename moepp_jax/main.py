@@ -4,6 +4,7 @@
     moepp evaluate --workdir=runs/x
     moepp generate --workdir=runs/x --prompt="In the beginning"
     moepp analyze  --workdir=runs/x --page
+    moepp curves   runs/x runs/y --figure=curves.png
     moepp lm_eval  --workdir=runs/x --suite=paper
     moepp compile  --config=moepp_7b --topology=v5p:4x4x4
 
@@ -66,6 +67,7 @@ COMMANDS = (
     "train",
     "evaluate",
     "analyze",
+    "curves",
     "generate",
     "lm_eval",
     "compile",

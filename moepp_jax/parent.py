@@ -64,9 +64,13 @@ def given(init_from: str | None, init_optimizer: bool = False) -> Parent | None:
     slash behind it.
 
     Raises:
-      ConfigError: the optimizer of no parent is asked for.
+      ConfigError: the flag names nothing, or the optimizer of no parent is asked for.
     """
-    if not init_from:
+    if init_from == "":
+        raise ConfigError(
+            "--init_from= is empty: give --init_from=WORKDIR[@STEP], or leave it out to start anew"
+        )
+    if init_from is None:
         if init_optimizer:
             raise ConfigError(
                 "--init_optimizer takes along the optimizer of the run that --init_from names: "

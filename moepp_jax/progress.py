@@ -59,7 +59,7 @@ class Progress:
         summary = "  ".join(
             form.format(float(values[key])) for key, form in _SHOWN.items() if key in values
         ).replace("%", " %")
-        eta = "ETA " + _clock(self._pace.seconds_for(self._total - step, after=step))
+        eta = f"ETA {self._pace.until(self._total, after=step)}"
         if self._bar:
             self._bar.summary = summary
             self._bar.update(self._task, completed=step, eta=eta)
@@ -120,13 +120,15 @@ class _Pace:
         self._start = (time.monotonic(), start_step)
         self._marks: deque[tuple[float, int]] = deque(maxlen=8)
 
-    def seconds_for(self, steps: int, after: int) -> float:
-        """How long `steps` steps take, it being step `after` now."""
+    def until(self, total: int, after: int) -> str:
+        """How long it takes until step `total`, it being step `after` now."""
         self._marks.append((time.monotonic(), after))
         # The time before the first update is mostly compilation: used only while there is no other.
-        since, first = self._marks[0] if len(self._marks) > 1 else self._start
+        alone = len(self._marks) == 1
+        since, first = self._start if alone else self._marks[0]
         now, last = self._marks[-1]
-        return steps * (now - since) / max(last - first, 1)
+        left = _clock((total - after) * (now - since) / max(last - first, 1))
+        return f"at most {left}" if alone and total > after else left
 
 
 def _clock(seconds: float) -> str:

@@ -37,10 +37,12 @@ def with_file(given: str) -> str:
     "configs/tiny.py" is a name too: where there is no such file, the package's is meant.
 
     Raises:
-      ConfigError: there is neither.
+      ConfigError: there is neither, or it is the folder of a run.
     """
     name, colon, argument = given.partition(":")
     file = Path(os.path.expanduser(name))
+    if (file / "config.json").is_file():
+        raise ConfigError(f"--config={name} is the folder of a run: write --config=run:{name}")
     if not file.is_file():
         there, asked = _files(), name.removeprefix("configs/").removesuffix(".py")
         if asked not in there:

@@ -1,13 +1,21 @@
 """The figure of training curves: what is drawn where, without JAX."""
 
+import re
+import shutil
 import subprocess
 import sys
 
 import numpy as np
 import pytest
+from absl import flags
+from absl.testing import flagsaver
+from rich.console import Console
 
 from moepp_jax.analysis import curves
+from moepp_jax.commands import curves as command
+from moepp_jax.errors import ConfigError
 from moepp_jax.metrics import MetricsWriter
+from tests import tiny
 
 
 @pytest.fixture
@@ -35,7 +43,7 @@ def test_curves_stand_at_the_tokens_seen(workdir, tmp_path, monkeypatch):
     assert out.read_bytes().startswith(b"\x89PNG")
     assert [entry.name for entry in out.parent.iterdir()] == ["curves.png"]
     loss, experts, drops = figures[0].axes
-    training, held_out = loss.lines[0], loss.lines[2]
+    training, held_out = loss.lines[0], loss.lines[1]
     np.testing.assert_array_equal(training.get_xydata()[:, 0], [1000, 2000, 3000])
     np.testing.assert_array_equal(training.get_xydata()[:, 1], [5, np.nan, 5])
     np.testing.assert_array_equal(held_out.get_xydata(), [[2500, 4.5]])
@@ -56,3 +64,67 @@ def test_a_run_without_training_rows_is_named(tmp_path):
 def test_analysis_needs_no_jax():
     code = "import sys, moepp_jax.analysis.curves; sys.exit('jax' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.fixture(autouse=True)
+def parsed():
+    flags.FLAGS.mark_as_parsed()
+
+
+@pytest.fixture
+def seeds(tmp_path, workdir):
+    """Two runs as `train` leaves them."""
+    folders = [tmp_path / "s0", tmp_path / "s1"]
+    for folder, loss in zip(folders, (4.0, 4.5), strict=True):
+        shutil.copytree(workdir, folder)
+        (folder / "config.json").write_text(tiny.config().to_json())
+        with MetricsWriter(folder) as metrics:
+            metrics.write(30, eval_loss=loss, eval_ffn_experts_per_token=1.25)
+    return [str(folder) for folder in folders]
+
+
+def test_runs_of_a_label_have_a_mean_and_a_colour(seeds, tmp_path, monkeypatch, capsys):
+    figures = []
+    save = curves._save
+    monkeypatch.setattr(
+        curves, "_save", lambda figure, out: figures.append(figure) or save(figure, out)
+    )
+    monkeypatch.setattr(command, "Console", lambda **options: Console(width=200, **options))
+    with flagsaver.flagsaver(figure=str(tmp_path / "c.png")):
+        command.run([f"rule={seeds[0]}", f"rule={seeds[1]}", seeds[0]])
+    said = capsys.readouterr().out
+    assert re.search(rf"rule +{seeds[0]} +30 +4.0000 +1.25", said)
+    assert "mean of 2" in said and "4.2500 (from 4.0000 to 4.5000)" in said
+    assert (tmp_path / "c.png").exists() and "c.png" in said
+    held_out = [line for line in figures[0].axes[0].lines if 4.5 in line.get_ydata()]
+    assert {line.get_color() for line in held_out[:2]} == {"C0"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ([], "no run was given: write curves runs/NAME"),
+        (["no"], "workdir no is no folder"),
+        (["a=no"], "workdir no is no folder"),
+    ],
+)
+def test_what_is_no_run_is_named(arguments, said, tmp_path):
+    with (
+        flagsaver.flagsaver(figure=str(tmp_path / "c.png")),
+        pytest.raises(ConfigError, match=said),
+    ):
+        command.run(arguments)
+    assert not (tmp_path / "c.png").exists()
+
+
+def test_a_run_that_trained_nothing_yet_and_a_figure_that_is_none(seeds, tmp_path):
+    (tmp_path / "s0" / "metrics.jsonl").unlink()
+    with pytest.raises(
+        ConfigError, match=r"s0 has trained nothing yet: there is no .*metrics.jsonl"
+    ):
+        command.labelled(seeds)
+    with (
+        flagsaver.flagsaver(figure="curves.pdf"),
+        pytest.raises(ConfigError, match=r"--figure=curves.pdf must be the name of a .png file"),
+    ):
+        command.run(seeds)

@@ -230,7 +230,7 @@ def cases(folder: Path) -> list[tuple[list[str], str]]:
     generate = ["generate", run, "--prompt=a"]
     analyze = ["analyze", run, f"--out={folder / 'new'}"]
     return [
-        ([], "give one command of train, evaluate, analyze, generate, lm_eval"),
+        ([], "give one command of train, evaluate, analyze, curves, generate, lm_eval"),
         (["fly"], "give one command of train, .*, not 'fly'"),
         (["trian", recipe], "give one command .*, not 'trian'; did you mean train?"),
         (["train", "now", recipe], "'now' is too much: this command takes flags only"),
@@ -336,6 +336,31 @@ def cases(folder: Path) -> list[tuple[list[str], str]]:
             ["train", *tiny_flags, "--init_optimizer", new],
             "--init_optimizer takes along .* give --i",
         ),
+        (
+            ["train", *tiny_flags, "--init_from=", new],
+            "--init_from= is empty: give --init_from=WOR",
+        ),
+        (
+            ["train", f"--config={folder}/run", new],
+            f"--config={folder}/run is the folder of a run: write --config=run:{folder}/run$",
+        ),
+        (
+            ["train", recipe, "--config.data=x", new],
+            "--config.data=x: it is a group of fields: write --config.data.FIELD=VALUE$",
+        ),
+        (["convert"], "write convert from-hf PATH WORKDIR, .* or convert upcycle PATH WORKDIR$"),
+        (["convert", "fly"], "write convert from-hf .*, not convert fly$"),
+        (
+            ["convert", "to-hf", f"{folder}/no", f"{folder}/run"],
+            f"{folder}/no holds no run, and {folder}/run is one: write convert to-hf {folder}/run",
+        ),
+        (["convert", "to-hf", f"{folder}/no", f"{folder}/none"], "workdir .*no is no folder: "),
+        (
+            ["convert", "upcycle", f"{folder}/run", f"{folder}/new"],
+            f"{folder}/run is a run already, no checkpoint of others: ",
+        ),
+        (["convert", "from-hf", f"{folder}/run", f"{folder}/new"], ".* is a run already, no check"),
+        (["convert", "from-hf", f"{folder}/no", f"{folder}/new"], ".*no is no folder: give that"),
         (["train", *tiny_flags, "--init_from=no@3", new], "--init_from=no@3: workdir no is no fol"),
         (
             ["train", *tiny_flags, f"--init_from={folder}/run@4", new],

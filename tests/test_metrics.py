@@ -199,7 +199,7 @@ def test_off_a_terminal_an_update_is_one_line(monkeypatch):
     # The first estimate has only the 50 s of the first ten steps, which compiled; the second is
     # 1 s a step; the third (10 + 20 s for 20 steps) 1.5.
     assert console.file.getvalue().splitlines() == [
-        "step 110/500  loss 5.312  tok/s 14,210  FFN/token 1.19  drops 2.1 %  ETA 32:30",
+        "step 110/500  loss 5.312  tok/s 14,210  FFN/token 1.19  drops 2.1 %  ETA at most 32:30",
         "saved [red]x",
         "step 120/500    ETA 6:20",
         "step 130/500    ETA 9:15",

@@ -1,7 +1,7 @@
 """Training curves of one or several runs as one figure, from their metrics.jsonl."""
 
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +15,14 @@ from moepp_jax.storage import write_atomic
 
 
 def plot_curves(
-    workdirs: Mapping[str, str | Path],
+    workdirs: Mapping[str, str | Path | Sequence[str | Path]],
     out: str | Path,
     references: Mapping[str, float] | None = None,
 ) -> Path:
     """Draws loss, FFN experts per token and drop rate against the tokens seen.
 
     Args:
-      workdirs: label of a run -> its folder.
+      workdirs: label -> the folder of a run, or those of several, such as seeds.
       out: the PNG to write; its folder is made.
       references: label -> a loss in nats a token to compare with, drawn as a horizontal line.
 
@@ -35,17 +35,19 @@ def plot_curves(
     loss = figure.add_subplot(grid[:, 0])
     experts = figure.add_subplot(grid[0, 1], sharex=loss)
     drops = figure.add_subplot(grid[1, 1], sharex=loss)
-    for number, (label, workdir) in enumerate(workdirs.items()):
-        rows = read_metrics(workdir)
-        training = [row for row in rows if "loss" in row]
-        if not training:
-            raise ValueError(f"{workdir} ({label}) has no training row yet: nothing to draw")
-        tokens, color = _column(training, "tokens"), f"C{number}"
-        loss.plot(tokens, _column(training, "loss"), color=color, alpha=0.4, lw=1)
+    for number, (label, folders) in enumerate(workdirs.items()):
+        color = f"C{number}"
+        for workdir in [folders] if isinstance(folders, str | Path) else folders:
+            rows = read_metrics(workdir)
+            training = [row for row in rows if "loss" in row]
+            if not training:
+                raise ValueError(f"{workdir} ({label}) has no training row yet: nothing to draw")
+            tokens = _column(training, "tokens")
+            loss.plot(tokens, _column(training, "loss"), color=color, alpha=0.4, lw=1)
+            _plot_held_out(loss, rows, training, color)
+            experts.plot(tokens, _column(training, "ffn_experts_per_token"), color=color, lw=1.3)
+            drops.plot(tokens, _column(training, "drop_rate"), color=color, lw=1.3)
         loss.plot([], [], color=color, lw=3, label=label)
-        _plot_held_out(loss, rows, training, color)
-        experts.plot(tokens, _column(training, "ffn_experts_per_token"), color=color, lw=1.3)
-        drops.plot(tokens, _column(training, "drop_rate"), color=color, lw=1.3)
     loss.plot([], [], color="0.4", alpha=0.6, lw=1, label="training batches")
     loss.plot([], [], color="0.4", marker="o", ms=4, lw=1.6, label="held-out text")
     for label, value in (references or {}).items():

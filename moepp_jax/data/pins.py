@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from moepp_jax.config import Config
 from moepp_jax.data import records
 from moepp_jax.data.corpus import open_corpus, prepare_text, text_folder
-from moepp_jax.data.prepare import Prepared, load_tokenizer, tokenizer_file
+from moepp_jax.data.prepare import Prepared, check_folder, load_tokenizer, tokenizer_file
 from moepp_jax.data.sources import Report
 from moepp_jax.data.tokenizer import Tokenizer
 from moepp_jax.data.tokens import prepare_tokens, tokens_folder
@@ -152,6 +152,7 @@ def _make_again(
         if text_folder(data, corpus).name != pin.text:
             path = data.sources[name].path
             return f"its text {pin.text} is not there either, and {path!r} has changed since"
+        check_folder(data.dir)
         prepare_text(data, corpus, report, os.cpu_count() or 1)
     prepare_tokens(data, text, tokenizer, report, os.cpu_count() or 1)
     return None

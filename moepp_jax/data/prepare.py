@@ -54,7 +54,7 @@ def prepare_sources(config: Config, report: Report = print, workers: int | None 
       ConfigError: a source or the tokenizer cannot be used; the message says why.
     """
     data, workers = config.data, workers or os.cpu_count() or 1
-    _check_folder(data.dir)
+    check_folder(data.dir)
     if data.tokenizer:
         load_tokenizer(config, open_path(data.tokenizer))  # a wrong one is an error before any work
     unused = [name for name in data.sources if name not in data.mixed]
@@ -178,7 +178,12 @@ def noted_text(data: DataConfig, source: str) -> str | None:
         ) from None
 
 
-def _check_folder(name: str) -> None:
+def check_folder(name: str) -> None:
+    """Makes the folder config.data.dir, if it is not there.
+
+    Raises:
+      ConfigError: it is in a bucket, or cannot be made.
+    """
     folder = Path(name)
     if "://" in name:
         raise ConfigError(

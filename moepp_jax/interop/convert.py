@@ -36,6 +36,7 @@ from moepp_jax.interop.errors import ConversionError
 from moepp_jax.interop.layout import EMBEDDING, HEAD, Places, layout, with_head
 from moepp_jax.run import open_run
 from moepp_jax.special_tokens import GENERATION
+from moepp_jax.workdir import read_config
 
 
 def from_hf(
@@ -60,7 +61,7 @@ def from_hf(
         work directory is there already. Nothing is left of it then.
     """
     folder, target = targets.local(path), targets.local(workdir)
-    fields = source.read_json(folder / "config.json")
+    fields = source.read_config(folder)
     kind = _ZEDAS if zeda.is_zeda(fields) else _AUTHORS
     config, came = _config(kind, folder, fields, target, config, dtype)
     found = source.open_tensors(folder)
@@ -179,6 +180,7 @@ def to_hf(
     folder, target = targets.local(workdir), targets.local(path)
     _require_one_of("dtype", dtype, (None, *safetensors_file.TYPES.values()))
     _require_one_of("layout", layout, tuple(LAYOUTS))
+    _require_run(folder, target)
     run = open_run(folder, step)
     config = run.config
     original, types = building.read_record(folder)
@@ -208,6 +210,31 @@ def to_hf(
     if caution is not None:
         report(f"{target}: {caution}")
     report(f"{folder}: {len(tensors)} tensors are now in {target}")
+
+
+def _require_run(folder: Path, target: Path) -> None:
+    """
+    Raises:
+      ConversionError: the folders were given the wrong way round.
+      ConfigError: there is no run.
+    """
+    try:
+        read_config(folder)
+    except ConfigError as error:
+        if not _is_run(target):
+            raise
+        raise ConversionError(
+            f"{folder} holds no run, and {target} is one: write convert to-hf {target} PATH, with "
+            "PATH a new folder"
+        ) from error
+
+
+def _is_run(folder: Path) -> bool:
+    try:
+        read_config(folder)
+    except ConfigError:
+        return False
+    return True
 
 
 def _write_json(file: Path, fields: Mapping[str, Any]) -> None:

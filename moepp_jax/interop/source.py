@@ -48,6 +48,23 @@ class Tensor(NamedTuple):
         return values
 
 
+def read_config(folder: Path) -> dict[str, Any]:
+    """The config.json of a checkpoint.
+
+    Raises:
+      ConversionError: as `read_json`; or the folder is not there, or is a run of ours.
+    """
+    if not folder.is_dir():
+        raise ConversionError(f"{folder} is no folder: give that of a checkpoint")
+    fields = read_json(folder / "config.json")
+    if "model_type" not in fields and {"model", "moe", "train"} <= fields.keys():
+        raise ConversionError(
+            f"{folder} is a run already, no checkpoint of others: `train`, `generate` and "
+            f"`convert to-hf {folder} PATH` take it as it is"
+        )
+    return fields
+
+
 def read_json(file: Path) -> dict[str, Any]:
     """
     Raises:

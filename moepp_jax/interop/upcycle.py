@@ -68,7 +68,7 @@ def upcycle(
         does not fit it, or the work directory is there already. Nothing is left of it then.
     """
     folder, target = targets.local(path), targets.local(workdir)
-    fields = source.read_json(folder / "config.json")
+    fields = source.read_config(folder)
     try:
         zeda.require_none(fields)
         family = family_of(fields)
