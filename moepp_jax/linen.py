@@ -40,8 +40,13 @@ class MoEPP(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x_BLD: Float[Array, "B L D"], previous_BLN: Float[Array, "B L N"]
+        self, x_BLD: Float[Array, "B L D"], previous_BLN: Float[Array, "B L N"] | None = None
     ) -> tuple[Float[Array, "B L D"], Float[Array, "B L N"], Statistics]:
+        """The layer's output, its router's logits for the next layer, and its statistics.
+
+        Args:
+          previous_BLN: the logits of the layer before; None in the first one.
+        """
         D, N = x_BLD.shape[-1], self.moe.pool.size
         described = describe(self.moe.rule, D, self.ffn_size, self.init_std)
         here = jax.lax.axis_size(self.axis) if self.axis else 1
@@ -59,6 +64,8 @@ class MoEPP(nn.Module):
                 f"moe.sequences = {several} of them"
             )
         x_GSD = x_BLD.reshape(-1, self.group_size, D)
+        if previous_BLN is None:
+            previous_BLN = jnp.zeros((*x_BLD.shape[:2], N))
         previous_GSN = previous_BLN.reshape(-1, self.group_size, N)
         if self.mesh is None:
             y, logits, stats = local(x_GSD, previous_GSN, params, self.moe, self.axis)

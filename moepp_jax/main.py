@@ -56,6 +56,7 @@ elif __name__ == "__mp_main__":
 import contextlib
 import difflib
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 from types import ModuleType
@@ -83,6 +84,8 @@ _HELP = {"--help", "-help", "-h", "-?"}
 def main() -> None:
     """The command line, whole: what was asked for is in sys.argv."""
     ending.from_now_on()
+    if not {"", os.getcwd()} & set(sys.path):
+        sys.path.append(os.getcwd())  # rules of one's own (module:Class), as with `python -m`
     if sys.argv[1:2] == ["help"]:
         sys.argv[1:] = [*sys.argv[2:], "--help"]
     name = command_of(sys.argv[1:])

@@ -41,7 +41,8 @@ def installed(tmp_path_factory):
 def moepp(installed: Path, folder: Path, *arguments: str) -> str:
     """What the command prints in a folder that is not the repository."""
     done = subprocess.run(
-        [sys.executable, "-c", "from moepp_jax.main import main; main()", *arguments],
+        # A script on PATH has not the current folder among its modules, and so has -P.
+        [sys.executable, "-P", "-c", "from moepp_jax.main import main; main()", *arguments],
         cwd=folder,
         env={**os.environ, "PYTHONPATH": str(installed), "XLA_FLAGS": hurry.XLA_FLAGS},
         capture_output=True,
@@ -81,6 +82,19 @@ def test_it_runs_from_another_folder(installed, tmp_path):
     assert "tau 0.25" in said, said
     said = moepp(installed, tmp_path, "experiments", "reference")
     assert "error: the reference checkpoints are in tests/data of the repository" in said
+
+
+def test_a_rule_in_the_current_folder_is_found(installed, tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "from moepp_jax.moe.rules import find\nclass Mine(find('vanilla')):\n    pass\n"
+    )
+    (tmp_path / "broken.py").write_text("def f(:\n")
+    own = ["train", "--config=routing/vanilla", "--workdir=x", "--config.train.steps=0"]
+    said = moepp(installed, tmp_path, *own, "--config.moe.rule.type=mine:Mine")
+    assert said == "error: config.train.steps = 0 must be at least 1\n"
+    said = moepp(installed, tmp_path, *own, "--config.moe.rule.type=broken:Mine")
+    assert "type = 'broken:Mine' cannot be imported: SyntaxError: " in said
+    assert said.count("\n") == 1
 
 
 def test_help_waits_for_no_jax():

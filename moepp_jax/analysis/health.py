@@ -47,6 +47,7 @@ class Watch:
         self._n_ffn, self._balance = n_ffn, balance
         self._rows = 0  # in which the same experts were dead
         self._dead: np.ndarray | None = None
+        self._lived: np.ndarray | None = None  # at some time since this command began
         self._told: set[str] = set()
 
     def look(self, load_JN: np.ndarray) -> list[str]:
@@ -69,6 +70,7 @@ class Watch:
 
     def _died(self, load_JN: np.ndarray) -> str:
         now = dead(load_JN, self._balance)
+        self._lived = ~now if self._lived is None else self._lived | ~now
         both = now if self._dead is None else now & self._dead
         self._rows = self._rows + 1 if both.any() else int(now.any())
         self._dead = both if both.any() else now
@@ -78,7 +80,9 @@ class Watch:
         first = layers[0]
         which = ", ".join(map(str, np.flatnonzero(both[first])))
         more = f", and {len(layers) - 1} more layers have dead ones" if len(layers) > 1 else ""
+        # An upcycled model begins with zero-computation experts that no token chooses.
+        when = "any more" if self._lived[both].any() else "yet"
         return (
-            f"MoE layer {first + 1}: no token chooses expert {which} any more (less than "
+            f"MoE layer {first + 1}: no token chooses expert {which} {when} (less than "
             f"{DEAD:.0%} of its share at balance){more}"
         )

@@ -33,6 +33,13 @@ def test_a_dead_expert_is_told_once_and_not_at_its_first_absence():
     assert watch.look(gone) == []
 
 
+def test_an_expert_that_never_lived_is_not_said_to_have_died():
+    watch = Watch(3, BALANCE)
+    gone = loads(1, 0.7, 0.8, 0.0, 0.5)
+    (said,) = [line for _ in range(3) for line in watch.look(gone)]
+    assert said.startswith("MoE layer 2: no token chooses expert 2 yet")
+
+
 def test_of_experts_that_take_turns_none_is_dead():
     watch = Watch(3, BALANCE)
     for row in range(9):

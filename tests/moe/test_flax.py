@@ -55,6 +55,17 @@ def test_equals_local(mesh):
     assert np.any(want.kept < want.load)
 
 
+def test_the_first_layer_has_no_logits_before_it():
+    spec = SPECS["all kinds"]
+    p, x, previous = cases.case(spec, groups=B, size=L)
+    x, module = jnp.asarray(x), linen.MoEPP(cases.layer(spec), F, S)
+    y, logits, _ = jax.jit(module.apply)({"params": p}, x)
+    zeros = jnp.zeros_like(previous)
+    want_y, want_logits, _ = jax.jit(module.apply)({"params": p}, x, zeros)
+    np.testing.assert_array_equal(y, want_y)
+    np.testing.assert_array_equal(logits, want_logits)
+
+
 def test_computes_in_its_dtype():
     spec = SPECS["all kinds"]
     p, x, previous = cases.case(spec, groups=B, size=L)

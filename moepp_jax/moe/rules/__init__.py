@@ -39,8 +39,11 @@ def find(kind: Any) -> type[Rule]:
     module, _, name = kind.partition(":")
     try:
         found = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        raise RuleError(f"type = {kind!r} cannot be imported: {error}") from error
+    except Exception as error:  # the module is its user's: anything may be wrong in it
+        why = f"{type(error).__name__}: {error}"
+        if isinstance(error, ModuleNotFoundError) and error.name == module:
+            why += "; it is looked for in the current folder, on PYTHONPATH and among packages"
+        raise RuleError(f"type = {kind!r} cannot be imported: {why}") from error
     if not (inspect.isclass(found) and issubclass(found, Rule)):
         raise RuleError(f"type = {kind!r} is no subclass of moepp_jax.moe.Rule")
     return found
