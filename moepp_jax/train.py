@@ -86,13 +86,11 @@ def train(
         processes.on_first(lambda: _make(config, workdir, dataset, parent, step, report))
         processes.on_first(hold)  # once more is as good as once
         report(describe(dataset, config.train.steps))
-        report(_headline(config, mesh, step))
+        report(f"{_headline(config, mesh, step)}; {_next(config, workdir, step)}")
         if step >= config.train.steps:
-            report(_ended(workdir, step))
             if first and wandb:
                 wandb_log.send(wandb, workdir, report)
             return state
-        report("compiling the training step: seconds for a tiny model, minutes for a large one")
         with contextlib.ExitStack() as stack:
             tracer = stack.enter_context(Profile(workdir, profile, config.train.steps - step))
             writer = progress = None
@@ -224,10 +222,12 @@ def _headline(config: Config, mesh, step: int) -> str:
     )
 
 
-def _ended(workdir: str | os.PathLike, step: int) -> str:
+def _next(config: Config, workdir: str | os.PathLike, step: int) -> str:
+    if step < config.train.steps:
+        return "compiling the step first, which takes seconds to minutes"
     return (
-        f"{workdir} has all its {step} steps: nothing is left to train; to go on with it, give "
-        f"--config=run:{workdir} --config.train.steps=N --workdir={workdir} with more of them"
+        f"nothing is left to train: to go on, --config=run:{workdir} --config.train.steps=N "
+        f"--workdir={workdir} with more steps"
     )
 
 

@@ -110,7 +110,7 @@ def test_what_a_run_leaves_behind(finished, data):
     with Checkpoints(folder, keep=2) as checkpoints:
         assert checkpoints.steps() == [4, 8] and checkpoints.best_step() == 8
     assert state.step == 8
-    assert "mesh data 8 x fsdp 1 x expert 1" in lines[-1] and "step 0 of 8" in lines[-1]
+    assert "mesh data 8 x fsdp 1 x expert 1" in lines[-1] and "step 0 of 8; compiling" in lines[-1]
 
 
 def test_a_finished_run_returns_at_once(finished, data, monkeypatch):
@@ -121,7 +121,7 @@ def test_a_finished_run_returns_at_once(finished, data, monkeypatch):
     again = train(config(data), folder, lines.append)
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(again), state)
     assert files(folder) == before
-    assert "step 8 of 8" in lines[-1]
+    assert "step 8 of 8; nothing is left to train: to go on, --config=run:" in lines[-1]
 
 
 def test_another_configuration_changes_nothing(finished, data):
