@@ -158,6 +158,15 @@ def test_guides_reports_and_docstrings_are_pages(site):
 
 
 @pytest.mark.site
+def test_the_menu_calls_each_page_by_a_name_of_its_own(site):
+    link = r'<a href="([^"#]+)" class="md-nav__link[^"]*">\s*<span[^>]*>\s*(.*?)\s*<'
+    named = dict(re.findall(link, (site / "index.html").read_text(), re.DOTALL))
+    assert named["README.zh-CN.html"] == "简体中文"
+    assert {"CONTRIBUTING.html", "docs/RUNS.html"} <= named.keys()
+    assert "moepp_jax" not in named.values()
+
+
+@pytest.mark.site
 def test_a_link_that_leads_nowhere_fails_the_build(tmp_path):
     pages = ROOT / "website" / "pages"
     (tmp_path / "pages").mkdir()
