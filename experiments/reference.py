@@ -65,7 +65,7 @@ def differences(folder: Path, workdir: Path) -> dict[str, Difference]:
     """What our model of the work directory makes of the inputs of the folder's expected.npz."""
     want = dict(np.load(folder / "expected.npz"))
     model = moepp_jax.load(workdir)
-    model.tokenizer = None  # greedy tokens go on behind its end of a text
+    model.tokenizer, model.ends = None, frozenset()  # greedy tokens go on behind a text's end
     got = _forward(model.config, model.params, want["input_ids"])
     real = want["padded_mask"].astype(bool)
     padded = np.asarray(model.logits(want["padded_ids"], want["padded_mask"]))

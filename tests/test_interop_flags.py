@@ -77,8 +77,10 @@ def test_logits_and_bytes(tmp_path, name):
     require_the_same(tmp_path / "back", fields, tensors)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("seed", range(60))
+# Of the first one's greedy tokens some are ends of a text.
+@pytest.mark.parametrize(
+    "seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(1, 60))]
+)
 def test_everything(tmp_path, seed):
     source = tmp_path / "source"
     fields, tensors = checkpoints.make(seed, source)
