@@ -10,6 +10,7 @@ from moepp_jax import special_tokens
 from moepp_jax.data import Tokenizer
 from moepp_jax.errors import ConfigError
 from moepp_jax.interop import source
+from moepp_jax.interop.errors import ConversionError
 from moepp_jax.interop.fields import Fields, Groups
 from moepp_jax.special_tokens import GENERATION
 from moepp_jax.workdir import TOKENIZERS, tokenizer_file
@@ -61,25 +62,31 @@ def read(folder: Path, fields: Fields, rows: int, tokenizer: Path | None = None)
         weights are worth having without it.
 
     Raises:
-      ConfigError: a file is there, or given, and cannot be used; names it.
+      ConversionError: a file is there, or given, and cannot be used; names it.
     """
-    file = tokenizer_file(folder) if tokenizer is None else tokenizer
-    opened, missing = None, ""
-    if tokenizer is None and not file.exists():
-        missing = f"{folder} has no {' and no '.join(TOKENIZERS)}"
-    else:
-        try:
-            opened = Tokenizer.load(file)
-        except ConfigError as error:
-            if tokenizer is not None:
-                raise
-            missing = str(error)
-    if opened is not None:
-        opened.require_fits(rows, file)
     generation = folder / GENERATION
     said = source.read_json(generation) if generation.exists() else {}
-    ends = special_tokens.ends(fields, said, folder)
-    special_tokens.require_below(ends, rows, folder)
+    try:
+        opened, missing = _tokenizer(folder, rows, tokenizer)
+        ends = special_tokens.ends(fields, said, folder)
+        special_tokens.require_below(ends, rows, folder)
+    except ConfigError as error:
+        raise ConversionError(str(error)) from error
     if ends and not special_tokens.ids(said, "eos_token_id", generation):
         said["eos_token_id"] = ends if len(ends) > 1 else ends[0]
     return Brought(opened, said, missing)
+
+
+def _tokenizer(folder: Path, rows: int, given: Path | None) -> tuple[Tokenizer | None, str]:
+    """It, or why there is none."""
+    file = tokenizer_file(folder) if given is None else given
+    if given is None and not file.exists():
+        return None, f"{folder} has no {' and no '.join(TOKENIZERS)}"
+    try:
+        opened = Tokenizer.load(file)
+    except ConfigError as error:
+        if given is not None:
+            raise
+        return None, str(error)
+    opened.require_fits(rows, file)
+    return opened, ""
