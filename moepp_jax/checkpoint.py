@@ -2,11 +2,12 @@
 
 Orbax writes and restores the arrays; this room adds what it leaves to its user. Of a step's folder
 `params/` holds the parameters, `rest/` the optimizer state and whatever else a training state has,
-`meta/` the shapes and the metrics, and `checksums.json` the SHA-256 of every file in these three:
-without it a flipped byte would restore silently. The checksums are taken before orbax commits the
-step, in its background thread, so a step is never there without them. One that has lost them, or is
-of a version that wrote none, cannot be verified: it is used where there is no other, which is said,
-and refused `only_verified`.
+`meta/` the shapes and the metrics, and `checksums.json` the sums of every file in these three:
+without it a flipped byte would restore silently. Each process sums up the files that it wrote, the
+first one what orbax makes of them, before orbax commits the step, in its background thread, so a
+step is never there without them. Before a step is used each process reads its share of the bytes.
+One that has lost them, or is of a version that wrote none, cannot be verified: it is used where
+there is no other, which is said, and refused `only_verified`.
 """
 
 import contextlib
@@ -19,16 +20,15 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
-import numpy as np
 import orbax.checkpoint as ocp
 from flax.serialization import from_state_dict, to_state_dict
-from jax.experimental import multihost_utils
 
-from moepp_jax import checksums
+from moepp_jax import checksums, processes, summed
 from moepp_jax.retention import NewestAndBest
 from moepp_jax.storage import AnyPath, is_full, is_local, open_path, reason, room
 
-_ITEMS = ("params", "rest", "meta")
+_ARRAYS = ("params", "rest")
+_ITEMS = (*_ARRAYS, "meta")
 
 _ONLY_VERIFIED = contextvars.ContextVar("only_verified", default=False)
 
@@ -71,13 +71,14 @@ class Checkpoints:
         self._folder = (folder.absolute() if is_local(folder) else folder) / "checkpoints"
         self._only_verified = _ONLY_VERIFIED.get()
         self._doubted: set[int] = set()  # what has been said so
+        self._intact: dict[int, frozenset[str]] = {}  # items that were verified here
         self._saving: int | None = None
         self._bytes = 0  # that it takes at most, of this process
         self._policy = NewestAndBest(keep)
         try:
             self._manager = _Manager(
                 self._folder,
-                handler_registry=handlers,
+                handler_registry=handlers or summed.handlers(_ARRAYS, self._sum_own),
                 options=ocp.CheckpointManagerOptions(
                     create=False,
                     save_root_metadata=False,
@@ -107,6 +108,7 @@ class Checkpoints:
         items = _split(state)
         meta = {"metrics": metrics, "shapes": _shapes(items)}
         self._saving, self._bytes = step, _bytes_here(items)
+        self._intact.pop(step, None)
         self._remove_leftover()
         self._policy.note(step, metrics)
         with self._telling():
@@ -257,9 +259,7 @@ class Checkpoints:
         if jax.process_index() != 0 or step not in self.steps():
             return False  # process 0 alone removes
         stuck = self._policy.superfluous(self.steps())
-        if not stuck or any(
-            checksums.verdict(self._folder / str(step), _ITEMS, ("params", "meta"))
-        ):
+        if not stuck or any(checksums.listed(self._folder / str(step), _ITEMS, ("params", "meta"))):
             return False
         self._policy.stuck |= stuck
         self._caution(
@@ -358,19 +358,23 @@ class Checkpoints:
         return CheckpointError(f"checkpoint {step} in {self._folder} {why}{there}")
 
     def _verdict(self, step: int, items: Iterable[str]) -> checksums.Verdict:
-        """What is wrong with a step's files. Process 0 reads them, all return alike."""
-        found = checksums.Verdict()
-        if jax.process_index() == 0:
-            items = frozenset(items)
+        """What is wrong with a step's files. Each process reads a share, all return alike."""
+        items, folder = frozenset(items), self._folder / str(step)
+        if items <= self._intact.get(step, frozenset()):
+            return checksums.Verdict()
+        share = checksums.Share(jax.process_index(), jax.process_count())
+
+        def mine() -> str:
             # A model that was converted has no `rest`.
-            found = checksums.verdict(self._folder / str(step), items, items - {"rest"})
-        wrong = np.array([said is not None for said in found])
-        with jax.transfer_guard("allow"):
-            wrong = multihost_utils.broadcast_one_to_all(wrong)
-        said = zip(found, wrong, strict=True)
-        return checksums.Verdict(
-            *((s or "process 0 says so") if there else None for s, there in said)
-        )
+            found = checksums.verdict(folder, items, items - {"rest"}, share)
+            return "\n".join(" ".join((said or "").split()) for said in found)
+
+        told = [said.partition("\n") for said in processes.of_each(mine)]
+        damages, _, doubts = zip(*told, strict=True)
+        found = checksums.Verdict(*(next(filter(None, said), None) for said in (damages, doubts)))
+        if not any(found):
+            self._intact[step] = items | self._intact.get(step, frozenset())
+        return found
 
     def _remove_leftover(self) -> None:
         """What a process that was killed while it saved this step left of it."""
@@ -378,12 +382,22 @@ class Checkpoints:
         if is_local(folder) and jax.process_index() == 0:
             shutil.rmtree(folder, ignore_errors=True)
 
+    def _sum_own(self, item: str) -> None:
+        """Called in every process when its files of an item are written."""
+        process, folder = jax.process_index(), self._being_saved()
+        written = folder / f"{item}{ocp.path.atomicity.TMP_DIR_SUFFIX}"
+        written = written if written.exists() else folder / item  # of a bucket
+        name = f"ocdbt.process_{process}"
+        checksums.write_own(folder, f"{item}.{process}", written / name, f"{item}/{name}")
+
     def _write_checksums(self) -> None:
         """Called by orbax on process 0 when all is written, before the folder gets its name."""
+        checksums.write(self._being_saved(), _ITEMS)
+
+    def _being_saved(self) -> AnyPath:
         folder = self._folder / f"{self._saving}{ocp.path.atomicity.TMP_DIR_SUFFIX}"
-        if not folder.exists():
-            folder = self._folder / str(self._saving)  # a bucket's, which a last file completes
-        checksums.write(folder, _ITEMS)
+        # A bucket's has its name from the start, and a last file completes it.
+        return folder if folder.exists() else self._folder / str(self._saving)
 
 
 class _Manager(ocp.CheckpointManager):

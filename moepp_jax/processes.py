@@ -38,16 +38,7 @@ def agree(work: Callable[[], T]) -> T:
     """
     if jax.process_count() == 1:
         return work()
-    pool = ThreadPoolExecutor(max_workers=1)
-    try:
-        future = pool.submit(work)
-        working = True
-        while working:
-            wait([future], timeout=_PATIENCE)
-            heard = _gather(_said(future))
-            working = any(said is None for said in heard)
-    finally:
-        pool.shutdown(wait=False)
+    future, heard = _in_all(work, lambda result: "")
     if not future.exception():
         for process, said in enumerate(heard):
             if said:
@@ -55,14 +46,40 @@ def agree(work: Callable[[], T]) -> T:
     return future.result()
 
 
-def _said(future: Future) -> str | None:
-    """The error that ended some work, "" for success, None for work that goes on."""
+def of_each(work: Callable[[], str]) -> list[str]:
+    """What `work` returns in each process, in all of them; of long texts the beginning.
+
+    They wait as in `agree`; what `work` raises ends the process.
+    """
+    if jax.process_count() == 1:
+        return [work()]
+    future, heard = _in_all(work, str)
+    future.result()
+    return heard
+
+
+def _in_all(work: Callable[[], T], say: Callable[[T], str]) -> tuple[Future, list[str]]:
+    """Some work when it is done everywhere, and what each process says of its."""
+    pool = ThreadPoolExecutor(max_workers=1)
+    try:
+        future = pool.submit(work)
+        while True:
+            wait([future], timeout=_PATIENCE)
+            heard = _gather(_said(future, say))
+            if None not in heard:
+                return future, heard
+    finally:
+        pool.shutdown(wait=False)
+
+
+def _said(future: Future, say: Callable[[T], str]) -> str | None:
+    """What is said of some work or of the error that ended it, None while it goes on."""
     if not future.done():
         return None
     error = future.exception()
     if error is not None and not isinstance(error, ConfigError):
         raise error  # a fault, which ends this process
-    return str(error or "")
+    return str(error) if error else say(future.result())
 
 
 def _gather(said: str | None) -> list[str | None]:

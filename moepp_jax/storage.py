@@ -102,8 +102,19 @@ def reason(error: Exception) -> str:
     return said[1].strip() if said else " ".join(str(error).split())[:300]
 
 
+def size(file: AnyPath) -> int:
+    """Bytes of a file."""
+    stat = file.stat()
+    return stat.st_size if is_local(file) else stat.length
+
+
 def files_below(folder: AnyPath) -> Iterator[AnyPath]:
     """Every file of a folder and of the folders in it; none if it is not there."""
+    if not is_local(folder):  # one listing, not one a folder: a checkpoint has two a process
+        store, root = fsspec.core.url_to_fs(os.fspath(folder))
+        for name in store.find(root):
+            yield folder / name.removeprefix(root).lstrip("/")
+        return
     for entry in folder.iterdir() if folder.is_dir() else ():
         if entry.is_dir():
             yield from files_below(entry)

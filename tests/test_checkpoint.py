@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import hashlib
 import json
 import re
 import subprocess
@@ -257,6 +258,45 @@ def test_what_cannot_be_verified_is_refused_where_that_is_asked_for(tmp_path):
                 checkpoints.params_folder(10, _abstract(_state().params))
     with Checkpoints(tmp_path, 2) as checkpoints:
         assert checkpoints.latest_intact_step(lambda line: None) == 10
+
+
+def test_a_step_of_an_earlier_version_is_verified_by_its_sha_256(tmp_path):
+    _save(tmp_path, 10)
+    file = tmp_path / "checkpoints" / "10" / "checksums.json"
+    file.write_text(
+        json.dumps(
+            {
+                name: hashlib.sha256((file.parent / name).read_bytes()).hexdigest()
+                for name in json.loads(file.read_text())
+            }
+        )
+    )
+    with only_verified():
+        with Checkpoints(tmp_path, 2) as checkpoints:
+            assert checkpoints.latest_intact_step() == 10
+            _assert_equal(checkpoints.restore(10, _abstract(_state())), _state())
+        _flip(_array_file(tmp_path, 10, "params"))
+        with (
+            Checkpoints(tmp_path, 2) as checkpoints,
+            pytest.raises(
+                CheckpointError, match=r"checkpoint 10 .*params/\S+ is not as it was sav"
+            ),
+        ):
+            checkpoints.restore(10, _abstract(_state()))
+
+
+def test_what_a_resume_has_verified_is_not_read_again_to_restore_it(tmp_path, monkeypatch):
+    _save(tmp_path, 10)
+    with Checkpoints(tmp_path, 2) as checkpoints:
+        assert checkpoints.latest_intact_step() == 10
+        with monkeypatch.context() as patch:
+            patch.setattr(checksums, "verdict", lambda *_: pytest.fail("it is read again"))
+            checkpoints.restore(10, _abstract(_state()))
+        checkpoints.save(20, _state())
+        checkpoints.wait()
+        _flip(_array_file(tmp_path, 20, "params"))
+        with pytest.raises(CheckpointError, match=r"checkpoint 20 .* is damaged: params/"):
+            checkpoints.restore(20, _abstract(_state()))
 
 
 @pytest.mark.parametrize("left", [[], ["meta"], ["params"]])
