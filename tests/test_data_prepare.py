@@ -21,7 +21,8 @@ from moepp_jax.config import Config
 from moepp_jax.configs import tiny
 from moepp_jax.configs.base import source
 from moepp_jax.data import corpus, estimate, files, records, shards, storage, tokens, work
-from moepp_jax.data.prepare import prepare_sources, prepared_sources, verify
+from moepp_jax.data.prepare import prepare_sources, prepared_sources
+from moepp_jax.data.verify import verify
 from moepp_jax.errors import ConfigError
 
 TEXT = Path(__file__).parent / "data" / "text"

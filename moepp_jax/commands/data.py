@@ -1,7 +1,7 @@
 """data: what training and evaluation read, prepared ahead of them.
 
 data prepare --config=RECIPE   # text to token ids on disk
-data verify --config=RECIPE    # reads them again and checks every byte
+data verify --config=RECIPE    # reads all of it again: a line for each damaged file, status 1
 data benchmarks                # the items of the paper's benchmarks, for lm_eval
 """
 
@@ -12,14 +12,18 @@ from absl import flags
 from moepp_jax import cli, data
 from moepp_jax.commands import options
 from moepp_jax.data.estimate import estimate
-from moepp_jax.data.prepare import prepare_sources, verify
+from moepp_jax.data.prepare import prepare_sources
+from moepp_jax.data.verify import verify
 from moepp_jax.errors import ConfigError
 from moepp_jax.harness import local
 
 flags.declare_key_flag("config")
 _DRY_RUN = flags.DEFINE_bool("dry_run", False, "prepare: only report what would be done")
 _WORKERS = flags.DEFINE_integer(
-    "workers", None, "prepare: number of processes; default: one per core", lower_bound=1
+    "workers",
+    None,
+    "prepare: number of processes, default: one per core; verify: files read at once",
+    lower_bound=1,
 )
 _DIR = cli.define_path("dir", "data/benchmarks", "benchmarks: folder to write to")
 _LOGIQA = cli.define_path("logiqa", None, "benchmarks: file with LogiQA's test split")
@@ -43,7 +47,7 @@ def _prepare(arguments: list[str]) -> None:
 
 def _verify(arguments: list[str]) -> None:
     options.no_more(arguments)
-    verify(options.given_config())
+    verify(options.given_config(), workers=_WORKERS.value)
 
 
 def _benchmarks(arguments: list[str]) -> None:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from moepp_jax.config import Config, DataConfig
-from moepp_jax.data import records, storage
+from moepp_jax.data import storage
 from moepp_jax.data.corpus import Texts, open_corpus, prepare_text, text_folder
 from moepp_jax.data.sources import Corpus, Report
 from moepp_jax.data.tokenizer import TRAINER_VERSION, Tokenizer, interleaved
@@ -102,21 +102,6 @@ def _require(there: bool, what: str) -> None:
             "`moepp data prepare --config=...` where its sources can be read, "
             "or set config.data.dir to where that was done"
         )
-
-
-def verify(config: Config, report: Report = print) -> None:
-    """Reads all that is prepared for this configuration again, every byte.
-
-    Raises:
-      DataError: a file is missing or not as it was written.
-      ConfigError: something is not prepared.
-    """
-    prepared = prepared_sources(config)
-    for name, tokens in prepared.tokens.items():
-        text = Path(config.data.dir) / noted_text(config.data, name)
-        for folder in (text, tokens):
-            if folder.exists():
-                report(f"{name}: {records.verify(folder):,} bytes of {folder} are as written")
 
 
 class _Text:

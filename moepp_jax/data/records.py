@@ -5,13 +5,13 @@ A folder holds dataset_info.json and features.json as TFDS writes them, so that
     tfds.builder_from_directory(folder).as_data_source("train")
 
 reads it, and manifest.json: size and SHA-256 of every other file. On opening, all files must be
-there with their size, and small ones are summed up; a record that was changed since fails
-ArrayRecord's own checksum when it is read. What is not as it was written is never trained on.
+there with their size, and small ones are summed up; of long indices each block is when it is read
+(`index`). A record that was changed since fails ArrayRecord's own checksum when it is read. What is
+not as it was written is never trained on.
 """
 
 from __future__ import annotations
 
-import concurrent.futures
 import contextlib
 import json
 import os
@@ -23,6 +23,7 @@ from typing import Any
 import tensorflow_datasets as tfds
 from array_record.python.array_record_module import ArrayRecordReader
 
+from moepp_jax.data import index
 from moepp_jax.data.shards import TEMPLATE, Shard
 from moepp_jax.data.storage import DataError, file_sha256, fingerprint
 from moepp_jax.storage import write_atomic
@@ -30,6 +31,9 @@ from moepp_jax.storage import write_atomic
 SPLITS = ("train", "validation")
 
 _MANIFEST = "manifest.json"
+
+# Files that say where documents and records begin, and so are content; others follow from it.
+_INDICES = ("-index.npy", "-records.npy")
 
 # Bytes of records that are read at once, about, where a shard is read from its start to its end.
 _AHEAD = 1_000_000
@@ -95,7 +99,7 @@ def _manifest(folder: Path) -> dict:
         manifest = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
         return {"files": dict(manifest["files"]), "shards": dict(manifest["shards"])}
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise _damaged(folder / _MANIFEST, f" cannot be read ({error})") from None
+        raise damaged(folder / _MANIFEST, f" cannot be read ({error})") from None
 
 
 def content(folder: Path) -> str:
@@ -105,12 +109,13 @@ def content(folder: Path) -> str:
       DataError: the manifest is missing or cannot be read.
     """
     files = _manifest(folder)["files"]
-    indices = [(name, files[name]["sha256"]) for name in sorted(files) if name.endswith(".npy")]
+    indices = [(name, files[name]["sha256"]) for name in sorted(files) if name.endswith(_INDICES)]
     of_shards = [[shard.sha256 for shard in shards(folder, split)] for split in SPLITS]
     return fingerprint(indices, *of_shards)
 
 
-def _damaged(file: Path, how: str) -> DataError:
+def damaged(file: Path, how: str) -> DataError:
+    """The error that says this of a data file."""
     return DataError(
         f"the data file {file}{how}; copy it again from where it was prepared, or remove "
         f"{file.parent} and prepare it anew"
@@ -123,7 +128,7 @@ def read_shard(folder: Path, shard: Shard) -> Iterator[bytes]:
     Raises:
       DataError: the file is missing or one of its records is damaged.
     """
-    _check_size(folder / shard.file, shard.size)
+    check_size(folder / shard.file, shard.size)
     ahead = max(1, _AHEAD * shard.records // max(shard.num_bytes, 1))
     first = 0
     try:
@@ -133,19 +138,19 @@ def read_shard(folder: Path, shard: Shard) -> Iterator[bytes]:
         reader.close()
     except (RuntimeError, ValueError, IndexError) as error:
         where = f", record {first} or one of the {ahead - 1} after it, cannot be read: {error}"
-        raise _damaged(folder / shard.file, where) from error
+        raise damaged(folder / shard.file, where) from error
 
 
-def _check_size(file: Path, size: int) -> None:
+def check_size(file: Path, size: int) -> None:
     if not file.is_file():
-        raise _damaged(file, " is missing")
+        raise damaged(file, " is missing")
     if file.stat().st_size != size:
-        raise _damaged(file, f" has {file.stat().st_size:,} bytes, not its {size:,}")
+        raise damaged(file, f" has {file.stat().st_size:,} bytes, not its {size:,}")
 
 
 def _check_sum(file: Path, sha256: str) -> None:
     if file_sha256(file) != sha256:
-        raise _damaged(file, " is not as it was written: its SHA-256 is another")
+        raise damaged(file, " is not as it was written: its SHA-256 is another")
 
 
 class Split(Sequence):
@@ -161,11 +166,12 @@ class Split(Sequence):
         others = tuple(f"{other}-" for other in SPLITS if other != split)
         for name, file in manifest["files"].items():
             if not name.startswith(others):
-                _check_size(folder / name, file["size"])
-                _check_sum(folder / name, file["sha256"])
+                check_size(folder / name, file["size"])
+                if index.blocks_file(name) not in manifest["files"]:
+                    _check_sum(folder / name, file["sha256"])
         self._shards = [Shard(**shard) for shard in manifest["shards"][split]]
         for shard in self._shards:
-            _check_size(folder / shard.file, shard.size)
+            check_size(folder / shard.file, shard.size)
         _allow_open_files()
         self._source = tfds.builder_from_directory(folder).as_data_source(split)
 
@@ -191,13 +197,13 @@ class Split(Sequence):
                 self.records([index])
             raise self.damaged(indices[0], f"cannot be read: {error}") from None
 
-    def damaged(self, index: int, how: str) -> DataError:
+    def damaged(self, number: int, how: str) -> DataError:
         """The error that says this of a record."""
         for shard in self._shards:
-            if index < shard.records:
+            if number < shard.records:
                 break
-            index -= shard.records
-        return _damaged(self._folder / shard.file, f", record {index}, {how}")
+            number -= shard.records
+        return damaged(self._folder / shard.file, f", record {number}, {how}")
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         return self.features.deserialize_example_np(self.records([index])[0])
@@ -213,22 +219,14 @@ def _allow_open_files() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
-def verify(folder: Path) -> int:
-    """Reads every byte of a data set again; returns how many there are.
+def files(folder: Path) -> dict[Path, tuple[int, str]]:
+    """Every file of a data set but its manifest: size and SHA-256.
 
     Raises:
-      DataError: a file is missing, or not as it was written.
+      DataError: the manifest is missing or cannot be read.
     """
     manifest = _manifest(folder)
-    files = {name: (file["size"], file["sha256"]) for name, file in manifest["files"].items()}
+    sums = {name: (file["size"], file["sha256"]) for name, file in manifest["files"].items()}
     for split in manifest["shards"]:
-        files |= {shard.file: (shard.size, shard.sha256) for shard in shards(folder, split)}
-
-    def check(name: str) -> int:
-        size, sha256 = files[name]
-        _check_size(folder / name, size)
-        _check_sum(folder / name, sha256)
-        return size
-
-    with concurrent.futures.ThreadPoolExecutor() as pool:
-        return sum(pool.map(check, files))
+        sums |= {shard.file: (shard.size, shard.sha256) for shard in shards(folder, split)}
+    return {folder / name: of_file for name, of_file in sums.items()}

@@ -15,9 +15,10 @@ from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
+import xxhash
 
 from moepp_jax.config import DataConfig
-from moepp_jax.data import records, storage, work
+from moepp_jax.data import index, records, storage, work
 from moepp_jax.data.packing import ranges
 from moepp_jax.data.records import SPLITS
 from moepp_jax.data.shards import Shard, ShardWriter, decode_bytes, shard_name
@@ -52,17 +53,19 @@ class TokenDocuments(Sequence):
     are sent opens them for itself.
 
     Attributes:
-      starts: [documents + 1], where each begins in the stream, and its end. It stays on disk: a
-        billion documents would be 8 GB of it.
+      starts: [documents + 1], where each begins in the stream, and its end. It stays on disk, as a
+        billion documents would be 8 GB of it, and is verified where it is read.
     """
 
     def __init__(self, folder: Path, split: str):
         self._opened = folder, split
         self._records = records.Split(folder, split)
         self._dtype = self._records.features["tokens"].np_dtype
-        # As plain arrays: a memmap's own way of indexing is slow.
-        self.starts, self._byte_starts = np.asarray(np.load(folder / _index(split), mmap_mode="r"))
-        self._record_starts = np.asarray(np.load(folder / _cuts(split), mmap_mode="r"))
+        self.starts, self._byte_starts = index.open_rows(folder / _index(split), records.damaged)
+        [self._record_starts] = index.open_rows(folder / _cuts(split), records.damaged)
+        self._sums = None  # of earlier versions' records
+        if (folder / _sums(split)).exists():
+            [self._sums] = index.open_rows(folder / _sums(split), records.damaged)
 
     def __reduce__(self):
         return type(self), self._opened
@@ -98,7 +101,7 @@ class TokenDocuments(Sequence):
             first = last
 
     def _documents(self, first: int, last: int) -> list[np.ndarray]:
-        starts = self.starts[first : last + 1]
+        starts = np.asarray(self.starts[first : last + 1])
         tokens = self.read(starts[:1], starts[-1:] - starts[:1])
         return np.split(tokens, starts[1:-1] - starts[0])
 
@@ -133,6 +136,12 @@ class TokenDocuments(Sequence):
             raise self._records.damaged(
                 int(numbers[wrong]), f"holds {found[wrong]} tokens, not those written there"
             )
+        if self._sums is not None:  # or a shard that is another one would be read as this one
+            sums = np.fromiter(map(_sum, tokens), np.uint64).view(np.int64)
+            for wrong in np.flatnonzero(sums != self._sums[numbers]):
+                raise self._records.damaged(
+                    int(numbers[wrong]), "holds other tokens than those written there"
+                )
         return self._joined(tokens)
 
     def _joined(self, vectors: Iterable[np.ndarray]) -> np.ndarray:
@@ -147,6 +156,15 @@ def _index(split: str) -> str:
 def _cuts(split: str) -> str:
     """File of where records begin, in tokens."""
     return f"{split}-records.npy"
+
+
+def _sums(split: str) -> str:
+    """File of the XXH3-64 of each record's tokens."""
+    return f"{split}-sums.npy"
+
+
+def _sum(tokens: np.ndarray) -> int:
+    return xxhash.xxh3_64_intdigest(tokens.tobytes())
 
 
 def tokens_folder(config: DataConfig, text: str, tokenizer: Tokenizer) -> Path:
@@ -187,14 +205,20 @@ def _make(folder: Path, text: Path, tokenizer: Tokenizer, workers: int, report: 
     for split in SPLITS:
         counts = [np.load(job.counts(split)) for job in jobs]
         starts = np.cumulative_sum(np.concatenate(counts, axis=1), axis=1, include_initial=True)
-        np.save(folder / _index(split), starts)
-        np.save(folder / _cuts(split), _record_starts([int(c[0].sum()) for c in counts]))
+        index.write(folder / _index(split), starts)
+        index.write(folder / _cuts(split), _record_starts([int(c[0].sum()) for c in counts]))
+        index.write(folder / _sums(split), np.concatenate([np.load(j.sums(split)) for j in jobs]))
     records.finish(
         folder,
         _NAME,
         _features(tokenizer.vocab_size),
         {split: [Shard(**result[split]) for result in results] for split in SPLITS},
-        files=[name(split) for name in (_index, _cuts) for split in SPLITS],
+        files=[
+            file
+            for name in (_index, _cuts, _sums)
+            for split in SPLITS
+            for file in (name(split), index.blocks_file(name(split)))
+        ],
         description=f"Token ids of the tokenizer {tokenizer.fingerprint} for {text.name}: records "
         "of equal size, whatever the documents; each of these begins with BOS and ends with EOS.",
     )
@@ -221,7 +245,7 @@ class _TokensJob:
 
     @property
     def name(self) -> str:
-        return f"{self.index:05}"
+        return f"summed-{self.index:05}"  # earlier versions' jobs, which are not, are done again
 
     @property
     def num_bytes(self) -> int:
@@ -231,12 +255,17 @@ class _TokensJob:
         """File of the tokens and the bytes of each document: packing needs them."""
         return self.folder / storage.DONE / f"{self.name}-{split}.npy"
 
+    def sums(self, split: str) -> Path:
+        """File of the sum of each record's tokens."""
+        return self.folder / storage.DONE / f"{self.name}-{split}-sums.npy"
+
     def __call__(self, advance: work.Advance) -> dict[str, Any]:
         return {split: self._encode(split, advance)._asdict() for split in self.shards}
 
     def _encode(self, split: str, advance: work.Advance) -> Shard:
         dtype = _features(self.tokenizer.vocab_size)["tokens"].np_dtype
         counts: list[tuple[int, int]] = []
+        sums: list[int] = []
         with contextlib.ExitStack() as stack:
             name = shard_name(_NAME, split, self.index, self.count)
             writer = ShardWriter(self.folder / name)
@@ -244,8 +273,10 @@ class _TokensJob:
             for ids in _cut(self._encoded(split, advance, counts)):
                 tokens = np.array(ids, dtype)
                 writer.write({"tokens": tokens.tobytes()}, tokens.nbytes)
+                sums.append(_sum(tokens))
             shard = writer.close()
         np.save(self.counts(split), np.array(counts, np.int64).reshape(-1, 2).T)
+        np.save(self.sums(split), np.array(sums, np.uint64).view(np.int64))
         return shard
 
     def _encoded(self, split: str, advance: work.Advance, counts: list) -> Iterator[list[int]]:

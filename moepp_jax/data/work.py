@@ -70,7 +70,7 @@ def run(
     total = sum(job.num_bytes for job in jobs)
     done = total - sum(job.num_bytes for job in todo)
     workers = min(workers, len(todo), 1 + (total - done) // _WORTH_A_WORKER)
-    with _Meter(description, total, done, report) as meter:
+    with Meter(description, total, done, report) as meter:
         if workers <= 1:
             for job in todo:
                 _do(folder, job, meter.advance)
@@ -87,7 +87,7 @@ def _do(folder: Path, job: Job, advance: Advance) -> None:
     write_atomic(_record(folder, job), json.dumps(job(advance)))
 
 
-def _share_out(folder: Path, jobs: Sequence[Job], workers: int, meter: _Meter) -> None:
+def _share_out(folder: Path, jobs: Sequence[Job], workers: int, meter: Meter) -> None:
     # Not forked: a process that has started JAX or TensorStore has threads.
     context = multiprocessing.get_context("spawn")
     read, stop = context.Value("q", 0), context.Value("b", 0)
@@ -128,7 +128,7 @@ def _do_in_worker(folder: Path, job: Job) -> None:
     _do(folder, job, _advance)
 
 
-class _Meter:
+class Meter:
     """How much of the work is done: a bar on a terminal, a line now and then elsewhere."""
 
     def __init__(self, description: str, total: int, done: int, report: Report):
@@ -169,7 +169,7 @@ class _Meter:
                 f"{pace / 1e6:,.1f} MB/s, ETA {left} h"
             )
 
-    def __enter__(self) -> _Meter:
+    def __enter__(self) -> Meter:
         if self._bar:
             self._bar.start()
         return self
