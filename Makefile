@@ -108,6 +108,7 @@ benchmark: .venv/run
 	$(PY) -m benchmarks.decode --json benchmarks/results/decode.json
 	$(PY) -m benchmarks.variable --json benchmarks/results/variable.json
 	$(PY) -m benchmarks.data --json benchmarks/results/data.json
+	$(PY) -m benchmarks.checksums --json benchmarks/results/checksums.json
 
 # What is pinned stays so, where it can; requirements/held.in says what must not be newer.
 LOCK := $(PY) -m piptools compile --quiet --no-header --no-annotate --strip-extras --allow-unsafe \

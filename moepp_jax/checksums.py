@@ -22,8 +22,8 @@ _FILE = "checksums.json"
 # Bytes that have a sum of their own; it is part of the format.
 _PART = 64 * 2**20
 
-# Bytes that are read at once.
-_CHUNK = 8 * 2**20
+# Bytes that are read at once: few enough to stay in a cache of the core that sums them up.
+_CHUNK = 2**20
 
 # What one process has summed up, until all of it is in `_FILE`.
 _OWN = re.compile(r"checksums\.[\w.]+\.json")
@@ -37,7 +37,7 @@ def write_own(folder: AnyPath, who: str, own: AnyPath, name: str) -> None:
       own: where the files lie by now.
       name: what will be its path in the folder.
     """
-    sums = _summed(own, [file.relative_to(own).as_posix() for file in files_below(own)])
+    sums = summed(own, [file.relative_to(own).as_posix() for file in files_below(own)])
     named = {f"{name}/{file}": of_file for file, of_file in sums.items()}
     write_atomic(folder / f"checksums.{who}.json", json.dumps(named))
 
@@ -50,7 +50,7 @@ def write(folder: AnyPath, items: Iterable[str]) -> None:
         for text in pool.map(lambda file: file.read_text(encoding="utf-8"), own):
             sums |= json.loads(text)
         names = _names(folder, items)
-        sums |= _summed(folder, [name for name in names if name not in sums])
+        sums |= summed(folder, [name for name in names if name not in sums])
         write_atomic(folder / _FILE, json.dumps({name: sums[name] for name in names}, indent=0))
         list(pool.map(lambda file: file.unlink(), own))
 
@@ -164,7 +164,7 @@ def _parts(sums: dict[str, Any]) -> list[_Part]:
     parts = []
     for name, of_file in sorted(sums.items()):
         if isinstance(of_file, str):
-            parts.append(_Part(name, _sha256, of_file))
+            parts.append(_Part(name, sha256, of_file))
         elif isinstance(of_file, list) and of_file and all(isinstance(s, str) for s in of_file):
             digests = _digests(len(of_file))
             parts += [_Part(name, d, s) for d, s in zip(digests, of_file, strict=True)]
@@ -187,8 +187,12 @@ def _first_damage(folder: AnyPath, parts: Sequence[_Part]) -> str | None:
         return next(filter(None, pool.map(damage, parts)), None)
 
 
-def _summed(folder: AnyPath, names: Sequence[str]) -> dict[str, list[str]]:
-    """The sums of each file, of all files at once."""
+def summed(folder: AnyPath, names: Sequence[str]) -> dict[str, list[str]]:
+    """The sums of each file's parts; all files at once, on threads.
+
+    Raises:
+      OSError: a file cannot be read.
+    """
     files = [folder / name for name in names]
     with ThreadPoolExecutor() as pool:
         counts = pool.map(lambda file: max(1, -(-size(file) // _PART)), files)
@@ -218,6 +222,7 @@ def _xxh3(part: int, last: bool, file: AnyPath) -> str:
     return total.hexdigest()
 
 
-def _sha256(file: AnyPath) -> str:
+def sha256(file: AnyPath) -> str:
+    """As versions before this one summed up a file."""
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
