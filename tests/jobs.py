@@ -60,11 +60,19 @@ def free_port() -> int:
 
 
 class Job:
-    """The processes of one command; on leaving, those that still run are killed."""
+    """The processes of one command, with so many devices each; on leaving, they are killed."""
 
-    def __init__(self, arguments, of=2, environment=slurm, program=MAIN, flags=lambda number: []):
+    def __init__(
+        self,
+        arguments,
+        of=2,
+        environment=slurm,
+        program=MAIN,
+        flags=lambda number: [],
+        devices=LOCAL_DEVICES,
+    ):
         clean = {k: v for k, v in os.environ.items() if not k.startswith(SET_HERE)}
-        xla = os.environ["XLA_FLAGS"].replace("device_count=8", f"device_count={LOCAL_DEVICES}")
+        xla = os.environ["XLA_FLAGS"].replace("device_count=8", f"device_count={devices}")
         self.port = free_port()
         self.processes = [
             subprocess.Popen(
@@ -86,9 +94,9 @@ class Job:
             process.kill()
             process.communicate()
 
-    def ended(self, *statuses: int) -> list[tuple[str, str]]:
+    def ended(self, *statuses: int, seconds: float = SECONDS) -> list[tuple[str, str]]:
         """What each has said, once all have ended as they should."""
-        deadline = time.monotonic() + SECONDS
+        deadline = time.monotonic() + seconds
         said = [p.communicate(timeout=deadline - time.monotonic()) for p in self.processes]
         assert [p.returncode for p in self.processes] == list(statuses), said
         return said

@@ -22,7 +22,7 @@ from moepp_jax import evaluate as evaluate_lib
 from moepp_jax import mesh as mesh_lib
 from moepp_jax import state as state_lib
 from moepp_jax.checkpoint import Checkpoints
-from moepp_jax.data import open_dataset
+from moepp_jax.data import open_dataset, prepare
 from moepp_jax.data.prepare import prepared_sources
 from moepp_jax.metrics import read_metrics
 from moepp_jax.parent import Parent
@@ -245,7 +245,7 @@ BATCHES = """
 import hashlib, sys
 from jax.experimental import multihost_utils
 from moepp_jax import distributed, mesh, processes, workdir
-from moepp_jax.data import open_dataset
+from moepp_jax.data import open_dataset, prepare
 
 distributed.initialize()
 config = workdir.read_config(sys.argv[1])
@@ -405,3 +405,38 @@ def test_without_the_first_process_or_a_sign_of_life_jax_ends_the_others(folder,
         job.wait_for(folder / workdir / "checkpoints" / "4")
         job.processes[victim].send_signal(number)
         assert_all_end(job, victim)
+
+
+# The command, which says how often all processes have met before the first step.
+STARTS = """
+import sys
+from moepp_jax import main, processes, train
+
+processes._PATIENCE = 1e3  # or all would hear, again and again, that one still works
+meetings, gather, loop = [], processes._gather, train._loop
+processes._gather = lambda said: meetings.append(said) or gather(said)
+train._loop = lambda *args: print("meetings", len(meetings), flush=True) or loop(*args)
+sys.argv[0] = "moepp"
+main.main()
+"""
+
+
+@pytest.mark.slow
+def test_eight_processes_start_train_two_steps_and_end_and_two_go_on(folder):
+    few = CUBE | {"train.steps": 2, "train.eval_every": 2, "train.save_every": 2}
+    prepare(tiny.config(**changes(folder, **few)), lambda line: None)
+    with Job(command(folder, "of_eight", **few), 8, program=["-c", STARTS], devices=1) as job:
+        said = job.ended(*[0] * 8, seconds=500.0)  # on two cores each has a quarter of one
+    workdir = folder / "of_eight"
+    assert [row["step"] for row in read_metrics(workdir) if "loss" in row] == [1, 2]
+    sums = json.loads((workdir / "checkpoints" / "2" / "checksums.json").read_text())
+    wrote = {int(n) for n in re.findall(r"ocdbt\.process_(\d+)/d/", " ".join(sums))}
+    assert wrote == set(range(8))
+    # As docs/PODS.md has it.
+    assert [re.findall(r"^meetings (\d+)$", out, re.MULTILINE) for out, _ in said] == [["9"]] * 8
+    more = few | {"train.steps": 3}
+    with Job(command(folder, "of_eight", **more), program=["-c", STARTS], devices=4) as job:
+        said = job.ended(0, 0)
+    assert "step 2 of 3" in said[0][0]
+    assert [re.findall(r"^meetings (\d+)$", out, re.MULTILINE) for out, _ in said] == [["10"]] * 2
+    assert [row["step"] for row in read_metrics(workdir) if "loss" in row] == [1, 2, 3]
