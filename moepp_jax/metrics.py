@@ -19,15 +19,17 @@ import logging
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from moepp_jax import parts
 from moepp_jax.errors import ConfigError
 from moepp_jax.storage import AnyPath, Staging, open_path, write_atomic
 from moepp_jax.tensorboard import Events
 
-_FILE = "metrics.jsonl"
+_FILE = parts.FILE
 
 # It warns of each number that is not finite: `require_finite` says it once, and which.
 logging.getLogger("tensorboardX.x2num").setLevel(logging.ERROR)
@@ -58,7 +60,8 @@ class MetricsWriter:
     What a kill or a disk has damaged is mended first: whole rows stay, each once, and a file that
     had a line which is none is kept beside the new one, as metrics.jsonl.damaged.
 
-    Under an object store rows appear there some time later: at once with `flush` and `close`.
+    Under an object store rows appear there some time later, at once with `flush` and `close`; in
+    parts (`parts`), so that what was written there before is not written again.
 
     Args:
       workdir: the run's folder.
@@ -83,9 +86,15 @@ class MetricsWriter:
         self._name = open_path(workdir) / _FILE
         with self._naming():
             self.staging = Staging(workdir)
-            file = self.staging.fetch(_FILE)
+            file = fetch(self.staging, workdir)
+            mended = any(row is None for _, row in _lines(file)) if file.exists() else False
             rows = _repair(file, math.inf if resume_step is None else resume_step, workdir, report)
             self._file = file.open("a", encoding="utf-8")
+            if self.staging.copies:
+                last = max((row["step"] for row in rows), default=-1)
+                start = last if resume_step is None else resume_step
+                self._part = _begin(self.staging, workdir, file, start, mended)
+                _grow(self.staging, self._part)
         self.seconds_so_far = max((row.get("seconds", 0.0) for row in rows), default=0.0)
         purged = None if resume_step is None else resume_step + 1
         self._events = Events(self.staging.folder / "tensorboard", purged, report)
@@ -102,6 +111,16 @@ class MetricsWriter:
                 self._events.add(tag, number, step)
         with self._naming():
             self.staging.copy()
+            if self.staging.copies:
+                self._begin_another(step)
+
+    def _begin_another(self, step: int) -> None:
+        """Where this part is large."""
+        part = self._part.after(self._file.tell(), step)
+        if part != self._part:
+            self.staging.copy(now=True)
+            self._part = part
+            _grow(self.staging, part)
 
     def flush(self) -> None:
         """Puts the rows so far where they are safe."""
@@ -149,9 +168,61 @@ def read_metrics(workdir: str | os.PathLike) -> list[dict[str, Any]]:
       FileNotFoundError: nothing was measured in this folder yet.
       ConfigError: another line is not a row; the message names it.
     """
-    file = open_path(workdir) / _FILE
-    if not file.exists():
-        raise FileNotFoundError(f"there is no {file}: training writes it")
+    folder = open_path(workdir)
+    there = parts.of(folder)
+    if not there:
+        raise FileNotFoundError(f"there is no {folder / _FILE}: training writes it")
+    rows: list[dict[str, Any]] = []
+    for part in there:
+        rows = [row for row in rows if row["step"] <= part.start] + _whole_rows(part.file)
+    return rows
+
+
+def fetch(staging: Staging, workdir: str | os.PathLike) -> Path:
+    """The local metrics.jsonl of a run, with the lines of all its parts."""
+    there = parts.of(open_path(workdir))
+    if len(there) < 2:
+        file = staging.fetch(_FILE)
+    else:
+        lines: list[tuple[str, dict[str, Any] | None]] = []
+        for part in there:
+            lines = [(t, row) for t, row in lines if row is None or row["step"] <= part.start]
+            lines += _lines(part.file)
+        file = staging.folder / _FILE
+        write_atomic(file, "".join(f"{text}\n" for text, _ in lines))
+    if there and staging.copies:
+        _grow(staging, parts.following(there[-1].number, -1, file.stat().st_size))
+    elif not staging.copies:
+        for part in there[1:]:  # of a folder that was copied from a store
+            part.file.unlink()
+    return file
+
+
+def _grow(staging: Staging, part: parts.Growing) -> None:
+    staging.parts[_FILE] = (part.name, part.offset)
+
+
+def _begin(
+    staging: Staging, workdir: str | os.PathLike, file: Path, step: int, mended: bool
+) -> parts.Growing:
+    """The part of an object store that a run which goes on from a step writes."""
+    folder = open_path(workdir)
+    there = parts.of(folder)
+    if mended:
+        write_atomic(folder / _FILE, file.read_bytes())
+        for part in there[1:]:
+            part.file.unlink()
+        del there[1:]
+    if not there:
+        return parts.Growing(1, _FILE, 0)
+    return parts.following(there[-1].number, step, file.stat().st_size)
+
+
+def _whole_rows(file: AnyPath) -> list[dict[str, Any]]:
+    """
+    Raises:
+      ConfigError: a line is no row, and not the last one.
+    """
     lines = _lines(file)
     for number, (line, row) in enumerate(lines, start=1):
         if row is None and number < len(lines):

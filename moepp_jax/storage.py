@@ -78,6 +78,12 @@ def write_atomic(file: AnyPath, content: str | bytes) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def _read_from(file: Path, offset: int) -> bytes:
+    with file.open("rb") as stream:
+        stream.seek(offset)
+        return stream.read()
+
+
 def _is_half(file: Path) -> bool:
     """Whether it is what `write_atomic` is about to rename."""
     return file.name.startswith(".") and file.suffix == ".tmp"
@@ -129,14 +135,21 @@ class Staging:
 
     Attributes:
       folder: where to write.
+      parts: of a file's name: under which name its bytes from where on are kept at `target`.
     """
 
     def __init__(self, target: str | os.PathLike):
         self._target = open_path(target)
         self._remote = not is_local(self._target)
         self.folder = Path(tempfile.mkdtemp()) if self._remote else self._target
+        self.parts: dict[str, tuple[str, int]] = {}
         self._copied: dict[Path, tuple[int, int]] = {}
         self._last = -_COPY_EVERY
+
+    @property
+    def copies(self) -> bool:
+        """Whether `target` is elsewhere."""
+        return self._remote
 
     def fetch(self, name: str) -> Path:
         """The local file of this name, with what `target` has of it."""
@@ -153,11 +166,13 @@ class Staging:
             try:
                 stat = file.stat()
                 state = (stat.st_size, stat.st_mtime_ns)
-                content = file.read_bytes() if self._copied.get(file) != state else None
+                name = file.relative_to(self.folder).as_posix()
+                name, offset = self.parts.get(name, (name, 0))
+                content = _read_from(file, offset) if self._copied.get(file) != state else None
             except FileNotFoundError:
                 continue  # another process that writes here has renamed it
-            if content is not None and not _is_half(file):
-                target = self._target / file.relative_to(self.folder).as_posix()
+            if content is not None and not _is_half(file) and (content or not offset):
+                target = self._target / name
                 target.parent.mkdir(parents=True, exist_ok=True)
                 target.write_bytes(content)
                 self._copied[file] = state

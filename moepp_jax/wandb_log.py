@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from moepp_jax import worker
+from moepp_jax import metrics, worker
 from moepp_jax.errors import ConfigError
 from moepp_jax.storage import Staging, open_path, write_atomic
 
@@ -177,7 +177,7 @@ def send(
     """
     staging = Staging(workdir)
     try:
-        staging.fetch("metrics.jsonl")
+        metrics.fetch(staging, workdir)
         with following(wanted, workdir, staging, report, files, _PATIENCE_OF_SENDING):
             pass
     finally:

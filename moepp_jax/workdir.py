@@ -24,7 +24,7 @@ from moepp_jax import alike, claim, earlier
 from moepp_jax.config import Config, differences
 from moepp_jax.errors import ConfigError
 from moepp_jax.special_tokens import GENERATION, SETTINGS
-from moepp_jax.storage import AnyPath, is_local, open_path, write_atomic
+from moepp_jax.storage import AnyPath, is_local, open_path, size, write_atomic
 
 TOKENIZERS = ("tokenizer.model", "tokenizer.json")
 DATA = "data.json"
@@ -171,7 +171,7 @@ def holds_start(path: str | os.PathLike) -> bool:
     steps = [entry for entry in saved.iterdir() if entry.name.isdigit()] if saved.is_dir() else []
     if not holds_run(path) or not steps or any((step / "rest").exists() for step in steps):
         return False
-    return not measured.exists() or not measured.stat().st_size
+    return not measured.exists() or not size(measured)
 
 
 def read_config(

@@ -7,7 +7,7 @@ import pytest
 import xxhash
 from fsspec.implementations.memory import MemoryFileSystem
 
-from moepp_jax import checksums, run_data, storage
+from moepp_jax import checksums, parts, run_data, storage
 from moepp_jax import parent as parents
 from moepp_jax.data import Tokenizer, prepare
 from moepp_jax.errors import ConfigError
@@ -101,6 +101,87 @@ def test_metrics_are_in_the_bucket_when_they_must_be_and_go_on_there(bucket, mon
         assert [row["step"] for row in read_metrics(bucket)] == [1, 2, 9]
     events = [name for name in objects() if name.startswith("tensorboard/")]
     assert events and all(b"loss" in objects()[name] for name in events)
+
+
+def steps(workdir):
+    return [row["step"] for row in read_metrics(workdir)]
+
+
+def test_a_resume_in_a_bucket_writes_what_is_new_alone(bucket):
+    with MetricsWriter(bucket) as metrics:
+        for step in range(1, 8):
+            metrics.write(step, loss=float(step))
+    first = objects()["metrics.jsonl"]
+    with MetricsWriter(bucket, resume_step=5) as metrics:  # killed after step 7, saved at step 5
+        metrics.write(6, loss=0.0, seconds=3.0)
+    with MetricsWriter(bucket, resume_step=6) as metrics:
+        assert metrics.seconds_so_far == 3.0 and steps(bucket) == [1, 2, 3, 4, 5, 6]
+    with MetricsWriter(bucket, resume_step=6) as metrics:  # nothing was written in between
+        metrics.write(7, loss=0.5)
+        metrics.write(7, eval_loss=0.25)
+    there = {name: content for name, content in objects().items() if name.startswith("metrics")}
+    assert there.keys() == {
+        "metrics.jsonl",
+        "metrics-00002-from-5.jsonl",
+        "metrics-00003-from-6.jsonl",
+    }
+    assert there["metrics.jsonl"] == first
+    assert [content.count(b"\n") for _, content in sorted(there.items())] == [1, 2, 7]
+    assert steps(bucket) == [1, 2, 3, 4, 5, 6, 7, 7]
+    assert [row["loss"] for row in read_metrics(bucket)[-3:-1]] == [0.0, 0.5]
+
+
+def test_a_long_run_in_a_bucket_begins_another_part_now_and_then(bucket, monkeypatch):
+    monkeypatch.setattr(parts, "_LARGE", 100)
+    monkeypatch.setattr(storage, "_COPY_EVERY", 0.0)
+    with MetricsWriter(bucket) as metrics:
+        for step in range(1, 31):
+            metrics.write(step, loss=1.0)
+    there = [content for name, content in objects().items() if name.startswith("metrics")]
+    assert len(there) > 5 and max(map(len, there)) < 150
+    assert steps(bucket) == list(range(1, 31))
+    with MetricsWriter(bucket, resume_step=12) as metrics:
+        metrics.write(13, loss=2.0)
+    assert steps(bucket) == list(range(1, 14))
+
+
+def test_a_damaged_part_costs_its_line_alone(bucket):
+    with MetricsWriter(bucket) as metrics:
+        metrics.write(1, loss=1.0)
+        metrics.write(2, loss=1.0)
+    with MetricsWriter(bucket, resume_step=2) as metrics:
+        metrics.write(3, loss=1.0)
+        metrics.write(4, loss=1.0)
+    name = "metrics-00002-from-2.jsonl"
+    (open_path(bucket) / name).write_bytes(objects()[name].replace(b'{"step": 3', b"{step:"))
+    with pytest.raises(ConfigError, match=rf"{name}, line 1 is no JSON object with a step"):
+        read_metrics(bucket)
+    said = []
+    with MetricsWriter(bucket, 4, said.append) as metrics:
+        metrics.write(5, loss=1.0)
+    assert len(said) == 1 and "from step 2 on up to step 4 is lost" in said[0]
+    assert steps(bucket) == [1, 2, 4, 5] and name not in objects()
+    assert b"{step:" in objects()["metrics.jsonl.damaged"]
+
+
+def test_a_folder_copied_from_a_bucket_goes_on_in_one_file(bucket, tmp_path):
+    for start in (-1, 2, 4):
+        with MetricsWriter(bucket, resume_step=start) as metrics:
+            for step in range(start + 1 or 1, start + 5):
+                metrics.write(step, loss=float(start))
+    for name, content in objects().items():
+        if name.startswith("metrics"):
+            (tmp_path / name).write_bytes(content)
+    assert steps(tmp_path) == steps(bucket)
+    with MetricsWriter(tmp_path, resume_step=5) as metrics:
+        metrics.write(6, loss=9.0)
+    assert {entry.name for entry in tmp_path.iterdir()} == {"metrics.jsonl", "tensorboard"}
+    assert [(row["step"], row["loss"]) for row in read_metrics(tmp_path)][-4:] == [
+        (3, 2.0),
+        (4, 2.0),
+        (5, 4.0),
+        (6, 9.0),
+    ]
 
 
 def test_checksums_are_taken_and_checked_in_a_bucket(bucket):
