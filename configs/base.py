@@ -110,6 +110,10 @@ def get_config() -> ConfigDict:
     t.eval_batches = 16  # batches of held-out text in such an evaluation; 0 is all of it
     t.save_every = 1000  # steps
     t.keep = 2  # newest checkpoints kept, beside the best
+    # A loss or a gradient that is not finite: "stop" ends the run, "skip" leaves the update out.
+    t.on_nonfinite = "stop"
+    t.max_skipped = 10  # updates left out in a row that end the run
+    t.skip_above = 0.0  # multiple of the gradient's usual norm above which one is skipped; 0: none
 
     c.mesh = h = ConfigDict()  # tokens are split over all three axes; -1 is "the rest"
     h.data = -1  # replicas

@@ -191,14 +191,22 @@ class Checkpoints:
             )
         return None
 
-    def restore(self, step: int | None, abstract_state: Any) -> Any:
+    def restore(self, step: int | None, abstract_state: Any, optional: Iterable[str] = ()) -> Any:
         """The state of a step.
+
+        Args:
+          optional: parts of the state that earlier versions did not save; None where it lacks them.
 
         Raises:
           CheckpointError: the step is not there, is damaged, or is of another architecture.
         """
-        items = self._read(step, _split(abstract_state))
-        return from_state_dict(abstract_state, items["rest"] | {"params": items["params"]})
+        items = _split(abstract_state)
+        lacking = {name: None for name in optional if not self._has(step, name)}
+        items["rest"] = {k: v for k, v in items["rest"].items() if k not in lacking}
+        items = self._read(step, items)
+        fields = items["rest"] | {"params": items["params"]}
+        # Whatever is None is a leaf, of which nothing is looked for.
+        return from_state_dict(abstract_state.replace(**lacking), fields | lacking)
 
     def restore_params(self, step: int | None, abstract_params: Any) -> Any:
         """The parameters of a step alone; no other array is read. Raises as `restore` does."""
@@ -209,6 +217,13 @@ class Checkpoints:
         """Whether a step is of a model that was converted, which has no optimizer state yet."""
         shapes = _meta(self._folder / str(step))["shapes"]
         return not any(name.startswith("rest/") for name in shapes)
+
+    def _has(self, step: int | None, part: str) -> bool:
+        """Whether a state that was saved has this part."""
+        self._require_there(step)
+        self._require_intact(step, ["meta"])
+        shapes = _meta(self._folder / str(step))["shapes"]
+        return any(name.startswith(f"rest/{part}/") for name in shapes)
 
     def checksum(self, step: int | None) -> str:
         """One checksum of all that was saved at a step.

@@ -134,6 +134,9 @@ class TrainConfig:
     eval_batches: int
     save_every: int
     keep: int
+    on_nonfinite: str
+    max_skipped: int
+    skip_above: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -313,6 +316,7 @@ _CHOICES = {
     "moe.dispatch": ("capacity", "dropless"),
     "moe.eval_dispatch": ("capacity", "dropless"),
     "optim.schedule": ("cosine", "linear", "constant"),
+    "train.on_nonfinite": ("stop", "skip"),
 }
 
 # The smallest value that each of these fields may have.
@@ -347,6 +351,8 @@ _AT_LEAST = {
     "train.eval_batches": 0,
     "train.save_every": 1,
     "train.keep": 1,
+    "train.max_skipped": 1,
+    "train.skip_above": 0,
     "generate.max_new_tokens": 1,
     "generate.temperature": 0,
     "generate.top_k": 0,
@@ -448,6 +454,16 @@ def _check(c: Config) -> None:
         t.batch_size % t.accumulate == 0,
         "train.accumulate",
         f"must divide config.train.batch_size = {t.batch_size}",
+    )
+    require(
+        t.skip_above == 0 or t.on_nonfinite == "skip",
+        "train.skip_above",
+        f"is of config.train.on_nonfinite = 'skip', and it is {t.on_nonfinite!r}: set it to 0",
+    )
+    require(
+        t.skip_above == 0 or t.skip_above > 1,
+        "train.skip_above",
+        "must be 0 (off) or greater than 1: it is a multiple of the usual norm",
     )
     for name, source in c.data.sources.items():
         field = f"config.data.sources.{name}.weight"

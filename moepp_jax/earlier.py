@@ -26,6 +26,9 @@ _LATER = {
     "optim.schedule": "cosine",
     "optim.decay_steps": 0,
     "train.first_batch": 0,
+    "train.on_nonfinite": "stop",
+    "train.max_skipped": 10,
+    "train.skip_above": 0.0,
     "generate.min_p": 0.0,
     "generate.repetition_penalty": 1.0,
 }

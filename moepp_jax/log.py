@@ -11,10 +11,11 @@ import jax
 import numpy as np
 
 from moepp_jax import flops
+from moepp_jax import guard as guard_lib
 from moepp_jax.analysis import health
 from moepp_jax.config import Config
 from moepp_jax.data import Dataset
-from moepp_jax.metrics import MetricsWriter, require_finite
+from moepp_jax.metrics import MetricsWriter
 from moepp_jax.progress import Progress
 
 
@@ -23,6 +24,7 @@ class Log:
 
     Args:
       writer: None, like progress, in a process that is not the first: it only keeps pace.
+      skipped: updates that were left out before.
     """
 
     def __init__(
@@ -33,6 +35,7 @@ class Log:
         writer: MetricsWriter | None,
         progress: Progress | None,
         step: int,
+        skipped: int = 0,
     ):
         self._config = config
         self._mesh = mesh
@@ -47,6 +50,8 @@ class Log:
         self._warned = False
         rule = config.moe.rule
         self._watch = health.Watch(rule.pool.n_ffn, rule.load)
+        self._spikes = health.Spikes()
+        self._skipped = skipped
 
     def waited_for(self, batches: Iterator) -> Iterator:
         """The batches; the time that each takes to come is noted as waiting for data."""
@@ -65,17 +70,19 @@ class Log:
         """Writes the row that is pending, waiting for its step to end.
 
         Raises:
-          DivergedError: see `require_finite`.
+          DivergedError: see `guard.require_sound`.
         """
         if self._pending is None:
             return
         step, metrics = self._pending
         self._pending = None
-        values = {name: np.asarray(v).tolist() for name, v in jax.device_get(metrics).items()}
-        self._write(step, values)
-        require_finite(step, values)
+        values = dict(jax.device_get(metrics))
+        guard = values.pop("guard")
+        values = {name: np.asarray(v).tolist() for name, v in values.items()}
+        self._write(step, values, guard)
+        guard_lib.require_sound(self._config.train, step, values, guard)
 
-    def _write(self, step: int, values: dict[str, Any]) -> None:
+    def _write(self, step: int, values: dict[str, Any], guard: guard_lib.Guard) -> None:
         if self._writer is None:
             return
         now = time.perf_counter()
@@ -94,6 +101,8 @@ class Log:
             values |= {f"tokens/{name}": taken.tokens, f"epochs/{name}": taken.epochs}
         if mfu is not None:
             values["mfu"] = mfu
+        if self._config.train.on_nonfinite == "skip":
+            values["skipped"] = int(guard.unsound)
         rule, load = self._config.moe.rule, np.asarray(values.pop("load"))
         values |= health.by_layer(load, rule.pool.n_ffn, rule.load)
         self._writer.write(step, **values)
@@ -102,8 +111,16 @@ class Log:
         if said and not self._warned:
             self._progress.message(f"step {step}: {said}")
             self._warned = True
-        for said in self._watch.look(load):
+        for said in (*self._watch.look(load), *self._spikes.look(values["loss"])):
             self._progress.message(f"step {step}: {said}")
+        if self._config.train.on_nonfinite == "skip":
+            self._tell_of_skipped(step, guard)
+
+    def _tell_of_skipped(self, step: int, guard: guard_lib.Guard) -> None:
+        new, self._skipped = int(guard.unsound) - self._skipped, int(guard.unsound)
+        if new > 0:
+            updates = "1 update was" if new == 1 else f"{new} updates were"
+            self._progress.message(f"step {step}: {updates} left out, {guard_lib.place(guard)}")
 
     def held_out(self, step: int, values: dict[str, Any]) -> None:
         """Writes the row of an evaluation."""

@@ -208,7 +208,9 @@ def state(parent: Parent, parts: state_lib.Assembly) -> state_lib.State:
     """
     with _checkpoints(parent) as checkpoints:
         if parent.optimizer:
-            return state_lib.restarted(checkpoints.restore(parent.step, parts.abstract), parts)
+            later = state_lib.LATER
+            state = checkpoints.restore(parent.step, parts.abstract, optional=later)
+            return state_lib.restarted(state, parts)
         params = checkpoints.restore_params(parent.step, parts.abstract.params)
     return state_lib.state_of(params, parts)
 

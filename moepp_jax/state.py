@@ -14,7 +14,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from moepp_jax import compiler, model, moe, optim
+from moepp_jax import compiler, guard, model, moe, optim
 from moepp_jax import mesh as mesh_lib
 from moepp_jax.config import Config
 from moepp_jax.mesh import AXES
@@ -23,6 +23,9 @@ from moepp_jax.moe import param
 Batch = dict[str, jax.Array]
 Metrics = dict[str, jax.Array]
 
+# Parts of the state that earlier versions did not save: see `completed`.
+LATER = ("guard",)
+
 
 @flax.struct.dataclass
 class State:
@@ -30,11 +33,13 @@ class State:
 
     Attributes:
       step: optimizer steps done, which is also the next batch's number.
+      guard: what is remembered of its gradients.
     """
 
     step: Any
     params: dict[str, Any]
     opt_state: optax.OptState
+    guard: guard.Guard
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -81,8 +86,12 @@ def assemble(config: Config, mesh: Mesh) -> Assembly:
         transform_non_params=lambda leaf: _placed(leaf, everywhere),
     )
     step = jax.ShapeDtypeStruct((), jnp.int32, sharding=everywhere)
+    watched = jax.tree.map(
+        lambda leaf: _placed(leaf, everywhere), jax.eval_shape(guard.Guard.fresh)
+    )
+    abstract = State(step, params, opt_state, watched)
     evaluated = model.build(config, mesh, config.moe.eval_dispatch)
-    return Assembly(config, mesh, trained, evaluated, optimizer, State(step, params, opt_state))
+    return Assembly(config, mesh, trained, evaluated, optimizer, abstract)
 
 
 def _placed(leaf: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
@@ -94,7 +103,8 @@ def init_state(parts: Assembly) -> State:
 
     def make(key):
         params = parts.model.init(key)
-        return State(jnp.zeros((), jnp.int32), params, parts.optimizer.init(params))
+        opt_state = parts.optimizer.init(params)
+        return State(jnp.zeros((), jnp.int32), params, opt_state, guard.Guard.fresh())
 
     shardings = jax.tree.map(lambda leaf: leaf.sharding, parts.abstract)
     return jax.jit(make, out_shardings=shardings)(jax.random.key(parts.config.seed))
@@ -104,15 +114,30 @@ def state_of(params: dict[str, Any], parts: Assembly) -> State:
     """The state in which training starts from these parameters, which lie on the mesh already."""
     shardings = jax.tree.map(lambda leaf: leaf.sharding, parts.abstract)
     opt_state = jax.jit(parts.optimizer.init, out_shardings=shardings.opt_state)(params)
-    return State(jax.device_put(jnp.zeros((), jnp.int32), shardings.step), params, opt_state)
+    return _beginning(params, opt_state, parts)
 
 
 def restarted(state: State, parts: Assembly) -> State:
     """The state at step 0 again: parameters and moments stay, the learning rate is at its start."""
     shardings = jax.tree.map(lambda leaf: leaf.sharding, parts.abstract)
     begin = jax.jit(optim.at_its_start, out_shardings=shardings.opt_state, donate_argnums=0)
-    step = jax.device_put(jnp.zeros((), jnp.int32), shardings.step)
-    return State(step, state.params, begin(state.opt_state))
+    return _beginning(state.params, begin(state.opt_state), parts)
+
+
+def _beginning(params: dict[str, Any], opt_state: optax.OptState, parts: Assembly) -> State:
+    step = jax.device_put(jnp.zeros((), jnp.int32), parts.abstract.step.sharding)
+    return State(step, params, opt_state, _fresh_guard(parts))
+
+
+def _fresh_guard(parts: Assembly) -> guard.Guard:
+    return jax.tree.map(
+        lambda x, lies: jax.device_put(x, lies.sharding), guard.Guard.fresh(), parts.abstract.guard
+    )
+
+
+def completed(state: State, parts: Assembly) -> State:
+    """A state that was saved by an earlier version, which remembered nothing of gradients."""
+    return state if state.guard is not None else state.replace(guard=_fresh_guard(parts))
 
 
 def loss_function(parts: Assembly) -> Callable:
@@ -151,6 +176,7 @@ def make_train_step(parts: Assembly) -> Callable[[State, Batch], tuple[State, Me
     specs, optimizer, rule = parts.specs, parts.optimizer, parts.model.rule
     lr = optim.schedule(parts.config)
     num_parts = parts.config.train.accumulate
+    is_sound, chosen = guard.soundness(parts.config.train), guard.choice(parts.config.train)
     gradient = jax.grad(loss_function(parts), has_aux=True)
 
     def accumulated(params, batch, total):
@@ -182,12 +208,17 @@ def make_train_step(parts: Assembly) -> Callable[[State, Batch], tuple[State, Me
         # Of the parameters before the step: what the optimizer made of the rule's state is nothing.
         moved = rule.update(parts.model.rule_state(state.params), stats)
         params = parts.model.with_rule_state(params, moved)
+        norm, by_block = optax.global_norm(grads), guard.norm_by_block(grads)
+        sound = is_sound(state.guard, metrics["loss"], norm)
+        lost = guard.first_lost(stats.entropy), guard.last_lost(by_block)
+        watched = state.guard.after(state.step + 1, sound, norm, *lost)
+        params, opt_state = chosen(sound, (params, opt_state), (state.params, state.opt_state))
         # Rates are of the whole batch: parts have other shares of the choices.
         metrics |= moe.summarise(jax.tree.map(lambda a: a.mean(axis=0), stats), rule.pool)
-        # The log makes a few numbers of a layer's loads.
+        # The log makes a few numbers of a layer's loads, and words of the guard.
         metrics |= {"load": stats.load, "router_entropy_by_layer": stats.entropy}
-        metrics |= {"grad_norm": optax.global_norm(grads), "lr": lr(state.step)}
-        return State(state.step + 1, params, opt_state), metrics
+        metrics |= {"grad_norm": norm, "grad_norm_by_block": by_block, "lr": lr(state.step)}
+        return State(state.step + 1, params, opt_state, watched), metrics | {"guard": watched}
 
     shardings = jax.tree.map(lambda leaf: leaf.sharding, parts.abstract)
     return jax.jit(

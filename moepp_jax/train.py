@@ -18,6 +18,7 @@ from moepp_jax.checkpoint import Checkpoints
 from moepp_jax.config import Config
 from moepp_jax.data import Dataset, describe
 from moepp_jax.errors import ConfigError
+from moepp_jax.guard import require_sound
 from moepp_jax.interrupt import Stopped, StopRequest
 from moepp_jax.log import Log
 from moepp_jax.metrics import DivergedError, MetricsWriter, require_finite
@@ -101,7 +102,7 @@ def train(
             stop = stack.enter_context(StopRequest())
             if first:
                 progress = stack.enter_context(Progress(config.train.steps, step))
-            log = Log(config, mesh, dataset, writer, progress, step)
+            log = Log(config, mesh, dataset, writer, progress, step, int(state.guard.unsound))
             try:
                 state, step = _loop(parts, dataset, state, step, checkpoints, log, tracer, stop)
             except DivergedError as error:
@@ -146,7 +147,8 @@ def _beginning(parts, checkpoints, parent, report) -> tuple[state_lib.State, int
     if checkpoints.has_only_params(step):
         params = checkpoints.restore_params(step, parts.abstract.params)
         return state_lib.state_of(params, parts), step
-    return checkpoints.restore(step, parts.abstract), step
+    state = checkpoints.restore(step, parts.abstract, optional=state_lib.LATER)
+    return state_lib.completed(state, parts), step
 
 
 def _make(config: Config, workdir: str | os.PathLike, dataset: Dataset, parent, step, report):
@@ -191,7 +193,8 @@ def _loop(parts, dataset: Dataset, state, step, checkpoints, log, tracer, stop):
         if step % t.save_every == 0 or last:
             log.flush()
             with log.paused(state):
-                require_finite(step, jax.device_get(metrics))
+                values = jax.device_get(metrics)
+                require_sound(t, step, values, values["guard"])
                 log.keep()
                 loss = {k: v for k, v in held_out.items() if k == "eval_loss"}
                 checkpoints.save(step, state, loss)

@@ -50,6 +50,9 @@ _FREE = (
     "train.eval_batches",
     "train.save_every",
     "train.keep",
+    "train.on_nonfinite",  # a run that has diverged may go on without the batch that it was
+    "train.max_skipped",
+    "train.skip_above",
 )
 
 # And this of a run whose data is noted by fingerprint.

@@ -33,6 +33,7 @@ from tests import tiny
 ROW = {"step", "loss", "balance_loss", "z_loss", "grad_norm", "lr", "tokens", "tokens_per_s"}
 ROW |= {"drop_rate_by_part", "drop_rate_by_kind", "router_entropy", "router_entropy_by_layer"}
 ROW |= {"load_largest_by_layer", "load_smallest_by_layer", "dead_experts_by_layer"}
+ROW |= {"grad_norm_by_block"}
 ROW |= {"ffn_experts_per_token", "drop_rate", "seconds", "data_wait", "tokens/text", "epochs/text"}
 
 
@@ -249,7 +250,8 @@ def pretended(
                 at_step()
             names = ("loss", "grad_norm", "lr", "ffn_experts_per_token", "drop_rate")
             load = np.full((2, parts.model.rule.pool.size), 0.2)
-            return state, dict.fromkeys(names, 1.0) | {"load": load}
+            values = dict.fromkeys(names, 1.0) | {"load": load}
+            return state, values | {"guard": jax.device_get(state.guard)}
 
         return step
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import collections
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -12,6 +14,11 @@ DEAD = 0.01
 COLLAPSED = 0.9
 # Rows of metrics one after the other in which an expert is dead before anybody is told.
 _PATIENCE = 3
+# Rows of metrics whose losses say what is usual, and how many of them it takes.
+_USUAL, _ENOUGH = 50, 10
+# A loss is a spike so many times their spread (as standard deviations) above their median, and by
+# so many nats.
+_SPREADS, _NATS = 6.0, 0.2
 
 
 def by_layer(load_JN: np.ndarray, n_ffn: int, balance: Sequence[float]) -> dict[str, np.ndarray]:
@@ -86,3 +93,27 @@ class Watch:
             f"MoE layer {first + 1}: no token chooses expert {which} {when} (less than "
             f"{DEAD:.0%} of its share at balance){more}"
         )
+
+
+class Spikes:
+    """Tells of each rise of the loss far above what it was, once until it is back."""
+
+    def __init__(self):
+        self._losses = collections.deque(maxlen=_USUAL)
+        self._up = False
+
+    def look(self, loss: float) -> list[str]:
+        """What there is to tell of a row of metrics."""
+        if not math.isfinite(loss):
+            return []
+        usual = np.array(self._losses) if self._losses else np.array([loss])
+        median = float(np.median(usual))
+        spread = 1.4826 * float(np.median(np.abs(usual - median)))
+        high = len(usual) >= _ENOUGH and loss > median + max(_SPREADS * spread, _NATS)
+        began, self._up = high and not self._up, high
+        self._losses.append(loss)
+        if not began:
+            return []
+        return [
+            f"the loss spikes: {loss:.4f}, where the median of {len(usual)} rows is {median:.4f}"
+        ]

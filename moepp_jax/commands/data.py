@@ -2,6 +2,7 @@
 
 data prepare --config=RECIPE   # text to token ids on disk
 data verify --config=RECIPE    # reads all of it again: a line for each damaged file, status 1
+data batch N --workdir=RUN     # the documents that step N of a run trains on
 data benchmarks                # the items of the paper's benchmarks, for lm_eval
 """
 
@@ -9,7 +10,7 @@ from pathlib import Path
 
 from absl import flags
 
-from moepp_jax import cli, data
+from moepp_jax import cli, data, run_data
 from moepp_jax.commands import options
 from moepp_jax.data.estimate import estimate
 from moepp_jax.data.prepare import prepare_sources
@@ -17,7 +18,8 @@ from moepp_jax.data.verify import verify
 from moepp_jax.errors import ConfigError
 from moepp_jax.harness import local
 
-flags.declare_key_flag("config")
+for _name in ("config", "workdir"):
+    flags.declare_key_flag(_name)
 _DRY_RUN = flags.DEFINE_bool("dry_run", False, "prepare: only report what would be done")
 _WORKERS = flags.DEFINE_integer(
     "workers",
@@ -50,9 +52,21 @@ def _verify(arguments: list[str]) -> None:
     verify(options.given_config(), workers=_WORKERS.value)
 
 
+def _batch(arguments: list[str]) -> None:
+    step = arguments[0] if arguments else ""
+    if not step.isdecimal() or int(step) < 1:
+        raise ConfigError(
+            f"data batch {step}".rstrip() + ": write the step's number, as in metrics.jsonl: "
+            "data batch 117 --workdir=RUN"
+        )
+    options.no_more(arguments[1:])
+    dataset = run_data.open_data(options.config_of_run(may_grow=True), options.given_workdir())
+    print(data.describe_batch(dataset, int(step)))
+
+
 def _benchmarks(arguments: list[str]) -> None:
     options.no_more(arguments)
     local.build(Path(_DIR.value), _LOGIQA.value and Path(_LOGIQA.value))
 
 
-_COMMANDS = {"prepare": _prepare, "verify": _verify, "benchmarks": _benchmarks}
+_COMMANDS = {"prepare": _prepare, "verify": _verify, "batch": _batch, "benchmarks": _benchmarks}

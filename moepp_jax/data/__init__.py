@@ -1,7 +1,7 @@
 """Text to batches: corpus -> tokenizer -> tokens -> packed rows -> mixture -> `Dataset`."""
 
 from moepp_jax.data.dataset import Dataset
-from moepp_jax.data.loader import describe, open_dataset, prepare
+from moepp_jax.data.loader import describe, describe_batch, open_dataset, prepare
 from moepp_jax.data.packing import Batch, PackedRows
 from moepp_jax.data.storage import DataError
 from moepp_jax.data.tokenizer import Tokenizer
@@ -13,6 +13,7 @@ __all__ = [
     "PackedRows",
     "Tokenizer",
     "describe",
+    "describe_batch",
     "open_dataset",
     "prepare",
 ]

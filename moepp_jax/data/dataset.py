@@ -27,6 +27,21 @@ class Taken(NamedTuple):
     epochs: float  # how often it has gone through the training split
 
 
+class Origin(NamedTuple):
+    """Where a row of a batch is from.
+
+    Attributes:
+      source: its name.
+      row: number in the source's training split.
+      first, last: numbers of the documents there that it is of.
+    """
+
+    source: str
+    row: int
+    first: int
+    last: int
+
+
 class Source:
     """One source: its two splits as packed rows, each row of this source alone.
 
@@ -110,6 +125,18 @@ class Dataset:
         self.require_rows()  # raise here, not at the first batch
         start = self._first + start_step
         return self._training.ahead(start, rows, self._config.data.worker_processes)
+
+    def of_batch(self, step: int) -> list[Origin]:
+        """Where each row of `train_batch` is from."""
+        self.require_rows()
+        size = self._config.train.batch_size
+        numbers = (self._first + step) * size + np.arange(size)
+        origins = {}
+        for name, (places, rows) in self._training.rows(numbers).items():
+            documents, _ = self.sources[name].train.standing(rows)
+            for place, row, of_row in zip(places, rows, documents, strict=True):
+                origins[int(place)] = Origin(name, int(row), int(of_row[0]), int(of_row[-1]))
+        return [origins[place] for place in range(size)]
 
     def require_rows(self) -> None:
         """

@@ -53,3 +53,19 @@ def describe(dataset: Dataset, steps: int) -> str:
         "  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])])
         for line in lines
     )
+
+
+def describe_batch(dataset: Dataset, step: int) -> str:
+    """A table of the rows of the batch that a step trains on: their documents, how they begin.
+
+    Args:
+      step: as the metrics count it, from 1 on.
+    """
+    batch = dataset.train_batch(step - 1)
+    lines = [f"{'row':>5}  {'source':12}  {'its row':>9}  {'documents':>15}  begins with"]
+    for i, origin in enumerate(dataset.of_batch(step - 1)):
+        text = dataset.tokenizer.decode(batch["tokens"][i, :40])
+        documents = f"{origin.first:,} to {origin.last:,}"
+        begins = repr(text[:60])
+        lines.append(f"{i:5}  {origin.source:12}  {origin.row:9,}  {documents:>15}  {begins}")
+    return "\n".join(lines)

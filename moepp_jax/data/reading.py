@@ -60,16 +60,26 @@ class Training(NamedTuple):
         """As `batch` of several steps, read together: [steps, rows, L] each."""
         in_batch = np.arange(self.batch_size)[rows]
         numbers = np.add.outer(np.array(steps) * self.batch_size, in_batch)
-        of_source, row = self.mixture.select(numbers.ravel())
         parts, places = [], []
-        for i, name in enumerate(self.mixture.names):
-            source = self.sources[name]
-            places.append(np.flatnonzero(of_source == i))
-            parts.append(source.read(shuffled(row[places[-1]], len(source), self.seed)))
+        for name, (place, row) in self.rows(numbers.ravel()).items():
+            places.append(place)
+            parts.append(self.sources[name].read(row))
         order = np.argsort(np.concatenate(places))
         return {
             name: np.concatenate([part[name] for part in parts])[order].reshape(*numbers.shape, -1)
             for name in parts[0]
+        }
+
+    def rows(self, numbers: np.ndarray) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+        """Rows of the training by number -> of each source, which of them are its own, and its row.
+
+        The first step's batch has the numbers from 0 on, the second goes on from there.
+        """
+        of_source, row = self.mixture.select(numbers)
+        places = {name: np.flatnonzero(of_source == i) for i, name in enumerate(self.sources)}
+        return {
+            name: (place, shuffled(row[place], len(self.sources[name]), self.seed))
+            for name, place in places.items()
         }
 
     def ahead(self, start_step: int, rows: Rows, workers: int) -> Iterator[Batch]:
