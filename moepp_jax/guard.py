@@ -57,8 +57,9 @@ class Guard:
 
     @classmethod
     def fresh(cls) -> Guard:
-        none, zero = jnp.int32(-1), jnp.int32(0)
-        return cls(jnp.float32(0), zero, zero, zero, zero, none, none, none)
+        counts = {name: jnp.int32(0) for name in ("sound", "unsound", "in_a_row", "longest")}
+        places = {name: jnp.int32(-1) for name in ("first", "forward", "backward")}
+        return cls(norm=jnp.float32(0), **counts, **places)
 
     def after(
         self,

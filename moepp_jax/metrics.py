@@ -1,10 +1,11 @@
 """What a run measured: one JSON object a line in metrics.jsonl, and TensorBoard events beside it.
 
-A training row has step, loss, balance_loss, z_loss, grad_norm, lr, tokens (seen so far),
-tokens_per_s, ffn_experts_per_token, drop_rate (a share; also drop_rate_by_part, of each eighth of
-the sequences, and drop_rate_by_kind, of FFN, constant, copy and zero experts), router_entropy,
-of each MoE layer router_entropy_by_layer, load_largest_by_layer, load_smallest_by_layer and
-dead_experts_by_layer (see `analysis.health`), seconds, data_wait (the share of the time since the
+A training row has step, loss, balance_loss, z_loss, grad_norm (also grad_norm_by_block), lr, tokens
+(seen so far), tokens_per_s, ffn_experts_per_token, drop_rate (a share; also drop_rate_by_part, of
+each eighth of the sequences, and drop_rate_by_kind, of FFN, constant, copy and zero experts),
+router_entropy, of each MoE layer router_entropy_by_layer, load_largest_by_layer,
+load_smallest_by_layer and dead_experts_by_layer (see `analysis.health`), where updates may be left
+out the number that were, skipped (see `guard`), seconds, data_wait (the share of the time since the
 row before in which the loop waited for batches) and, of each source of text, tokens/NAME and
 epochs/NAME so far; a row of an evaluation has step, eval_loss and what else was measured. A rule
 may have other losses than these.
@@ -245,7 +246,7 @@ def series(name: str, value: Any) -> Iterator[tuple[str, float]]:
     """What is drawn of a value as a curve: a number, or one of each layer or kind of expert."""
     if not isinstance(value, list):
         yield name, value
-    elif name.endswith(("_by_layer", "_by_kind")):
+    elif name.endswith(("_by_layer", "_by_block", "_by_kind")):
         digits = len(str(len(value)))
         yield from ((f"{name}/{i:0{digits}}", v) for i, v in enumerate(value, 1))
 

@@ -130,9 +130,8 @@ def _beginning(params: dict[str, Any], opt_state: optax.OptState, parts: Assembl
 
 
 def _fresh_guard(parts: Assembly) -> guard.Guard:
-    return jax.tree.map(
-        lambda x, lies: jax.device_put(x, lies.sharding), guard.Guard.fresh(), parts.abstract.guard
-    )
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, parts.abstract.guard)
+    return jax.jit(guard.Guard.fresh, out_shardings=shardings)()
 
 
 def completed(state: State, parts: Assembly) -> State:

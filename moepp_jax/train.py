@@ -56,8 +56,9 @@ def train(
       CheckpointError: every checkpoint there is damaged, or they are of another architecture; or
         the parent's is.
       DataError: a record of the data is damaged; the checkpoints before it are kept.
-      DivergedError: a loss or a gradient is not finite; the same holds. It is noticed where metrics
-        are fetched, every config.train.log_every steps, and before a checkpoint is saved.
+      DivergedError: a loss or a gradient is not finite, or too many updates in a row were left out
+        for that; the same holds. It is noticed where metrics are fetched, every
+        config.train.log_every steps, and before a checkpoint is saved.
       Stopped: SIGINT or SIGTERM asked for it; the run is saved.
     """
     processes.require_alike(f"{workdir} {config.to_json()} {parent!r}")
@@ -249,6 +250,7 @@ def _diverged(error: DivergedError, newest: int | None) -> str:
     kept = "there is no checkpoint yet" if newest is None else f"checkpoint {newest} is the newest"
     return (
         f"{error}: the run has diverged and was stopped; {kept}. The same command would compute "
-        "the same again: give another --workdir, and a lower config.optim.lr, a longer "
-        "config.optim.warmup_steps or a lower config.optim.clip_norm"
+        "the same again: --config.train.on_nonfinite=skip goes on without such updates; or give "
+        "another --workdir, and a lower config.optim.lr, a longer config.optim.warmup_steps or a "
+        "lower config.optim.clip_norm"
     )

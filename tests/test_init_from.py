@@ -103,7 +103,10 @@ def still(monkeypatch):
                 after = jax.device_put(np.int32(before + 1), state.step.sharding)
             names = ("loss", "grad_norm", "lr", "ffn_experts_per_token", "drop_rate")
             load = np.full((2, parts.model.rule.pool.size), 0.2)
-            return state.replace(step=after), dict.fromkeys(names, 1.0) | {"load": load}
+            return state.replace(step=after), dict.fromkeys(names, 1.0) | {
+                "load": load,
+                "guard": jax.device_get(state.guard),
+            }
 
         return step
 

@@ -15,6 +15,7 @@ from rich.console import Console
 from moepp_jax import log, progress
 from moepp_jax.data import prepare
 from moepp_jax.errors import ConfigError
+from moepp_jax.guard import Guard
 from moepp_jax.metrics import MetricsWriter, read_metrics
 from moepp_jax.progress import Progress
 from tests import tiny
@@ -250,6 +251,7 @@ def test_a_router_that_stops_using_an_expert_is_told_once(tmp_path):
             if step > 2:
                 load[1, 3] = 0.0
             values = {"loss": 1.0, "grad_norm": 1.0, "ffn_experts_per_token": 1.0}
+            values |= {"guard": Guard.fresh()}
             log_of_run.note(step, values | {"drop_rate": 0.0, "load": load.copy()})
             log_of_run.flush()
     said = [line for line in out.getvalue().splitlines() if "MoE layer" in line]

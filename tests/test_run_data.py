@@ -4,6 +4,7 @@ import json
 import shutil
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
@@ -46,7 +47,8 @@ def fed(monkeypatch):
         def step(state, batch):
             names = ("loss", "grad_norm", "lr", "ffn_experts_per_token", "drop_rate")
             load = np.full((2, parts.model.rule.pool.size), 0.2)
-            return state, dict.fromkeys(names, 1.0) | {"load": load}
+            values = dict.fromkeys(names, 1.0) | {"load": load}
+            return state, values | {"guard": jax.device_get(state.guard)}
 
         return step
 
