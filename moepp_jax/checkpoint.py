@@ -195,18 +195,17 @@ class Checkpoints:
         """The state of a step.
 
         Args:
-          optional: parts of the state that earlier versions did not save; None where it lacks them.
+          optional: parts of the state that earlier versions did not save; where the checkpoint
+            lacks them, they stay abstract.
 
         Raises:
           CheckpointError: the step is not there, is damaged, or is of another architecture.
         """
         items = _split(abstract_state)
-        lacking = {name: None for name in optional if not self._has(step, name)}
-        items["rest"] = {k: v for k, v in items["rest"].items() if k not in lacking}
+        lacking = {n: items["rest"].pop(n) for n in optional if not self._has(step, n)}
         items = self._read(step, items)
-        fields = items["rest"] | {"params": items["params"]}
-        # Whatever is None is a leaf, of which nothing is looked for.
-        return from_state_dict(abstract_state.replace(**lacking), fields | lacking)
+        fields = lacking | items["rest"] | {"params": items["params"]}
+        return from_state_dict(abstract_state, fields)
 
     def restore_params(self, step: int | None, abstract_params: Any) -> Any:
         """The parameters of a step alone; no other array is read. Raises as `restore` does."""

@@ -136,7 +136,8 @@ def _fresh_guard(parts: Assembly) -> guard.Guard:
 
 def completed(state: State, parts: Assembly) -> State:
     """A state that was saved by an earlier version, which remembered nothing of gradients."""
-    return state if state.guard is not None else state.replace(guard=_fresh_guard(parts))
+    lacks = isinstance(state.guard.norm, jax.ShapeDtypeStruct)
+    return state.replace(guard=_fresh_guard(parts)) if lacks else state
 
 
 def loss_function(parts: Assembly) -> Callable:
