@@ -16,7 +16,7 @@ from rich.console import Console
 from moepp_jax import compiler, flops, state
 from moepp_jax import mesh as mesh_lib
 from moepp_jax.chips import CHIPS, GB, of_kind
-from moepp_jax.compile import hlo, remedies, tables, traffic
+from moepp_jax.compile import findings, hlo, remedies, tables, traffic
 from moepp_jax.compile import step as compile_lib
 from moepp_jax.compile.roofline import Interconnect
 from moepp_jax.compile.topology import Topology, devices
@@ -154,6 +154,27 @@ def test_what_libtpu_says(monkeypatch, error, said):
         monkeypatch.setenv(f"TPU_{name}", "")  # so that they are put back
     with pytest.raises(ConfigError, match=said):
         devices(Topology.parse("v5p:1x1x3"))
+
+
+def test_temporaries_take_each_others_places():
+    """As the TPU compiler tells it of a step: all temporaries, and the most there is at a time."""
+    told = SimpleNamespace(
+        argument_size_in_bytes=300,
+        output_size_in_bytes=280,
+        alias_size_in_bytes=270,
+        temp_size_in_bytes=9000,
+        generated_code_size_in_bytes=20,
+        peak_memory_in_bytes=4310,
+    )
+    got = findings.memory(told, "tpu")
+    assert got == {
+        "argument_bytes": 300,
+        "temporary_bytes": 4000,
+        "code_bytes": 20,
+        "hbm_bytes": 4330,
+    }
+    got = findings.memory(told, "cpu")
+    assert (got["temporary_bytes"], got["hbm_bytes"]) == (9000, 9330)
 
 
 def limited(topology: Topology, limit: int) -> Topology:

@@ -156,6 +156,104 @@ def test_sums_over_tpu_slices_go_through_the_hosts():
     assert sum_.asynchronous
 
 
+KERNEL = """HloModule kernels, num_partitions=1
+
+%body (p.1: (s32[], bf16[8,128])) -> (s32[], bf16[8,128]) {
+  %p.1 = (s32[], bf16[8,128]{1,0}) parameter(0)
+  %i.1 = s32[] get-tuple-element(%p.1), index=0
+  %rows = bf16[8,128]{1,0} get-tuple-element(%p.1), index=1
+  %attended = bf16[8,128]{1,0} custom-call(%rows), custom_call_target="tpu_custom_call", frontend_attributes={kernel_metadata={
+"xprof_metadata":"{\\"block_q\\": 512, \\"of\\": {"
+}}, metadata={op_name="jit(f)/while/body/splash"}
+  %one = s32[] constant(1)
+  %next = s32[] add(%i.1, %one)
+  ROOT %out = (s32[], bf16[8,128]) tuple(%next, %attended)
+}
+
+%condition (p.2: (s32[], bf16[8,128])) -> pred[] {
+  %p.2 = (s32[], bf16[8,128]{1,0}) parameter(0)
+  %i.2 = s32[] get-tuple-element(%p.2), index=0
+  %limit = s32[] constant(6)
+  ROOT %less = pred[] compare(%i.2, %limit), direction=LT
+}
+
+ENTRY %main (a: bf16[8,128]) -> bf16[8,128] {
+  %a = bf16[8,128]{1,0} parameter(0)
+  %zero = s32[] constant(0)
+  %t = (s32[], bf16[8,128]{1,0}) tuple(%zero, %a)
+  %while = (s32[], bf16[8,128]{1,0}) while(%t), condition=%condition, body=%body
+  ROOT %r = bf16[8,128]{1,0} get-tuple-element(%while), index=1
+}
+"""  # noqa: E501
+
+
+def test_a_kernel_whose_metadata_spans_lines():
+    """The computation goes on after it, so that its loop's length is known."""
+    module = hlo.parse(KERNEL)
+    body = module.computations["body"]
+    assert body.root.name == "out" and len(body.instructions) == 7
+    assert body.by_name["attended"].scope == "jit(f)/while/body/splash"
+    assert hlo.executions(module)["body"] == 6
+    assert hlo.unknown_loops(module) == []
+
+
+# A gather in three fusions: one starts it, a product runs meanwhile, one waits for it.
+CHAIN = """HloModule chain, num_partitions=4
+
+%starting (s: bf16[4,128]) -> (bf16[4,128], bf16[16,128], u32[]) {
+  %s = bf16[4,128]{1,0} parameter(0)
+  %gather.1 = bf16[16,128]{1,0} all-gather(%s), channel_id=1, replica_groups={{0,1,2,3}}, dimensions={0}, frontend_attributes={chain_id="7"}
+  ROOT %start = (bf16[4,128]{1,0}, bf16[16,128]{1,0}, u32[]) custom-call(%gather.1), custom_call_target="AsyncCollectiveStart"
+}
+
+%async_collective_fusion (m: bf16[4,128], n: bf16[16,128], x: bf16[8,16], y: bf16[16,32]) -> (bf16[8,32], bf16[16,128]) {
+  %m = bf16[4,128]{1,0} parameter(0)
+  %n = bf16[16,128]{1,0} parameter(1)
+  %x = bf16[8,16]{1,0} parameter(2)
+  %y = bf16[16,32]{1,0} parameter(3)
+  %product = bf16[8,32]{1,0} dot(%x, %y), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+  %gather.2 = bf16[16,128]{1,0} all-gather(%m), channel_id=1, replica_groups={{0,1,2,3}}, dimensions={0}, frontend_attributes={chain_id="7"}
+  ROOT %both = (bf16[8,32]{1,0}, bf16[16,128]{1,0}) tuple(%product, %gather.2)
+}
+
+%waiting (d: bf16[4,128], e: bf16[16,128]) -> bf16[16,128] {
+  %d = bf16[4,128]{1,0} parameter(0)
+  %e = bf16[16,128]{1,0} parameter(1)
+  %gather.3 = bf16[16,128]{1,0} all-gather(%d), channel_id=1, replica_groups={{0,1,2,3}}, dimensions={0}, frontend_attributes={chain_id="7"}
+  ROOT %done = bf16[16,128]{1,0} custom-call(%d, %e, %gather.3), custom_call_target="AsyncCollectiveDone"
+}
+
+ENTRY %main (a: bf16[4,128], b: bf16[8,16], c: bf16[16,32]) -> bf16[16,128] {
+  %a = bf16[4,128]{1,0} parameter(0)
+  %b = bf16[8,16]{1,0} parameter(1)
+  %c = bf16[16,32]{1,0} parameter(2)
+  %f.1 = (bf16[4,128]{1,0}, bf16[16,128]{1,0}, u32[]) fusion(%a), kind=kCustom, calls=%starting
+  %begun = bf16[16,128]{1,0} get-tuple-element(%f.1), index=1
+  %f.2 = (bf16[8,32]{1,0}, bf16[16,128]{1,0}) fusion(%a, %begun, %b, %c), kind=kOutput, calls=%async_collective_fusion
+  %going = bf16[16,128]{1,0} get-tuple-element(%f.2), index=1
+  %alone = bf16[16,128]{1,0} all-gather(%a), channel_id=2, replica_groups={{0,1,2,3}}, dimensions={0}, frontend_attributes={chain_id="8"}
+  ROOT %f.3 = bf16[16,128]{1,0} fusion(%a, %going), kind=kCustom, calls=%waiting
+}
+"""  # noqa: E501
+
+
+def test_a_collective_that_is_fused_into_several_is_counted_once():
+    """The one of a chain that is nowhere started is a collective like others."""
+    found = hlo.collectives(hlo.parse(CHAIN))
+    assert [(c.name, c.wire_bytes, c.asynchronous) for c in found] == [
+        ("gather.1", 3 * 4 * 128 * 2, True),
+        ("alone", 3 * 4 * 128 * 2, False),
+    ]
+
+
+def test_what_runs_while_a_fused_collective_does():
+    module = hlo.parse(CHAIN)
+    [(computation, start, between)] = hlo.overlapped(module, "all-gather")
+    assert (computation, start.name) == ("main", "f.1")
+    assert [i.name for i in between] == ["begun", "f.2", "going", "alone"]
+    assert hlo.overlapped(module, "all-reduce") == []
+
+
 def test_what_runs_between_start_and_done():
     module = hlo.parse(LOOPS)
     [(computation, start, between)] = hlo.overlapped(module, "all-gather")

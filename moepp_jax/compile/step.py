@@ -101,7 +101,7 @@ def examine(
         needed = max(error.needed or 0, report["state_bytes"])
         return report | {"fits": False, "hbm_bytes": needed, "error": str(error)}
     limit = report["hbm_limit_bytes"]
-    memory = findings.memory(compiled)
+    memory = findings.memory(compiled.memory_analysis(), there[0].platform)
     report |= memory | {"fits": limit is None or memory["hbm_bytes"] <= limit}
     return report | findings.work(config, mesh, topology, hlo.parse(compiled.as_text()))
 

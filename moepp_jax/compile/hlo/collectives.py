@@ -23,6 +23,11 @@ KINDS = (
 )
 
 
+# An asynchronous collective fusion is a chain: it stands in the fusion that starts it, in each that
+# computes something meanwhile, and in the one that waits for it.
+_CHAIN = re.compile(r'\bchain_id="(\d+)"')
+_START, _DONE = '"AsyncCollectiveStart"', '"AsyncCollectiveDone"'
+
 # Between TPU slices a collective is a transfer through the hosts, by the name of what it does.
 _ACROSS_SLICES = re.compile(r'_xla_megascale_transfer_type="(\w+)"')
 
@@ -84,12 +89,34 @@ def collectives(module: Module) -> list[Collective]:
     """All collectives that run, in the order of the text."""
     times = executions(module)
     wrapped = module.called_by("async-start")
+    chains = _chains(module)
     return [
         _collective(module, computation, instruction, kind, times, name in wrapped)
         for name, computation in module.computations.items()
         if name in times
         for instruction, kind in _of(computation)
+        if (chain := _chain(instruction)) not in chains or chains[chain] == instruction.name
     ]
+
+
+def _chain(instruction: Instruction) -> str | None:
+    found = _CHAIN.search(instruction.attributes)
+    return found[1] if found else None
+
+
+def _chains(module: Module) -> dict[str | None, str]:
+    """Of each chain the collective that is started."""
+    return {
+        _chain(instruction): instruction.name
+        for computation in module.computations.values()
+        for instruction, _ in _of(computation)
+        if _chain(instruction) and _leads_to(computation, instruction, _START)
+    }
+
+
+def _leads_to(computation: Computation, instruction: Instruction, target: str) -> bool:
+    users = computation.users.get(instruction.name, ())
+    return any(user.attribute("custom_call_target") == target for user in users)
 
 
 def overlapped(module: Module, kind: str) -> list[tuple[str, Instruction, list[Instruction]]]:
@@ -97,15 +124,37 @@ def overlapped(module: Module, kind: str) -> list[tuple[str, Instruction, list[I
     found = []
     for computation in module.computations.values():
         order = {i.name: at for at, i in enumerate(computation.instructions)}
-        for done in computation.instructions:
-            if done.opcode not in (f"{kind}-done", "async-done"):
-                continue
-            start = computation.by_name[done.operands[0]]
-            if start.opcode == "async-start" and not _wraps(module, start, kind):
-                continue
+        for start, done in [*_pairs(module, computation, kind), *_ends(module, computation, kind)]:
             between = computation.instructions[order[start.name] + 1 : order[done.name]]
             found.append((computation.name, start, between))
     return found
+
+
+def _pairs(
+    module: Module, computation: Computation, kind: str
+) -> Iterator[tuple[Instruction, Instruction]]:
+    for done in computation.instructions:
+        if done.opcode in (f"{kind}-done", "async-done"):
+            start = computation.by_name[done.operands[0]]
+            if start.opcode != "async-start" or _wraps(module, start, kind):
+                yield start, done
+
+
+def _ends(
+    module: Module, computation: Computation, kind: str
+) -> Iterator[tuple[Instruction, Instruction]]:
+    """The fusions that start chains, and those that wait for them."""
+    started: dict[str | None, Instruction] = {}
+    for fusion in computation.instructions:
+        if fusion.opcode != "fusion":
+            continue
+        inner = module.computations[fusion.called["calls"][0]]
+        for collective, its_kind in _of(inner):
+            chain = _chain(collective)
+            if its_kind == kind and _leads_to(inner, collective, _START):
+                started[chain] = fusion
+            elif chain in started and _leads_to(inner, collective, _DONE):
+                yield started[chain], fusion
 
 
 def _wraps(module: Module, start: Instruction, kind: str) -> bool:
@@ -144,7 +193,10 @@ def _collective(
         types=tuple(sorted({s.type for s in shapes})),
         groups=_groups(instruction, module.num_devices),
         times=times[computation.name],
-        asynchronous=wrapped or sends or instruction.opcode.endswith("-start"),
+        asynchronous=wrapped
+        or sends
+        or instruction.opcode.endswith("-start")
+        or _leads_to(module.computations[computation.name], instruction, _START),
         scope=instruction.scope,
     )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -11,6 +12,7 @@ _BITS = {"pred": 8, "token": 0, "opaque": 0, "s4": 4, "u4": 4, "s2": 2, "u2": 2}
 _SHAPE = re.compile(r"([a-z]\w*)\[([\d,<=]*)\](\{[^}]*\})?")
 _HEAD = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .*\{$")
 _INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = ")
+_QUOTED = re.compile(r'"(?:[^"\\]|\\.)*"')
 _NAME = re.compile(r"%([\w.\-]+)")
 _SCOPE = re.compile(r'op_name="([^"]*)"')
 _CALLED = re.compile(
@@ -153,7 +155,7 @@ def parse(text: str) -> Module:
     """
     computations: dict[str, Computation] = {}
     entry, current = None, None
-    for line in text.splitlines():
+    for line in _lines(text):
         if current is None:
             if head := _HEAD.match(line):
                 current = computations[head[2]] = Computation(head[2])
@@ -167,6 +169,21 @@ def parse(text: str) -> Module:
     header = text[: text.index("\n")]
     counts = [re.search(rf"\b{c}=(\d+)", header) for c in ("replica_count", "num_partitions")]
     return Module(entry, math.prod(int(c[1]) for c in counts if c), computations)
+
+
+def _lines(text: str) -> Iterator[str]:
+    """The lines, each instruction as one: a kernel's metadata may span several."""
+    lines = iter(text.splitlines())
+    for line in lines:
+        if _INSTRUCTION.match(line):
+            while _open_braces(line) > 0 and (more := next(lines, None)) is not None:
+                line += more
+        yield line
+
+
+def _open_braces(line: str) -> int:
+    outside = _QUOTED.sub("", line)
+    return outside.count("{") - outside.count("}")
 
 
 def _instruction(found: re.Match, line: str) -> Instruction:
