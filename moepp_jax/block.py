@@ -104,6 +104,7 @@ def describe_attention(c: ModelConfig) -> Params:
     return described
 
 
+@jax.named_scope("attention")
 def attention(
     c: ModelConfig,
     params: Params,
@@ -133,7 +134,8 @@ def attention(
 
     q, k = placed("q", c.num_heads), placed("k", c.num_kv_heads)
     v = product(x_BLD, params["v"]).reshape(B, L, c.num_kv_heads, W)
-    y, kept = attend(q, k, v)
+    with jax.named_scope("attention_core"):
+        y, kept = attend(q, k, v)
     return product(y.reshape(B, L, -1), params["o"]), kept
 
 

@@ -159,7 +159,8 @@ class LanguageModel:
         mask_BLL = packed_mask(batch["segments"])
         out = self(params, batch["tokens"], batch["positions"], mask_BLL)
         chunk = self.config.loss_chunk
-        return out, vocabulary.token_losses(out.matrix, out.hidden, batch["targets"], chunk)
+        with jax.named_scope("loss"):
+            return out, vocabulary.token_losses(out.matrix, out.hidden, batch["targets"], chunk)
 
     def whole(self, described: Any, params: Any) -> Any:
         """A subtree of the parameters as arithmetic wants it: whole, in the types of its use."""

@@ -203,8 +203,9 @@ def make_train_step(parts: Assembly) -> Callable[[State, Batch], tuple[State, Me
 
     def step(state: State, batch: Batch):
         grads, (metrics, stats) = on_mesh(state.params, batch)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
+        with jax.named_scope("optimizer"):
+            updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+            params = optax.apply_updates(state.params, updates)
         # Of the parameters before the step: what the optimizer made of the rule's state is nothing.
         moved = rule.update(parts.model.rule_state(state.params), stats)
         params = parts.model.with_rule_state(params, moved)

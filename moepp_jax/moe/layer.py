@@ -122,7 +122,8 @@ def routed(
     """
     state = moe.rule.state()
     router = {n: jax.lax.stop_gradient(p) if n in state else p for n, p in params["router"].items()}
-    r = moe.rule.route(x_GSD, previous_GSN, router)
+    with jax.named_scope("router"):
+        r = moe.rule.route(x_GSD, previous_GSN, router)
     x_GSD = x_GSD * jnp.asarray(moe.input_scale, x_GSD.dtype)
     y, kept = moe.path(x_GSD, r, params["ffn"], moe.rule, axis, moe.sequences)
     y += zero_computation(x_GSD, r.experts, r.gates, kept, params.get("const", {}), moe.pool)

@@ -41,12 +41,15 @@ def with_capacity(
         G, S, D = x_GSD.shape
         n_ffn = rule.pool.n_ffn
         capacity_N = dispatch.capacity(rule.load, gamma, S)
-        plan = dispatch.assign(routing.experts, capacity_N, sequences)
         slots = max(capacity_N[:n_ffn])
-        rows = dispatch.capacity_rows(routing.experts, plan, n_ffn, slots)
-        buffer = dispatch.gather(x_GSD.reshape(G * S, D), rows).reshape(n_ffn, -1, D)
-        y = exchanged(expert, params, buffer, axis)
-        y = dispatch.combine(y.reshape(-1, D), routing.gates.reshape(G * S, -1), rows)
+        with jax.named_scope("dispatch"):
+            plan = dispatch.assign(routing.experts, capacity_N, sequences)
+            rows = dispatch.capacity_rows(routing.experts, plan, n_ffn, slots)
+            buffer = dispatch.gather(x_GSD.reshape(G * S, D), rows).reshape(n_ffn, -1, D)
+        with jax.named_scope("experts"):
+            y = exchanged(expert, params, buffer, axis)
+        with jax.named_scope("combine"):
+            y = dispatch.combine(y.reshape(-1, D), routing.gates.reshape(G * S, -1), rows)
         return y.reshape(G, S, D), plan.kept
 
     return path
@@ -93,9 +96,13 @@ def dropless(
             work = _elsewhere(work, moved, room, axis)
         served_TK = jnp.where(kept_TK, experts_TK, pool.n_ffn)
         few = 2 * sum(rule.load) < K  # a rule that leaves most choices unused
-        rows, counts_E = dispatch.sorted_rows(served_TK, pool.n_ffn, few)
-        y_RD = work(dispatch.gather(x_GSD.reshape(G * S, D), rows), counts_E)
-        y_TD = dispatch.combine(y_RD, routing.gates.reshape(G * S, K), rows)
+        with jax.named_scope("dispatch"):
+            rows, counts_E = dispatch.sorted_rows(served_TK, pool.n_ffn, few)
+            rows_RD = dispatch.gather(x_GSD.reshape(G * S, D), rows)
+        with jax.named_scope("experts"):
+            y_RD = work(rows_RD, counts_E)
+        with jax.named_scope("combine"):
+            y_TD = dispatch.combine(y_RD, routing.gates.reshape(G * S, K), rows)
         return y_TD.reshape(G, S, D), kept_TK.reshape(G, S, K)
 
     return path
