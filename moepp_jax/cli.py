@@ -62,6 +62,19 @@ def define_path(name: str, default: str | None, said: str) -> flags.FlagHolder:
     return flags.DEFINE(_Path(), name, default, said, serializer=flags.ArgumentSerializer())
 
 
+class _OptionalValue(flags.Flag):
+    """`--flag` alone is "true": absl asks a flag that is boolean for no value."""
+
+    def __init__(self, name: str, said: str):
+        super().__init__(flags.ArgumentParser(), flags.ArgumentSerializer(), name, None, said)
+        self.boolean = True
+
+
+def define_with_optional_value(name: str, said: str) -> flags.FlagHolder:
+    """A flag of text, "true" where it is given without any."""
+    return flags.DEFINE_flag(_OptionalValue(name, said))
+
+
 def define_paths(name: str, said: str) -> flags.FlagHolder:
     """A flag of a path, which may be given several times."""
     return flags.DEFINE_multi(_Path(), flags.ArgumentSerializer(), name, [], said)

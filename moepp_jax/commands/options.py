@@ -32,6 +32,14 @@ BENCHMARKS = cli.define_path(
 )
 TOPOLOGY = flags.DEFINE_string("topology", None, f"devices to compile for: {topology.EXAMPLES}")
 JSON = cli.define_path("json", None, "write the result to this file")
+PROFILE = cli.define_with_optional_value(
+    "profile",
+    "train: START:STOP, steps to trace, counted from where this command starts; compile: predict "
+    "the time of a step by part, from its schedule, or with =full from what is compiled to the end",
+)
+FIGURE = cli.define_path(
+    "figure", None, "draw the predicted parts beside those of the vanilla twin, as PNG"
+)
 WANDB = flags.DEFINE_string(
     "wandb", None, "project of Weights & Biases to which numbers and figures of the run are sent"
 )

@@ -6,12 +6,9 @@ from moepp_jax import cli, devices, parent, profiling, train, workdir
 from moepp_jax.commands import options
 from moepp_jax.config import Config
 
-for _name in ("config", "workdir", "strict", "wandb", "wandb_mode"):
+for _name in ("config", "workdir", "strict", "profile", "wandb", "wandb_mode"):
     flags.declare_key_flag(_name)
 flags.adopt_module_key_flags(devices)
-_PROFILE = flags.DEFINE_string(
-    "profile", None, "START:STOP: steps to trace, counted from where this command starts"
-)
 _INIT_FROM = cli.define_path(
     "init_from",
     None,
@@ -28,7 +25,8 @@ def run(arguments: list[str]) -> None:
     start = parent.given(_INIT_FROM.value, _INIT_OPTIMIZER.value)
     wandb = options.given_wandb()
     config, folder = _config(), options.given_workdir()
-    steps = profiling.parse(_PROFILE.value) if _PROFILE.value else None
+    profile = options.PROFILE.value
+    steps = profiling.parse(profile) if profile else None
     devices.start(config)
     train.train(config, folder, profile=steps, parent=start, wandb=wandb)
 

@@ -19,7 +19,7 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from moepp_jax import mesh as mesh_lib
 from moepp_jax import state, storage
-from moepp_jax.compile import findings, hlo, remedies, tables
+from moepp_jax.compile import findings, hlo, profile, remedies, scheduled, tables
 from moepp_jax.compile.topology import Topology, devices
 from moepp_jax.config import Config
 from moepp_jax.errors import ConfigError
@@ -41,34 +41,78 @@ class OutOfMemoryError(Exception):
         self.needed = int(float(needed[1]) * 1024 ** (" KMGT".index(needed[2]))) if needed else None
 
 
-def run(config: Config, topology_text: str, json_file: str | None = None) -> bool:
+def run(
+    config: Config,
+    topology_text: str,
+    json_file: str | None = None,
+    profiled: str | None = None,
+    figure_file: str | None = None,
+) -> bool:
     """Compiles, prints what was found, writes it to a file if one is named; does the step fit?
 
+    Args:
+      profiled: as in `examine`.
+      figure_file: a PNG of what is predicted of the step and of its vanilla twin's; by default it
+        goes beside the JSON.
+
     Raises:
-      ConfigError: see `topology.devices` and `mesh.mesh_shape`; or the file's folder is missing.
+      ConfigError: see `topology.devices` and `mesh.mesh_shape`; or a file's folder is missing.
     """
-    file = storage.open_path(json_file) if json_file else None
-    if file and not file.parent.is_dir():
-        raise ConfigError(f"--json={file}: there is no such folder")
+    if figure_file and not profiled:
+        raise ConfigError(f"--figure={figure_file} shows what --profile predicts: give both")
+    if profiled and json_file and not figure_file:
+        figure_file = str(storage.open_path(json_file).with_suffix(".png"))
+    file, drawing = _place("json", json_file), _place("figure", figure_file)
     topology = Topology.parse(topology_text)
+    if profiled:
+        profile.require_rates(topology)
     there = devices(topology)
     mesh_lib.mesh_shape(config, len(there))  # its errors come before a long compilation
     console = Console()
     if not console.is_terminal:
         console = Console(width=120)  # of a file or a pipe it cannot know
     with _spinner(console) as spinner:
-        report = examine(config, there, topology, spinner.say)
+        report = examine(config, there, topology, spinner.say, profiled)
+        if drawing:
+            _draw(
+                drawing, config, report, lambda c: examine(c, there, topology, spinner.say, "fast")
+            )
         if not report["fits"]:
             report["remedy"] = remedies.find(
                 config,
                 len(there),
                 report["hbm_limit_bytes"],
-                lambda c: examine(c, there, topology, spinner.say)["hbm_bytes"],
+                lambda c: examine(c, there, topology, spinner.say, profiled)["hbm_bytes"],
             )
     tables.show(report, console)
     if file:
         storage.write_atomic(file, json.dumps(report, indent=2) + "\n")
     return report["fits"]
+
+
+def _place(flag: str, name: str | None) -> storage.AnyPath | None:
+    file = storage.open_path(name) if name else None
+    if file and not file.parent.is_dir():
+        raise ConfigError(f"--{flag}={file}: there is no such folder")
+    return file
+
+
+def _draw(
+    file: storage.AnyPath,
+    config: Config,
+    report: dict[str, Any],
+    examined: Callable[[Config], dict[str, Any]],
+) -> None:
+    """What is predicted of a configuration and of its vanilla twin, if it is none itself."""
+    from moepp_jax.compile import figure  # its library takes a second to import
+
+    rows = {"this configuration": report}
+    if twin := profile.vanilla_twin(config):
+        rows["its vanilla twin"] = examined(twin)
+        report["vanilla"] = profile.predicted(rows["its vanilla twin"])
+    predicted = {name: row for name, row in rows.items() if "parts_ms" in row}
+    if predicted:
+        figure.write(file, predicted, report["topology"])
 
 
 class _Spinner(Progress):
@@ -89,21 +133,56 @@ def examine(
     there: Sequence[jax.Device],
     topology: Topology,
     say: Callable[[str], None] = lambda text: None,
+    profiled: str | None = None,
 ) -> dict[str, Any]:
-    """Everything that is known of the step after compiling it, as JSON has it."""
+    """Everything that is known of the step after compiling it, as JSON has it.
+
+    Args:
+      profiled: predict its time too: "fast" compiles it no further than its schedule, "full" to the
+        end.
+
+    Raises:
+      ConfigError: there are no rates of the chip to predict with, or no end of compiling.
+    """
+    chip = profile.require_rates(topology) if profiled else None
     sizes = mesh_lib.mesh_shape(config, len(there))
     say(f"compiling for {topology.text}: {describe(config, sizes)}")
     mesh = mesh_lib.make_mesh(config, there)
     report = findings.described(config, mesh, topology)
     try:
-        compiled = compile_step(config, mesh)
+        if profiled == "fast":
+            module, memory = _schedule(config, topology, report["state_bytes"])
+        else:
+            compiled = compile_step(config, mesh)
+            module = hlo.parse(compiled.as_text())
+            memory = findings.memory(compiled.memory_analysis(), there[0].platform)
     except OutOfMemoryError as error:
         needed = max(error.needed or 0, report["state_bytes"])
         return report | {"fits": False, "hbm_bytes": needed, "error": str(error)}
     limit = report["hbm_limit_bytes"]
-    memory = findings.memory(compiled.memory_analysis(), there[0].platform)
     report |= memory | {"fits": limit is None or memory["hbm_bytes"] <= limit}
-    return report | findings.work(config, mesh, topology, hlo.parse(compiled.as_text()))
+    report |= findings.work(config, mesh, topology, module)
+    if chip:
+        report |= profile.predict(config, mesh, chip, module)
+    if profiled == "full":
+        report["by_the_compiler"] = profile.by_the_compiler(compiled, module, chip)
+    return report
+
+
+def _schedule(config: Config, topology: Topology, state: int) -> tuple[hlo.Module, dict[str, int]]:
+    """The program as far as its schedule, and its memory, of which the code's is not known yet.
+
+    Raises:
+      OutOfMemoryError: it does not fit.
+      ConfigError: the compiler failed.
+    """
+    try:
+        text, needed = scheduled.compile_step(config, topology.text)
+    except scheduled.DiedError as error:
+        if "RESOURCE_EXHAUSTED" in str(error):
+            raise OutOfMemoryError(str(error)) from error
+        raise ConfigError(f"--topology={topology.text}: {error}") from error
+    return hlo.parse(text), {"temporary_bytes": max(needed - state, 0), "hbm_bytes": needed}
 
 
 def describe(config: Config, sizes: Sequence[int]) -> str:

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from moepp_jax.chips import GIB
+from moepp_jax.compile import parts, profile
 
 
 def show(report: dict[str, Any], console: Console) -> None:
@@ -20,10 +21,60 @@ def show(report: dict[str, Any], console: Console) -> None:
         if report["exchanges"]:
             console.print(_exchanges(report))
         console.print(_bounds(report))
+        if "parts_ms" in report:
+            show_profile(report, console)
         if loops := report["loops_counted_once"]:
             said = f"{len(loops)} loops depend on data and are counted as one round: what is in"
             console.print(f"{said} them runs more often than the tables say.", soft_wrap=True)
     console.print(verdict(report), highlight=False, soft_wrap=True, markup=False)
+
+
+def show_profile(report: dict[str, Any], console: Console) -> None:
+    """Prints what `profile.predict` found, and the limits of it."""
+    console.print(_parts(report))
+    console.print(_predicted(report))
+    said = [f"{name}, {times:,} times" for name, times in report["not_estimated"].items()]
+    if said:
+        console.print(f"Kernels not estimated: {'; '.join(said)}.", soft_wrap=True)
+    console.print(profile.LIMITS, highlight=False, soft_wrap=True)
+
+
+def _parts(r: dict[str, Any]) -> Table:
+    columns = ("part", "ms, links at peak", "at a quarter", "share", "bound by")
+    table = _table("Predicted time of a step, by part", *columns)
+    step, slow = r["predicted_ms"]
+    for part, (low, high) in r["parts_ms"].items():
+        if part == parts.EXCHANGE:
+            full, longer = r["exchange_ms"]
+            table.add_row("(exchange in full)", f"({full:,.1f})", f"({longer:,.1f})", "", "links")
+        bound = r["bound_by"].get(part, "")
+        table.add_row(part, f"{low:,.1f}", f"{high:,.1f}", f"{low / step:.1%}", bound)
+    table.add_section()
+    table.add_row("step", f"{step:,.1f}", f"{slow:,.1f}", "100.0%", "")
+    return table
+
+
+def _predicted(r: dict[str, Any]) -> Table:
+    columns = ("links at peak", "at a quarter")
+    table = _table("What follows, if nothing else gets in the way", "", *columns)
+    table.add_row("step, s", *(f"{ms / 1e3:,.3f}" for ms in r["predicted_ms"]))
+    table.add_row("tokens/s a chip", *(f"{n:,.0f}" for n in r["tokens_per_second_per_chip"]))
+    table.add_row("MFU, nominal", *(f"{mfu:.1%}" for mfu in r["mfu_nominal"]))
+    table.add_row("MFU, with the slots that stay empty", *(f"{m:.1%}" for m in r["mfu_realised"]))
+    if twin := r.get("vanilla"):
+        pairs = zip(twin["predicted_ms"], r["predicted_ms"], strict=True)
+        table.add_row("speed-up over the vanilla twin", *(f"{a / b:.2f}" for a, b in pairs))
+    if found := r.get("by_the_compiler"):
+        table.add_section()
+        for label, name in _BY_THE_COMPILER.items():
+            table.add_row(f"by the compiler: {label}", f"{found[name]:,.1f}", "")
+    return table
+
+
+_BY_THE_COMPILER = {
+    "optimal time of all instructions, each once, ms": "optimal_ms",
+    "its cycles of products, loops counted, ms": "products_ms",
+}
 
 
 def verdict(report: dict[str, Any]) -> str:

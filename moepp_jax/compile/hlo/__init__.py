@@ -5,22 +5,39 @@ for c in hlo.collectives(module): print(c.kind, c.times, c.wire_bytes, c.axes(me
 hlo.product_flops(module), hlo.memory_bytes(module), hlo.overlapped(module, "all-to-all")
 """
 
-from moepp_jax.compile.hlo.collectives import Collective, collectives, overlapped
-from moepp_jax.compile.hlo.costs import flops_of, memory_bytes, product_flops
-from moepp_jax.compile.hlo.loops import executions, unknown_loops
-from moepp_jax.compile.hlo.text import Instruction, Module, parse, scopes
+from moepp_jax.compile.hlo.collectives import Collective, awaited, collectives, overlapped
+from moepp_jax.compile.hlo.costs import (
+    FREE,
+    flops_of,
+    indexed,
+    memory_bytes,
+    padded_flops,
+    product_cycles,
+    product_flops,
+    traffic,
+)
+from moepp_jax.compile.hlo.loops import executions, rounds, unknown_loops
+from moepp_jax.compile.hlo.text import Computation, Instruction, Module, parse, scopes
 
 __all__ = [
+    "FREE",
     "Collective",
+    "Computation",
     "Instruction",
     "Module",
+    "awaited",
     "collectives",
     "executions",
     "flops_of",
+    "indexed",
     "memory_bytes",
     "overlapped",
+    "padded_flops",
     "parse",
+    "product_cycles",
     "product_flops",
+    "rounds",
     "scopes",
+    "traffic",
     "unknown_loops",
 ]

@@ -157,6 +157,20 @@ def _ends(
                 yield started[chain], fusion
 
 
+def awaited(module: Module, computation: Computation) -> dict[str, Instruction]:
+    """Of each instruction that waits for an asynchronous one, the one that started it."""
+    found = {}
+    for done in computation.instructions:
+        if done.opcode.endswith("-done"):
+            start = computation.by_name[done.operands[0]]
+            while start.opcode.endswith("-update"):
+                start = computation.by_name[start.operands[0]]
+            found[done.name] = start
+    for kind in KINDS:
+        found |= {done.name: start for start, done in _ends(module, computation, kind)}
+    return found
+
+
 def _wraps(module: Module, start: Instruction, kind: str) -> bool:
     called = start.called.get("calls", ())
     return any(k == kind for name in called for _, k in _of(module.computations[name]))

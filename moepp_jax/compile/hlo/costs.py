@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
+import operator
 import re
 from functools import cache
+from typing import NamedTuple
 
 from moepp_jax.compile.hlo.loops import executions
 from moepp_jax.compile.hlo.text import Computation, Instruction, Module
 
 # They move nothing: names for what others made, or calls whose inside is counted.
-_FREE = {
+FREE = {
     "parameter",
     "constant",
     "tuple",
@@ -28,6 +30,7 @@ _FREE = {
 }
 
 
+_CYCLES = re.compile(r'"window_config":\{.*?"estimated_cycles":"(\d+)"')
 _PRODUCTS = ("dot", "convolution")
 
 
@@ -44,6 +47,23 @@ def product_flops(module: Module) -> int:
     )
 
 
+def product_cycles(module: Module) -> int:
+    """Cycles of the products by the compiler's own estimate, where it has written one.
+
+    Only a program that was compiled to its end has them.
+    """
+    fused = module.called_by("fusion")
+    total = 0
+    for name, times in executions(module).items():
+        if name in fused:
+            continue
+        for i in module.computations[name].instructions:
+            cycles = _CYCLES.search(i.attributes)
+            if cycles and flops_of(module, name, i):
+                total += times * int(cycles[1])
+    return total
+
+
 def flops_of(module: Module, computation: str, instruction: Instruction) -> int:
     """Operations of the products in one instruction of a computation, a fusion's among them."""
     if instruction.opcode in _PRODUCTS:
@@ -52,6 +72,64 @@ def flops_of(module: Module, computation: str, instruction: Instruction) -> int:
         return 0
     inner = instruction.called["calls"][0]
     return sum(flops_of(module, inner, i) for i in module.computations[inner].instructions)
+
+
+def padded_flops(
+    module: Module, computation: Computation, instruction: Instruction, width: int
+) -> float:
+    """As `flops_of`, with the contraction and the narrower output width filled to an MXU's width.
+
+    The other output width streams through the MXU row by row, and needs no filling.
+    """
+    if instruction.opcode == "convolution":
+        found = re.search(r"dim_labels=(\w+)_(\w+)->", instruction.attributes)
+        left, right = (computation.by_name[name].shapes[0].dims for name in instruction.operands)
+        contracted = right[found[2].index("i")]
+        free = right[found[2].index("o")], left[found[1].index("b")]
+        filled = min(_filling(n, width) for n in free)
+        return _product(computation, instruction) * _filling(contracted, width) * filled
+    if instruction.opcode != "fusion":
+        return float(flops_of(module, computation.name, instruction))
+    inner = module.computations[instruction.called["calls"][0]]
+    return sum((padded_flops(module, inner, i, width) for i in inner.instructions), 0.0)
+
+
+def _filling(size: int, width: int) -> float:
+    return math.ceil(size / width) * width / size if size else 1.0
+
+
+class Indexed(NamedTuple):
+    """What an instruction reads or writes by index: rows, or single numbers."""
+
+    rows: int = 0
+    gathered: int = 0
+    scattered: int = 0
+
+    def __add__(self, other: Indexed) -> Indexed:
+        return Indexed(*map(operator.add, self, other))
+
+
+def indexed(module: Module, computation: Computation, instruction: Instruction) -> Indexed:
+    """What is gathered and scattered in an instruction, a fusion's among them."""
+    if instruction.opcode == "fusion":
+        inner = module.computations[instruction.called["calls"][0]]
+        return sum((indexed(module, inner, i) for i in inner.instructions), Indexed())
+    if instruction.opcode == "gather":
+        sizes = re.findall(r"\d+", instruction.attribute("slice_sizes") or "1")
+        slice_ = [int(size) for size in sizes]
+        several = instruction.shapes[0].size // max(math.prod(slice_), 1)
+        return Indexed(rows=_rows(slice_, several)) if max(slice_) > 1 else Indexed(0, several)
+    if instruction.opcode == "scatter":
+        updates = computation.by_name[instruction.operands[-1]].shapes[0]
+        window = re.findall(r"\d+", instruction.attribute("update_window_dims") or "")
+        slice_ = [updates.dims[int(d)] for d in window] or [1]
+        several = updates.size // max(math.prod(slice_), 1)
+        return Indexed(rows=_rows(slice_, several)) if max(slice_) > 1 else Indexed(0, 0, several)
+    return Indexed()
+
+
+def _rows(slice_: list[int], several: int) -> int:
+    return several * math.prod(slice_[:-1])
 
 
 def _product(computation: Computation, instruction: Instruction) -> int:
@@ -111,16 +189,17 @@ def memory_bytes(module: Module) -> int:
     times = executions(module)
     fused = module.called_by("fusion")
     return sum(
-        times[name] * _traffic(module, computation, instruction)
+        times[name] * traffic(module, computation, instruction)
         for name, computation in module.computations.items()
         if name in times and name not in fused
         for instruction in computation.instructions
     )
 
 
-def _traffic(module: Module, computation: Computation, instruction: Instruction) -> int:
+def traffic(module: Module, computation: Computation, instruction: Instruction) -> int:
+    """Bytes that one execution of an instruction moves between main memory and chip."""
     opcode = instruction.opcode
-    if opcode in _FREE or opcode.endswith(("-done", "-update")):
+    if opcode in FREE or opcode.endswith(("-done", "-update")):
         return 0
     if opcode == "custom-call" and "AllocateBuffer" in instruction.attributes:
         return 0

@@ -36,14 +36,19 @@ def executions(module: Module) -> dict[str, int]:
             return 1
         total = 0
         for caller, instruction in callers.get(name, ()):
-            outside = times(caller)
-            if outside and instruction.opcode == "while":
-                with suppress(UnknownTripCountError):
-                    outside *= trip_count(module, module.computations[caller], instruction)
-            total += outside
+            if outside := times(caller):
+                total += outside * rounds(module, module.computations[caller], instruction)
         return total
 
     return {name: n for name in module.computations if (n := times(name))}
+
+
+def rounds(module: Module, caller: Computation, instruction: Instruction) -> int:
+    """How often what an instruction calls runs each time: of a loop of unknown length, once."""
+    if instruction.opcode == "while":
+        with suppress(UnknownTripCountError):
+            return trip_count(module, caller, instruction)
+    return 1
 
 
 def unknown_loops(module: Module) -> list[str]:

@@ -1,0 +1,98 @@
+"""What one execution of an instruction needs of a chip, in seconds of each thing it keeps busy."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+
+from moepp_jax.chips import Chip
+from moepp_jax.compile import hlo, rates
+
+MXU, HBM, ROWS, LINKS, LAUNCH = "MXU", "HBM", "rows", "links", "launch"
+
+# Calls of the compiler to itself: names for buffers, and facts about indices.
+_NO_KERNELS = {
+    "AllocateBuffer",
+    "AssumeGatherIndicesInBound",
+    "AsyncCollectiveDone",
+    "AsyncCollectiveStart",
+    "GatherScatterIndicesBitpacked",
+}
+
+
+@dataclass(frozen=True)
+class Needs:
+    """
+    Attributes:
+      seconds: the slowest of what it needs, and its launch.
+      bound: what that is.
+      kernel: the name of a kernel that is not known: it counts as what it moves alone.
+    """
+
+    seconds: float
+    bound: str
+    kernel: str | None = None
+
+
+NOTHING = Needs(0.0, LAUNCH)
+
+
+def of(
+    module: hlo.Module, computation: hlo.Computation, instruction: hlo.Instruction, chip: Chip
+) -> Needs:
+    """Of an instruction that is no collective, on a chip that `rates` knows."""
+    rate = rates.of(chip)
+    opcode = instruction.opcode
+    if opcode in hlo.FREE - {"iota"} or opcode.endswith(("-done", "-update")):
+        return NOTHING
+    if opcode == "custom-call" and _target(instruction) in _NO_KERNELS:
+        return NOTHING
+    moved = hlo.traffic(module, computation, instruction)
+    busy = {
+        MXU: hlo.padded_flops(module, computation, instruction, rate.width)
+        / (rates.PRODUCTS * chip.flops),
+        HBM: moved / (rate.memory * chip.hbm_bandwidth),
+    }
+    kernel = None
+    if opcode == "custom-call":
+        kernel = re.sub(r"[.\d]+$", "", instruction.name)
+        if cycles := rates.block_cycles(kernel):
+            busy[MXU] = cycles * _blocks(computation, instruction) / rate.clock
+            kernel = None
+    else:
+        rows, gathered, scattered = hlo.indexed(module, computation, instruction)
+        cycles = rates.ROW * rows + rates.GATHERED * gathered + rates.SCATTERED * scattered
+        busy[ROWS] = cycles / rate.clock
+    bound = max(busy, key=busy.get)
+    if busy[bound] < rates.LAUNCH:
+        return Needs(busy[bound] + rates.LAUNCH, LAUNCH, kernel)
+    return Needs(busy[bound] + rates.LAUNCH, bound, kernel)
+
+
+def moving(
+    module: hlo.Module, computation: hlo.Computation, instruction: hlo.Instruction, chip: Chip
+) -> Needs:
+    """Of what is started to run beside others and is no collective: copies, mostly."""
+    inner = instruction.called.get("calls", ())
+    if instruction.opcode == "async-start" and inner:
+        there = module.computations[inner[0]]
+        return Needs(sum(of(module, there, i, chip).seconds for i in there.instructions), HBM)
+    moved = hlo.traffic(module, computation, instruction)
+    return Needs(moved / (rates.of(chip).memory * chip.hbm_bandwidth), HBM)
+
+
+def _target(kernel: hlo.Instruction) -> str:
+    return (kernel.attribute("custom_call_target") or "").strip('"')
+
+
+def _blocks(computation: hlo.Computation, kernel: hlo.Instruction) -> float:
+    """Blocks of causal attention, of all heads: half of all, and the diagonal.
+
+    The largest operand is (heads, tokens, width), whatever comes before it.
+    """
+    operands = (computation.by_name[name] for name in kernel.operands)
+    shapes = (shape for operand in operands for shape in operand.shapes if len(shape.dims) >= 3)
+    dims = max(shapes, key=lambda shape: shape.size).dims
+    side = math.ceil(dims[-2] / rates.BLOCK)
+    return math.prod(dims[:-2]) * side * (side + 1) / 2
