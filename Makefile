@@ -17,7 +17,7 @@ help:
 	@echo "make test-wandb  the tests against Weights & Biases, offline: installs its package"
 	@echo "make site       the documentation, to build/site: runs the tutorial, some minutes"
 	@echo "make test-site  builds it, and follows every link in it"
-	@echo "make pods       compile the 7B model for 8 to 4,096 TPU chips, which need not be there"
+	@echo "make pods       compile the paper's models for 8 to 4,096 TPU chips, which need not be there"
 	@echo "make check      lint and format checks"
 	@echo "make format     mend what they find, where it can be mended"
 	@echo "make benchmark  time the layer, and decoding, against their limits and a vanilla MoE"
@@ -93,7 +93,7 @@ test-newest: .venv/run
 	.venv/newest/bin/python -m pytest --numprocesses=auto --maxprocesses=4 --dist=worksteal
 
 pods: .venv/tpu
-	PYTHONPATH=.venv/tpu $(PY) -m experiments.run pods --scale=paper
+	PYTHONPATH=.venv/tpu $(PY) -m experiments.run pods step_time --scale=paper
 
 check: .venv/dev
 	$(PY) -m ruff check .

@@ -7,6 +7,14 @@ traffic   the least bytes that the scheme of sharding moves
 roofline  bounds of a step's time from a chip's published peak figures
 findings  all of these as one report, which `tables` prints
 remedies  what to change where it does not fit
+
+With --profile, the time of a step by part:
+
+scheduled  compiles it as far as its schedule, in the process `child`, which is then ended
+needs      what each instruction needs of the chip, at the rates of `rates`
+timeline   one after the other, links and copies beside them
+parts      which part of the model an instruction belongs to
+profile    what follows, for JSON; `figure` draws it
 """
 
 from moepp_jax.compile.step import describe, examine, run

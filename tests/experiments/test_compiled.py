@@ -5,10 +5,13 @@ import dataclasses
 import pytest
 
 from moepp_jax.chips import GIB
+from moepp_jax.compile import parts
+from moepp_jax.config import Config
 from moepp_jax.errors import ConfigError
 from moepp_jax.experiments import compiled, measure, report, run, runs, study
+from moepp_jax.experiments.measure import Measured
 from moepp_jax.experiments.scale import PAPER
-from moepp_jax.experiments.studies import pods
+from moepp_jax.experiments.studies import pods, step_time
 from tests.experiments import small
 
 TPU = {"fits": True, "hbm_bytes": 24 * GIB, "hbm_limit_bytes": 95 * GIB, "wire_ratio": 1.1}
@@ -80,3 +83,38 @@ def test_meshes_lie_on_their_slices():
         assert runs.fingerprint(config) == runs.fingerprint(
             dataclasses.replace(usual, train=config.train)
         )
+
+
+def predicted(config: Config, vanilla: float = 1.0) -> dict[str, float]:
+    """Of a step: the experts as the theory has it, or off by a factor, and 50 ms of all else."""
+    experts = 50 * config.moe.rule.ffn_load * vanilla
+    row = {"fits": 1.0, "hbm_gib": 40.0, "kernels_not_estimated": 0.0}
+    row |= {step_time._column(part): 0.0 for part in parts.ALL}
+    row |= {"experts_ms": experts, "attention_core_ms": 50.0}
+    row |= {"exchange_not_hidden_ms_slow": 5.0, "collectives_ms_slow": 0.0}
+    for name in ("exchange_ms", "tokens_per_second_per_chip", "mfu_realised", "mfu"):
+        row |= {f"{name}_peak": 0.5, f"{name}_slow": 0.4}
+    return row | {"predicted_ms_peak": experts + 50, "predicted_ms_slow": experts + 55}
+
+
+@pytest.mark.parametrize(("vanilla", "outcome"), [(1.0, study.HOLDS), (1.05, study.FAILS)])
+def test_predicted_steps_beside_the_theory(vanilla, outcome):
+    of, rows = study.find("step_time"), []
+    for one in of.measurements(PAPER):
+        config = one.take.args[0]
+        off = vanilla if config.moe.pool.n_zero_computation == 0 else 1.0
+        rows.append(Measured(*one.key, "m", predicted(config, off)))
+    found = study.results_of(of, PAPER, [], rows)
+    experts, step = of.verdicts(found)
+    assert experts.outcome == outcome
+    # 150 ms against 125: 1.2 times as fast, where the experts are 1.33 times.
+    assert vanilla != 1 or (step.outcome, step.said[:40]) == (
+        study.HOLDS,
+        "a step at 0.75 is 1.20 times as fast, 60",
+    )
+    page = "\n".join(of.more(found))
+    assert page.count("\n| 7B, v5p:4x4x4, ") == 6 and "| 0.6B, vanilla |" in page
+    assert len(of.figure(found).axes) == 2
+    some = study.results_of(of, PAPER, [], rows[:3])
+    assert [v.outcome for v in of.verdicts(some)] == [study.MISSING]
+    assert of.more(study.results_of(of, PAPER, [], [])) == []

@@ -19,11 +19,13 @@ GIB = 2**30
 ENVIRONMENT = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "JAX_PLATFORMS")}
 
 
-def compile_for(topology: str, config: str, folder: Path, status: int = 0, **fields) -> dict:
+def compile_for(
+    topology: str, config: str, folder: Path, *more: str, status: int = 0, **fields
+) -> dict:
     file = folder / "report.json"
     flags = [f"--config.{name.replace('__', '.')}={value}" for name, value in fields.items()]
     command = [sys.executable, "-m", "moepp_jax.main", "compile", f"--config=configs/{config}.py"]
-    command += [f"--topology={topology}", f"--json={file}", *flags]
+    command += [f"--topology={topology}", f"--json={file}", *flags, *more]
     done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
     print(done.stdout)
     assert done.returncode == status, done.stdout + done.stderr
