@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from moepp_jax.compile import hlo
 
@@ -73,7 +73,7 @@ def of_collective(collective: hlo.Collective) -> str:
     return EXCHANGE if collective.kind.endswith("all-to-all") else COLLECTIVES
 
 
-def _most(instructions) -> str | None:
+def _most(instructions: Iterable[hlo.Instruction]) -> str | None:
     scopes = (_SCOPE.findall(i.scope) for i in instructions)
     found = Counter(_SCOPES[names[-1]] for names in scopes if names)
     return found.most_common(1)[0][0] if found else None

