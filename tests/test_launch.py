@@ -38,6 +38,7 @@ PARSE = """
 import json, os, sys
 from absl import flags
 from moepp_jax import distributed, main, mesh, profiling, recipes
+from moepp_jax.commands import compile
 from moepp_jax.config import Config
 from moepp_jax.compile.topology import Topology
 
@@ -57,7 +58,7 @@ def check(arguments, devices):
     processes = given.coordinator, given.num_processes, given.process_id
     distributed.settings({}, given.distributed, *processes)
     if given.profile is not None:
-        profiling.parse(given.profile)
+        {"train": profiling.parse, "compile": compile.profiled}[command](given.profile)
     if given.topology is not None:
         devices = Topology.parse(given.topology).num_devices
     if given.config is not None:
@@ -122,8 +123,9 @@ def test_every_command_line_is_one(stage, tmp_path):
     broken = [["train", "--config=moepp_7b", flag] for flag in ("--profil=1:2", "--x=1")]
     broken += [["train", "--config=moepp_7b", "--config.mesh.fdsp=1"], ["fly"]]
     broken += [["train", "--distributed=yes"], ["train", "--profile=3:2"]]
+    broken += [["train", "--profile"], ["compile", "--profile=3:5"]]
     sizes = ["train", "--config=moepp_7b", "--config.mesh.data=3"]
-    assert len(errors_of([*((one, None) for one in broken), (sizes, 64)])) == 7
+    assert len(errors_of([*((one, None) for one in broken), (sizes, 64)])) == 9
 
 
 def test_all_launch_the_same_run(stage, tmp_path):

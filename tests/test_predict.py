@@ -356,11 +356,10 @@ def test_what_cannot_be_asked_for(config, topology, profiled, figure_file, said)
         compile_lib.run(config, topology, None, profiled, figure_file)
 
 
-def test_a_profile_of_another_kind(monkeypatch):
-    monkeypatch.setattr(command.options, "TOPOLOGY", SimpleNamespace(value="v5p:2x2x2"))
-    monkeypatch.setattr(command.options, "PROFILE", SimpleNamespace(value="3:9"))
+def test_a_profile_of_another_kind():
     with pytest.raises(ConfigError, match="--profile=3:9: of compile it is --profile or"):
-        command.run([])
+        command.profiled("3:9")
+    assert [command.profiled(given) for given in (None, "true", "full")] == [None, "fast", "full"]
 
 
 # What the compiler does, without a compiler: DUMPS is where it is told to write.

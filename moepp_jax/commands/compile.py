@@ -26,14 +26,22 @@ def run(arguments: list[str]) -> None:
     options.no_more(arguments)
     if not options.TOPOLOGY.value:
         raise ConfigError(f"no --topology was given: write --topology={topology.EXAMPLES}")
-    given = options.PROFILE.value
-    if given not in _PROFILES:
-        raise ConfigError(f"--profile={given}: of compile it is --profile or --profile=full")
     if not compile.run(
         options.given_config(),
         options.TOPOLOGY.value,
         options.JSON.value,
-        _PROFILES[given],
+        profiled(options.PROFILE.value),
         options.FIGURE.value,
     ):
         sys.exit(2)
+
+
+def profiled(given: str | None) -> str | None:
+    """What --profile asks `compile.run` for.
+
+    Raises:
+      ConfigError: it asks for something else.
+    """
+    if given not in _PROFILES:
+        raise ConfigError(f"--profile={given}: of compile it is --profile or --profile=full")
+    return _PROFILES[given]

@@ -13,19 +13,21 @@ import statistics
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from absl import flags
 from rich.console import Console
 from rich.table import Table
 
-from moepp_jax import cli, workdir
+from moepp_jax import workdir
 from moepp_jax.analysis.curves import plot_curves
+from moepp_jax.commands import options
 from moepp_jax.errors import ConfigError
 from moepp_jax.metrics import read_metrics
 
-_FIGURE = cli.define_path("figure", "curves.png", "the figure to write, a PNG")
+flags.declare_key_flag("figure")
 
 
 def run(arguments: list[str]) -> None:
-    figure = Path(_FIGURE.value)
+    figure = Path(options.FIGURE.value or "curves.png")
     if figure.suffix != ".png":
         raise ConfigError(f"--figure={figure} must be the name of a .png file")
     runs = labelled(arguments)

@@ -38,7 +38,10 @@ PROFILE = cli.define_with_optional_value(
     "the time of a step by part, from its schedule, or with =full from what is compiled to the end",
 )
 FIGURE = cli.define_path(
-    "figure", None, "draw the predicted parts beside those of the vanilla twin, as PNG"
+    "figure",
+    None,
+    "PNG to write; curves: by default curves.png; compile: what --profile predicts, beside the "
+    "vanilla twin",
 )
 WANDB = flags.DEFINE_string(
     "wandb", None, "project of Weights & Biases to which numbers and figures of the run are sent"
