@@ -7,16 +7,19 @@ hlo.product_flops(module), hlo.memory_bytes(module), hlo.overlapped(module, "all
 
 from moepp_jax.compile.hlo.collectives import Collective, collectives, overlapped
 from moepp_jax.compile.hlo.costs import flops_of, memory_bytes, product_flops
+from moepp_jax.compile.hlo.kernels import Kernel, kernels
 from moepp_jax.compile.hlo.loops import executions, unknown_loops
 from moepp_jax.compile.hlo.text import Instruction, Module, parse, scopes
 
 __all__ = [
     "Collective",
     "Instruction",
+    "Kernel",
     "Module",
     "collectives",
     "executions",
     "flops_of",
+    "kernels",
     "memory_bytes",
     "overlapped",
     "parse",
