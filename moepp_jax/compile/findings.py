@@ -72,7 +72,7 @@ def work(config: Config, mesh: Mesh, topology: Topology, module: hlo.Module) -> 
     sent = sum((c.times * c.wire_bytes for c in found), 0.0)
     report = {
         "flops": hlo.product_flops(module),
-        "kernels": _kernels(module, topology),
+        "kernels": kernels(module, topology),
         "loops_counted_once": hlo.unknown_loops(module),
         "hbm_traffic_bytes": hlo.memory_bytes(module),
         "collectives": _by_kind(found, mesh.shape, network),
@@ -85,7 +85,7 @@ def work(config: Config, mesh: Mesh, topology: Topology, module: hlo.Module) -> 
         return report
     chip = topology.chip
     bounds = {
-        "arithmetic": _arithmetic(report, chip),
+        "arithmetic": arithmetic(report, chip),
         "hbm": report["hbm_traffic_bytes"] / chip.hbm_bandwidth,
         "interconnect": network.bound(found),
     }
@@ -99,7 +99,7 @@ def _network(mesh: Mesh, topology: Topology) -> Interconnect | Switched | None:
     return kind(list(mesh.devices.flat), topology.chip)
 
 
-def _kernels(module: hlo.Module, topology: Topology) -> list[dict[str, Any]]:
+def kernels(module: hlo.Module, topology: Topology) -> list[dict[str, Any]]:
     """Of GPUs, where products are kernels of libraries; those elsewhere are the compiler's own."""
     if topology.card is None:
         return []
@@ -113,7 +113,7 @@ def _seconds(row: Mapping[str, Any], chip: Chip) -> float | None:
     return row["flops"] and row["flops"] / peaks.get(row["arithmetic"], chip.flops)
 
 
-def _arithmetic(report: Mapping[str, Any], chip: Chip) -> float:
+def arithmetic(report: Mapping[str, Any], chip: Chip) -> float:
     if not report["kernels"]:
         return report["flops"] / chip.flops
     return sum(row["seconds"] or 0.0 for row in report["kernels"])

@@ -126,8 +126,8 @@ def devices(card: Card, hosts: int, per_host: int) -> Sequence[jax.Device]:
 def _reason(error: str) -> str:
     if "not implemented for cuda" in error:
         return (
-            "XLA's plugin for CUDA is not installed: pip install 'jax[cuda12]' (it compiles without "
-            "a GPU)"
+            "XLA's plugin for CUDA is not installed: pip install 'jax[cuda12]' (it compiles "
+            "without a GPU)"
         )
     return " ".join(error.split())
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from rich import box
@@ -20,16 +21,21 @@ def show(report: dict[str, Any], console: Console) -> None:
         if report["exchanges"]:
             console.print(_exchanges(report))
         if report["kernels"]:
-            console.print(_kernels(report))
+            show_kernels(report["kernels"], console)
         console.print(_bounds(report))
         if loops := report["loops_counted_once"]:
             said = f"{len(loops)} loops depend on data and are counted as one round: what is in"
             console.print(f"{said} them runs more often than the tables say.", soft_wrap=True)
-        if unread := [row for row in report["kernels"] if row["flops"] is None]:
-            names = ", ".join(f"{row['name']} ({row['times']:,} times)" for row in unread)
-            said = f"Not counted, as the program does not tell what they compute: {names}."
-            console.print(said, soft_wrap=True, markup=False)
     console.print(verdict(report), highlight=False, soft_wrap=True, markup=False)
+
+
+def show_kernels(rows: Sequence[dict[str, Any]], console: Console) -> None:
+    console.print(_kernels(rows))
+    if unread := [
+        f"{row['name']} ({row['times']:,} times)" for row in rows if row["flops"] is None
+    ]:
+        said = "Not counted, as the program does not tell what they compute"
+        console.print(f"{said}: {', '.join(unread)}.", soft_wrap=True, markup=False)
 
 
 def verdict(report: dict[str, Any]) -> str:
@@ -139,10 +145,10 @@ def _exchanges(r: dict[str, Any]) -> Table:
     return table
 
 
-def _kernels(r: dict[str, Any]) -> Table:
+def _kernels(rows: Sequence[dict[str, Any]]) -> Table:
     columns = ("kernel", "arithmetic", "times", "TFLOP", "ms at least")
     table = _table("Kernels that multiply matrices, of a device and step", *columns)
-    for row in r["kernels"]:
+    for row in rows:
         known = row["flops"] is not None
         table.add_row(
             row["name"],

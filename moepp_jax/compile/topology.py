@@ -17,8 +17,8 @@ from moepp_jax.compile import gpu
 from moepp_jax.errors import ConfigError
 
 EXAMPLES = (
-    "v5p:4x4x4, v5e:4x4, v6e:16x16, 2*v5p:4x4x4 for two slices; h100:8, or h100:8x8 for eight hosts "
-    f"of eight ({', '.join(sorted(gpu.CARDS))}); or cpu:8"
+    "v5p:4x4x4, v5e:4x4, v6e:16x16, 2*v5p:4x4x4 for two slices; h100:8, or h100:8x8 for eight "
+    f"hosts of eight ({', '.join(sorted(gpu.CARDS))}); or cpu:8"
 )
 _FORM = re.compile(r"(?:(\d+)\*)?(v5p|v5e|v6e):(\d+(?:x\d+)*)|cpu:(\d+)")
 _GPUS = re.compile(rf"({'|'.join(gpu.CARDS)}):(?:(\d+)x)?(\d+)")
@@ -71,7 +71,7 @@ class Topology:
 def _of_gpus(text: str, card: gpu.Card, hosts: int, per_host: int) -> Topology:
     if not (hosts and 0 < per_host <= gpu.PER_HOST):
         raise ConfigError(
-            f"--topology={text}: one host or more, and in each one GPU to {gpu.PER_HOST}: "
+            f"--topology={text}: there is one host or more, with from one GPU to {gpu.PER_HOST}: "
             f"eight hosts of {gpu.PER_HOST} are {text.partition(':')[0]}:8x{gpu.PER_HOST}"
         )
     return Topology(text, card.chip, hosts, (per_host,), card)
