@@ -3,7 +3,7 @@ SHELL := /bin/bash
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 PY := .venv/bin/python
 
-.PHONY: help train test test-slow test-torch test-eval test-newest test-tpu-compile test-gpu-compile test-browser test-wandb test-site site pods gpu-pods check format benchmark lock clean
+.PHONY: help train test test-slow test-torch test-eval test-newest test-tpu-compile test-gpu-compile test-browser test-wandb test-site site pods gpu-pods gpu-report check format benchmark lock clean
 
 help:
 	@echo "make train      train a tiny MoE++ model and its vanilla twin on real text, and compare them"
@@ -20,6 +20,7 @@ help:
 	@echo "make test-site  builds it, and follows every link in it"
 	@echo "make pods       compile the 7B model for 8 to 4,096 TPU chips, which need not be there"
 	@echo "make gpu-pods   compile the 0.6B and the 7B model for 8 and 64 GPUs, which need not be there"
+	@echo "make gpu-report  on a machine with GPUs: is it right, and how fast beside theory; ten minutes"
 	@echo "make check      lint and format checks"
 	@echo "make format     mend what they find, where it can be mended"
 	@echo "make benchmark  time the layer, and decoding, against their limits and a vanilla MoE"
@@ -107,8 +108,14 @@ test-newest: .venv/run
 pods: .venv/tpu
 	PYTHONPATH=.venv/tpu $(PY) -m experiments.run pods --scale=paper
 
+# The plugin would look for a card, and be of no use when there is none.
 gpu-pods: .venv/gpu
-	PYTHONPATH=.venv/gpu $(PY) -m experiments.run gpus --scale=paper
+	JAX_PLATFORMS=cpu PYTHONPATH=.venv/gpu $(PY) -m experiments.run gpus --scale=paper
+
+# Installs nothing: for a machine that reaches no index, with the project and jax[cuda12] there.
+GPU_REPORT ?= runs/gpu_report
+gpu-report:
+	$(if $(wildcard $(PY)),$(PY),$(PYTHON)) -m benchmarks.gpu_report --out=$(GPU_REPORT)
 
 check: .venv/dev
 	$(PY) -m ruff check .

@@ -216,6 +216,8 @@ def test_topologies_that_are_none(text, said):
     ],
 )
 def test_what_the_plugin_says(monkeypatch, error, said):
+    monkeypatch.setattr(gpu.importlib.util, "find_spec", lambda name: None)
+
     def fail(**_):
         raise error
 
@@ -223,6 +225,16 @@ def test_what_the_plugin_says(monkeypatch, error, said):
     with pytest.raises(ConfigError, match=said) as caught:
         devices(Topology.parse("h100:8"))
     assert "\n" not in str(caught.value)
+
+
+def test_a_plugin_that_found_no_card_when_jax_started(monkeypatch):
+    def fail(**_):
+        raise NotImplementedError("topology not implemented for cuda")
+
+    monkeypatch.setattr("jax.experimental.topologies.get_topology_desc", fail)
+    monkeypatch.setattr(gpu.importlib.util, "find_spec", lambda name: name)
+    with pytest.raises(ConfigError, match="set JAX_PLATFORMS=cpu before it starts"):
+        devices(Topology.parse("h100:8"))
 
 
 def test_a_mesh_that_does_not_fit_is_refused_before_anything_is_compiled(monkeypatch):

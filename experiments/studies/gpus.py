@@ -92,7 +92,7 @@ class Gpus(Study):
         bounds.set(title="Bounds of a step", xlabel="ms at least", xscale="log")
         for axes in (memory, bounds):
             axes.grid(alpha=0.3, axis="x")
-            figures.legend(axes)
+            axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.15), ncol=3, frameon=False)
         return figure
 
     def more(self, results: Results) -> list[str]:
@@ -157,7 +157,7 @@ def _cells(size: Size, row: Mapping[str, float]) -> list[str]:
     mesh = f"{size.data} x {size.fsdp} x {size.expert}"
     cells = [size.model, size.topology, mesh, str(size.accumulate), f"{row['hbm_gib']:.1f}"]
     cells += [f"{row['limit_gib']:.1f}", f"{row['preallocated_gib']:.1f}"]
-    cells += [f"{row[f'{name}_tflop']:,.4g}" for name in ("bf16", "tf32", "f32")]
+    cells += [f"{row[f'{name}_tflop']:,.2f}" for name in ("bf16", "tf32", "f32")]
     cells.append(f"{row['unread']:.0f}")
     if not row["fits"]:
         return [*cells, *["does not fit"] * (len(_BOUNDS) + 2)]

@@ -7,6 +7,7 @@ What only a card can tell is missing: kernels are not autotuned, and libraries' 
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -22,6 +23,7 @@ COMPILER_OPTIONS: dict[str, bool | str] = {"xla_gpu_enable_triton_gemm": False}
 
 # JAX takes this share of a card's memory when it starts (XLA_PYTHON_CLIENT_MEM_FRACTION).
 PREALLOCATED = 0.75
+_PLUGIN = "jax_cuda12_plugin"
 PER_HOST = 8  # GPUs that NVLink joins: DGX and HGX A100, H100, H200, B200
 
 _CUDA = (12, 9, 0)  # as pinned in requirements/cuda.txt, and the next too
@@ -124,6 +126,11 @@ def devices(card: Card, hosts: int, per_host: int) -> Sequence[jax.Device]:
 
 
 def _reason(error: str) -> str:
+    if "not implemented for cuda" in error and importlib.util.find_spec(_PLUGIN):
+        return (
+            "JAX has started with XLA's plugin for CUDA and found no GPU: set JAX_PLATFORMS=cpu "
+            "before it starts"
+        )
     if "not implemented for cuda" in error:
         return (
             "XLA's plugin for CUDA is not installed: pip install 'jax[cuda12]' (it compiles "

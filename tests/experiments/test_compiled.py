@@ -113,7 +113,7 @@ def test_what_is_said_of_gpus():
     found = study.results_of(of, PAPER, [], rows)
     assert study.outcome(of.verdicts(found)) == study.FAILS
     page = "\n".join(of.more(found))
-    assert "| 0.6B | h100:8 | 1 x 1 x 8 | 8 | 70.0 | 79.1 | 59.3 | 3 | 0 | 0.1 | 0 |" in page
+    assert "| 0.6B | h100:8 | 1 x 1 x 8 | 8 | 70.0 | 79.1 | 59.3 | 3.00 | 0.00 | 0.10 | 0 |" in page
     assert page.count("does not fit") == 5
     assert of.figure(found).axes
     missing = study.results_of(of, PAPER, [], rows[1:])
