@@ -6,10 +6,10 @@ from types import SimpleNamespace
 import jax
 import pytest
 
-from benchmarks.gpu_report import __main__ as command
-from benchmarks.gpu_report import attention, equality, exchanges, paper, running, writing
-from benchmarks.gpu_report import sizes as sizes_lib
-from benchmarks.gpu_report import step as steps
+from moepp_jax.benchmarks.gpu_report import __main__ as command
+from moepp_jax.benchmarks.gpu_report import attention, equality, exchanges, paper, running, writing
+from moepp_jax.benchmarks.gpu_report import sizes as sizes_lib
+from moepp_jax.benchmarks.gpu_report import step as steps
 from moepp_jax.chips import GIB
 from moepp_jax.errors import ConfigError
 

@@ -11,9 +11,17 @@ from typing import Any
 
 import jax
 
-from benchmarks.gpu_report import attention, equality, exchanges, layer, paper, step, writing
-from benchmarks.gpu_report.sizes import Sizes, sizes
 from moepp_jax.benchmarks import timing
+from moepp_jax.benchmarks.gpu_report import (
+    attention,
+    equality,
+    exchanges,
+    layer,
+    paper,
+    step,
+    writing,
+)
+from moepp_jax.benchmarks.gpu_report.sizes import Sizes, sizes
 from moepp_jax.errors import ConfigError
 
 Measure = Callable[[Sizes, int], list[dict[str, Any]]]

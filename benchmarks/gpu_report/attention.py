@@ -8,8 +8,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from benchmarks.gpu_report.sizes import Sizes
 from moepp_jax.benchmarks import timing
+from moepp_jax.benchmarks.gpu_report.sizes import Sizes
 from moepp_jax.chips import of_kind
 
 # By platform: what `jax.nn.dot_product_attention` is asked for.

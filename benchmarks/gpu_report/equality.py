@@ -10,10 +10,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from benchmarks.gpu_report import running
-from benchmarks.gpu_report.sizes import Sizes
 from moepp_jax import moe
 from moepp_jax.benchmarks import layer as layers
+from moepp_jax.benchmarks.gpu_report import running
+from moepp_jax.benchmarks.gpu_report.sizes import Sizes
 from moepp_jax.moe import kernels
 
 LIMITS = {"layer": 1e-5, "loss": 1e-5, "gradients": 1e-3}

@@ -6,9 +6,9 @@ from typing import Any
 
 import jax
 
-from benchmarks.gpu_report import equality
-from benchmarks.gpu_report.sizes import Sizes
 from moepp_jax.benchmarks import layer as layers
+from moepp_jax.benchmarks.gpu_report import equality
+from moepp_jax.benchmarks.gpu_report.sizes import Sizes
 
 
 def measure(sizes: Sizes, rounds: int) -> list[dict[str, Any]]:

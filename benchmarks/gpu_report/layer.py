@@ -6,8 +6,8 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from benchmarks.gpu_report.sizes import Sizes
 from moepp_jax.benchmarks import layer as layers
+from moepp_jax.benchmarks.gpu_report.sizes import Sizes
 
 
 def measure(sizes: Sizes, rounds: int) -> list[dict[str, Any]]:

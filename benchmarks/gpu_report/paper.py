@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
-from benchmarks.gpu_report.sizes import Sizes
 from moepp_jax.benchmarks import layer as layers
 from moepp_jax.benchmarks import timing
+from moepp_jax.benchmarks.gpu_report.sizes import Sizes
 from moepp_jax.experiments.studies import throughput
 
 

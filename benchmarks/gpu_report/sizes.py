@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
-
-import jax
 
 from moepp_jax import mesh as mesh_lib
 from moepp_jax.benchmarks.layer import Shape
@@ -56,8 +55,8 @@ class Sizes(NamedTuple):
     dtype: str
 
 
-def memory_of(device: jax.Device) -> int | None:
-    """Bytes that programs have of it, as JAX takes them or as is published; None on CPU.
+def memory_of(device: Any) -> int | None:
+    """Bytes that programs have of a `jax.Device`, as JAX takes them or as is published; None on CPU.
 
     Raises:
       ConfigError: neither is known.
@@ -71,8 +70,8 @@ def memory_of(device: jax.Device) -> int | None:
     return told or chip.hbm_bytes
 
 
-def sizes(devices: list[jax.Device]) -> Sizes:
-    """For these devices, which are alike."""
+def sizes(devices: Sequence[Any]) -> Sizes:
+    """For these `jax.devices()`, which are alike."""
     memory = memory_of(devices[0])
     if memory is None:
         shape = Shape(256, 2, 32, 64, 8, (2, 1, 1))
@@ -89,7 +88,7 @@ def _equal() -> Config:
     return _config(1, _SMALL | {"model.dtype": "float32", "train.batch_size": 8})
 
 
-def _step(devices: list[jax.Device], memory: int) -> Config:
+def _step(devices: Sequence[Any], memory: int) -> Config:
     """The 0.6B model with as many sequences, and else as many layers, as are estimated to fit."""
     n = len(devices)
     for layers in (12, 6, 2):

@@ -8,11 +8,11 @@ from typing import Any
 
 import jax
 
-from benchmarks.gpu_report import running
-from benchmarks.gpu_report.sizes import Sizes
 from moepp_jax import flops, state
 from moepp_jax.benchmarks import layer as layers
 from moepp_jax.benchmarks import timing
+from moepp_jax.benchmarks.gpu_report import running
+from moepp_jax.benchmarks.gpu_report.sizes import Sizes
 from moepp_jax.chips import of_kind
 from moepp_jax.compile import findings, gpu, hlo
 from moepp_jax.compile.topology import Topology

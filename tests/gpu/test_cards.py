@@ -74,7 +74,8 @@ def test_no_product_of_the_vocabulary_is_in_float32(small):
 def test_tokens_are_exchanged_four_times_a_layer_beside_other_work(small):
     [exchange] = rows_of(small, "all-to-all")
     assert exchange["count"] == exchange["asynchronous"] == 4 * 2
-    assert exchange["bytes"] == pytest.approx(small["least_wire_bytes"]["all-to-all"])
+    # Rows come in eights, of which two sequences a GPU fill the last ones less.
+    assert exchange["bytes"] == pytest.approx(small["least_wire_bytes"]["all-to-all"], rel=0.01)
     assert any(row["zero_computation"] > 0 for row in small["exchanges"])
 
 
