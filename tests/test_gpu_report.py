@@ -105,9 +105,9 @@ def test_a_part_that_fails_and_one_that_has_no_time(tmp_path, small):
     def fails(sizes, rounds):
         raise RuntimeError("cuDNN is\nmissing")
 
-    found = command.taken({"step": fails, "layer": fails}, small, 1, seconds=60)
+    found = command.taken({"step": fails, "layer": fails}, small, 1, seconds=60.0)
     assert found["step"]["failed"] == "RuntimeError: cuDNN is"
-    found |= command.taken({"attention": fails}, small, 1, seconds=-1)
+    found |= command.taken({"attention": fails}, small, 1, seconds=-1.0)
     assert "minutes were over" in found["attention"]["skipped"]
     report = {"machine": "m", "platform": "cpu", "sizes": {}, "parts": found}
     assert "step failed: RuntimeError" in writing.summary(report)

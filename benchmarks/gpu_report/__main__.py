@@ -42,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder of the report")
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--minutes", type=float, default=10, help="no part begins after these")
+    parser.add_argument("--minutes", type=float, default=10.0, help="no part begins after these")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--allow-cpu", action="store_true", help="small, to see that it works")
     args = parser.parse_args(arguments)

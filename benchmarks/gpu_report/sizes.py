@@ -56,7 +56,7 @@ class Sizes(NamedTuple):
 
 
 def memory_of(device: Any) -> int | None:
-    """Bytes that programs have of a `jax.Device`, as JAX takes them or as is published; None on CPU.
+    """Bytes that programs have of a `jax.Device`, as JAX takes them or as published; None on CPU.
 
     Raises:
       ConfigError: neither is known.
