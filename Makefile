@@ -3,7 +3,7 @@ SHELL := /bin/bash
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 PY := .venv/bin/python
 
-.PHONY: help train test test-slow test-torch test-eval test-newest test-tpu-compile test-browser test-wandb test-site site pods check format benchmark lock clean
+.PHONY: help train test test-slow test-torch test-eval test-newest test-tpu-compile test-gpu-compile test-browser test-wandb test-site site pods gpu-pods gpu-report check format benchmark lock clean
 
 help:
 	@echo "make train      train a tiny MoE++ model and its vanilla twin on real text, and compare them"
@@ -13,11 +13,14 @@ help:
 	@echo "make test-eval  the tests against the lm-evaluation-harness: installs it, and PyTorch"
 	@echo "make test-newest  the quick tests with the newest JAX there is for this Python"
 	@echo "make test-tpu-compile  compile for TPU pods, which need not be there: ten minutes"
+	@echo "make test-gpu-compile  compile for NVIDIA GPUs, which need not be there: ten minutes"
 	@echo "make test-browser  the routing page in Chromium, which has to be there (Debian: apt install chromium)"
 	@echo "make test-wandb  the tests against Weights & Biases, offline: installs its package"
 	@echo "make site       the documentation, to build/site: runs the tutorial, some minutes"
 	@echo "make test-site  builds it, and follows every link in it"
 	@echo "make pods       compile the paper's models for 8 to 4,096 TPU chips, which need not be there"
+	@echo "make gpu-pods   compile the 0.6B and the 7B model for 8 and 64 GPUs, which need not be there"
+	@echo "make gpu-report  on a machine with GPUs: is it right, and how fast beside theory; ten minutes"
 	@echo "make check      lint and format checks"
 	@echo "make format     mend what they find, where it can be mended"
 	@echo "make benchmark  time the layer, and decoding, against their limits and a vanilla MoE"
@@ -43,6 +46,13 @@ help:
 	  $$(grep '^libtpu==' requirements/tpu.txt)
 	@touch $@
 
+# Beside the other packages too: what XLA for CUDA needs to compile, a tenth of what it needs to run.
+.venv/gpu: .venv/dev requirements/cuda.txt
+	@echo "adding the compiler for NVIDIA GPUs"
+	@$(PY) -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $@ \
+	  $$(grep -E '^(jax-cuda12-pjrt|jax-cuda12-plugin|nvidia-cuda-nvcc-cu12)==' requirements/cuda.txt)
+	@touch $@
+
 train: .venv/run
 	$(PY) -m experiments.twins --config=tiny --workdir=runs/tiny
 
@@ -63,6 +73,9 @@ test-eval: .venv/dev requirements/eval.txt requirements/hf.txt
 
 test-tpu-compile: .venv/tpu
 	PYTHONPATH=.venv/tpu $(PY) -m pytest -m tpu_compile tests/tpu
+
+test-gpu-compile: .venv/gpu
+	PYTHONPATH=.venv/gpu $(PY) -m pytest -m gpu_compile tests/gpu
 
 test-browser: .venv/dev
 	$(PY) -m pytest -m browser -s tests/browser
@@ -94,6 +107,15 @@ test-newest: .venv/run
 
 pods: .venv/tpu
 	PYTHONPATH=.venv/tpu $(PY) -m experiments.run pods step_time --scale=paper
+
+# The plugin would look for a card, and be of no use when there is none.
+gpu-pods: .venv/gpu
+	JAX_PLATFORMS=cpu PYTHONPATH=.venv/gpu $(PY) -m experiments.run gpus --scale=paper
+
+# Installs nothing: for a machine that reaches no index, with the project and jax[cuda12] there.
+GPU_REPORT ?= runs/gpu_report
+gpu-report:
+	$(if $(wildcard $(PY)),$(PY),$(PYTHON)) -m benchmarks.gpu_report --out=$(GPU_REPORT)
 
 check: .venv/dev
 	$(PY) -m ruff check .

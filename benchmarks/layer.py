@@ -27,11 +27,12 @@ from rich.table import Table
 
 from moepp_jax import host_memory, moe
 from moepp_jax.benchmarks import timing
-from moepp_jax.moe import kernels
+from moepp_jax.moe import kernels, param
 
 TAUS = (0.1, 0.25, 0.5, 0.75, 1.0)
 GAMMA = 1.1
 TOP_K = 2
+_FLOAT32 = jnp.dtype(jnp.float32)
 MODES = ("capacity", "dropless")
 PASSES = ("forward", "forward_backward")
 
@@ -93,16 +94,18 @@ def balanced_logits(subject: Subject, shape: Shape) -> jax.Array:
     return jnp.asarray(logits, jnp.float32).reshape(shape.groups, -1, subject.pool.size)
 
 
-def cases_of(subject: Subject, shape: Shape, mode: str, way: str) -> dict[str, timing.Case]:
-    """The layer, its FFN path and the bare products, ready to be timed."""
+def cases_of(
+    subject: Subject, shape: Shape, mode: str, way: str, dtype: jnp.dtype = _FLOAT32
+) -> dict[str, timing.Case]:
+    """The layer, its FFN path and the bare products, ready to be timed; the router in float32."""
     layer = layer_of(subject, mode)
     described = moe.describe(layer.rule, shape.width, shape.ffn_size)
-    params = moe.init(jax.random.key(0), described)
+    params = param.used(described, moe.init(jax.random.key(0), described), dtype)
     # Choices come from the residual alone, which is how they can be set: W_g is the identity.
     params["router"]["w"] *= 0
     params["router"]["w_residual"] = jnp.eye(subject.pool.size)
     x = jax.random.normal(
-        jax.random.key(1), (shape.groups, shape.tokens // shape.groups, shape.width)
+        jax.random.key(1), (shape.groups, shape.tokens // shape.groups, shape.width), dtype
     )
     previous = balanced_logits(subject, shape)
     routing = layer.rule.route(x, previous, params["router"])
@@ -129,7 +132,8 @@ def cases_of(subject: Subject, shape: Shape, mode: str, way: str) -> dict[str, t
 def _timed(function, way: str, *arguments) -> timing.Case:
     if way == "forward":
         return timing.Case(jax.jit(function), arguments)
-    cotangent = jax.random.normal(jax.random.key(2), jax.eval_shape(function, *arguments).shape)
+    result = jax.eval_shape(function, *arguments)
+    cotangent = jax.random.normal(jax.random.key(2), result.shape, result.dtype)
 
     def both(cotangent, *arguments):
         y, pullback = jax.vjp(function, *arguments)
@@ -146,9 +150,10 @@ def bare_products(ffn: dict[str, jax.Array], rows: int, way: str) -> timing.Case
     E, _, F, D = ffn["w_in"].shape
     w_in, w_out = ffn["w_in"].reshape(E, 2 * F, D), ffn["w_out"]
     keys = jax.random.split(jax.random.key(3), 4)
-    x, dy = (jax.random.normal(k, (E, rows, D)) for k in keys[:2])
-    a = jax.random.normal(keys[2], (E, rows, F))
-    dh = jax.random.normal(keys[3], (E, rows, 2 * F))
+    dtype = w_in.dtype
+    x, dy = (jax.random.normal(k, (E, rows, D), dtype) for k in keys[:2])
+    a = jax.random.normal(keys[2], (E, rows, F), dtype)
+    dh = jax.random.normal(keys[3], (E, rows, 2 * F), dtype)
     product = jnp.einsum
 
     def forward(x, a, w_in, w_out):
@@ -168,13 +173,15 @@ def bare_products(ffn: dict[str, jax.Array], rows: int, way: str) -> timing.Case
     return timing.Case(jax.jit(both), (x, a, w_in, w_out, dy, dh))
 
 
-def measure(shape: Shape, mode: str, way: str, rounds: int) -> list[dict]:
+def measure(
+    shape: Shape, mode: str, way: str, rounds: int, dtype: jnp.dtype = _FLOAT32
+) -> list[dict]:
     """One row a subject."""
     each = subjects(shape)
     cases = {
         (i, name): case
         for i, subject in enumerate(each)
-        for name, case in cases_of(subject, shape, mode, way).items()
+        for name, case in cases_of(subject, shape, mode, way, dtype).items()
     }
     seconds = timing.interleaved(cases, rounds, label=f"{mode} {way}")
     vanilla = seconds[0, "layer"].median

@@ -10,6 +10,7 @@ import contextlib
 import functools
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from moepp_jax import compile
 from moepp_jax import mesh as mesh_lib
@@ -86,8 +87,17 @@ def examined(config: Config, text: str) -> dict[str, float]:
     Raises:
       ConfigError: see `topology.devices` and `mesh.mesh_shape`.
     """
+    return values_of(examination(config, text), config)
+
+
+def examination(config: Config, text: str) -> Mapping[str, Any]:
+    """All that `compile.examine` finds; errors as `examined`."""
     topology = Topology.parse(text)
-    found = compile.examine(config, devices(topology), topology)
+    return compile.examine(config, devices(topology), topology)
+
+
+def values_of(found: Mapping[str, Any], config: Config) -> dict[str, float]:
+    """Of an examination what `examined` tells."""
     values = {"fits": float(found["fits"]), "hbm_gib": found["hbm_bytes"] / GIB}
     if limit := found["hbm_limit_bytes"]:
         values["limit_gib"] = limit / GIB

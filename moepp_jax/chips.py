@@ -18,6 +18,8 @@ class Chip:
     Attributes:
       kinds: what `jax.Device.device_kind` calls it.
       flops: dense bfloat16 operations a second.
+      tf32_flops, float32_flops: those of float32 products, rounded to TF32 as is usual, and exact;
+        None where they are made of bfloat16 products.
       hbm_bytes: memory.
       hbm_bandwidth: bytes a second.
       torus: dimensions of the interconnect's torus; 0 is a switch.
@@ -39,6 +41,8 @@ class Chip:
     wraps_at: int
     dcn_bandwidth: float | None
     source: str
+    tf32_flops: float | None = None
+    float32_flops: float | None = None
 
 
 CHIPS: dict[str, Chip] = {
@@ -93,7 +97,7 @@ CHIPS: dict[str, Chip] = {
     "A100-40GB": Chip(
         kinds=("NVIDIA A100-SXM4-40GB",),
         flops=312e12,
-        hbm_bytes=40 * GB,
+        hbm_bytes=42_298_834_944,  # of GPUs what the driver leaves to programs
         hbm_bandwidth=1555 * GB,
         torus=0,
         links=12,
@@ -101,11 +105,13 @@ CHIPS: dict[str, Chip] = {
         wraps_at=1,
         dcn_bandwidth=200e9 / 8,
         source="NVIDIA A100 data sheet; network: DGX A100 data sheet, 8 x 200 Gbit/s for 8 GPUs",
+        tf32_flops=156e12,
+        float32_flops=19.5e12,
     ),
     "A100-80GB": Chip(
         kinds=("NVIDIA A100-SXM4-80GB",),
         flops=312e12,
-        hbm_bytes=80 * GB,
+        hbm_bytes=85_100_068_864,
         hbm_bandwidth=2039 * GB,
         torus=0,
         links=12,
@@ -113,11 +119,13 @@ CHIPS: dict[str, Chip] = {
         wraps_at=1,
         dcn_bandwidth=200e9 / 8,
         source="NVIDIA A100 data sheet; network: DGX A100 data sheet, 8 x 200 Gbit/s for 8 GPUs",
+        tf32_flops=156e12,
+        float32_flops=19.5e12,
     ),
     "H100": Chip(
         kinds=("NVIDIA H100 80GB HBM3",),
         flops=989e12,
-        hbm_bytes=80 * GB,
+        hbm_bytes=84_942_979_072,
         hbm_bandwidth=3350 * GB,
         torus=0,
         links=18,
@@ -125,11 +133,13 @@ CHIPS: dict[str, Chip] = {
         wraps_at=1,
         dcn_bandwidth=400e9 / 8,
         source="NVIDIA H100 data sheet (SXM, without sparsity); network: DGX H100 data sheet",
+        tf32_flops=494.5e12,
+        float32_flops=67e12,
     ),
     "H200": Chip(
         kinds=("NVIDIA H200",),
         flops=989e12,
-        hbm_bytes=141 * GB,
+        hbm_bytes=141 * GB,  # of the data sheet; the driver's is a little more
         hbm_bandwidth=4800 * GB,
         torus=0,
         links=18,
@@ -137,6 +147,22 @@ CHIPS: dict[str, Chip] = {
         wraps_at=1,
         dcn_bandwidth=400e9 / 8,
         source="NVIDIA H200 data sheet (SXM, without sparsity); network: DGX H200 data sheet",
+        tf32_flops=494.5e12,
+        float32_flops=67e12,
+    ),
+    "B200": Chip(
+        kinds=("NVIDIA B200",),
+        flops=2250e12,
+        hbm_bytes=191_514_411_008,
+        hbm_bandwidth=7672 * GB,
+        torus=0,
+        links=18,
+        link_bandwidth=50 * GB,
+        wraps_at=1,
+        dcn_bandwidth=400e9 / 8,
+        source="NVIDIA HGX B200 data sheet (without sparsity); network: DGX B200 data sheet",
+        tf32_flops=1125e12,
+        float32_flops=75e12,
     ),
 }
 

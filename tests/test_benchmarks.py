@@ -39,6 +39,19 @@ def test_rows(mode, monkeypatch):
         assert row["fraction_of_theory"] == row["speedup"] / row["theory"]
 
 
+@pytest.mark.parametrize("mode", layer.MODES)
+def test_a_layer_in_another_type(mode):
+    """The router stays in float32; what is multiplied is not."""
+    subject = layer.subjects(SHAPE)[1]
+    cases = layer.cases_of(subject, SHAPE, mode, "forward_backward", jnp.dtype(jnp.bfloat16))
+    for name, case in cases.items():
+        y, _ = jax.eval_shape(case.function, *case.arguments)
+        assert {leaf.dtype for leaf in jax.tree.leaves(y)} == {jnp.dtype(jnp.bfloat16)}, name
+    _, _, params = cases["layer"].arguments
+    assert params["router"]["w"].dtype == jnp.float32
+    assert params["ffn"]["w_in"].dtype == jnp.bfloat16
+
+
 def test_theory_by_hand():
     """1 / (tau 4 / (tau 4 + 3))."""
     theory = [round(subject.theory, 3) for subject in layer.subjects(SHAPE)]

@@ -145,6 +145,57 @@ def test_losses_of_chunks_are_the_cross_entropy():
             close(a, b, 1e-6)
 
 
+def losses_at_random(dtype):
+    """Of two sequences, summed: a function of the output matrix and the hidden states, and both."""
+    rng = np.random.default_rng(0)
+    output = jnp.asarray(rng.normal(size=(512, 48)) * 0.1, jnp.float32)
+    hidden = jnp.asarray(rng.normal(size=(2, 32, 48)), jnp.float32).astype(dtype)
+    targets = jnp.asarray(rng.integers(0, 512, (2, 32)))
+
+    def summed(output, hidden):
+        return vocabulary.token_losses(output, hidden, targets, chunk=8).sum()
+
+    return summed, (output, hidden)
+
+
+def products(jaxpr) -> list:
+    """The types of the factors and of the result of every product in a program, loops included."""
+    found = []
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "dot_general":
+            found.append([v.aval.dtype.name for v in (*equation.invars, *equation.outvars)])
+        for inner in jax.tree.leaves(
+            list(equation.params.values()), is_leaf=lambda p: hasattr(p, "eqns")
+        ):
+            inner = getattr(inner, "jaxpr", inner)
+            found += products(inner) if hasattr(inner, "eqns") else []
+    return found
+
+
+def test_the_vocabularys_products_are_all_in_the_models_type_and_sum_in_float32():
+    summed, arguments = losses_at_random(jnp.bfloat16)
+    traced = jax.make_jaxpr(jax.grad(summed, (0, 1)))(*arguments)
+    found = products(traced.jaxpr)
+    # Forward, again for the gradient, and the gradients of both factors.
+    assert found == 4 * [["bfloat16", "bfloat16", "float32"]]
+
+
+def test_the_vocabularys_gradients_are_as_exact_as_the_models_type(monkeypatch):
+    summed, (output, hidden) = losses_at_random(jnp.bfloat16)
+    rounded = output.astype(jnp.bfloat16).astype(jnp.float32)
+    exact = jax.grad(summed, (0, 1))(rounded, hidden.astype(jnp.float32))
+    for got, wanted in zip(jax.grad(summed, (0, 1))(output, hidden), exact, strict=True):
+        error = jnp.linalg.norm(got.astype(jnp.float32) - wanted) / jnp.linalg.norm(wanted)
+        assert error < 2**-8  # half of a bfloat16's last digit
+    # In float32 they are JAX's own, to the last digit.
+    summed, arguments = losses_at_random(jnp.float32)
+    own = jax.jit(jax.grad(summed, (0, 1)))(*arguments)
+    monkeypatch.setattr(vocabulary, "_logits_of_training", vocabulary.logits)
+    summed, arguments = losses_at_random(jnp.float32)
+    for got, wanted in zip(own, jax.jit(jax.grad(summed, (0, 1)))(*arguments), strict=True):
+        np.testing.assert_array_equal(got, wanted)
+
+
 def test_logits_of_the_whole_vocabulary_are_never_held():
     def temporary(chunk):
         c = tiny.config(

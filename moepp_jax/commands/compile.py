@@ -1,6 +1,7 @@
 """compile --config=RECIPE --topology=v5p:4x4x4: the training step for devices you do not have.
 
-Prints memory, communication and bounds on the step time. Exits with status 2 if it does not fit.
+--topology=h100:8x8 is eight hosts of eight GPUs. Prints memory, communication and bounds on the
+step time. Exits with status 2 if it does not fit.
 
 compile ... --profile predicts the step's time by part, for TPUs: compiled as far as its schedule,
 within seconds. --profile=full compiles to the end and tells the compiler's own numbers beside.

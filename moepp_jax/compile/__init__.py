@@ -1,10 +1,11 @@
 """The training step compiled for devices that are not there: `step.run` is the command.
 
 step      compiles it, and says whether it fits
-topology  the devices, by name: v5p:4x4x4, cpu:8
-hlo       reads the compiled program: collectives, products, loops, what overlaps
+topology  the devices, by name: v5p:4x4x4, h100:8x8, cpu:8
+gpu       the cards that can be compiled for, and how
+hlo       reads the compiled program: collectives, products, kernels, loops, what overlaps
 traffic   the least bytes that the scheme of sharding moves
-roofline  bounds of a step's time from a chip's published peak figures
+roofline  bounds of a step's time from a chip's published peak figures; `switched` those of GPUs
 findings  all of these as one report, which `tables` prints
 remedies  what to change where it does not fit
 

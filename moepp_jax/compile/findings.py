@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -11,8 +12,11 @@ import jax
 from jax.sharding import Mesh
 
 from moepp_jax import flops, state
+from moepp_jax.chips import Chip
 from moepp_jax.compile import hlo, traffic
+from moepp_jax.compile.gpu import PREALLOCATED
 from moepp_jax.compile.roofline import Interconnect
+from moepp_jax.compile.switched import Switched
 from moepp_jax.compile.topology import Topology
 from moepp_jax.config import Config
 
@@ -38,6 +42,7 @@ def described(config: Config, mesh: Mesh, topology: Topology) -> dict[str, Any]:
         "optimizer_bytes": _bytes(held.opt_state),
         "state_bytes": _bytes(held),
         "hbm_limit_bytes": topology.chip and topology.chip.hbm_bytes,
+        "preallocated_bytes": topology.card and int(PREALLOCATED * topology.chip.hbm_bytes),
         "model_flops": flops.per_token(config).train * tokens / mesh.size,
     }
 
@@ -73,11 +78,12 @@ def memory(analysis: Any, platform: str) -> dict[str, int]:
 def work(config: Config, mesh: Mesh, topology: Topology, module: hlo.Module) -> dict[str, Any]:
     """Operations, bytes, collectives of a device and step, and what follows for its time."""
     found = hlo.collectives(module)
-    network = Interconnect(list(mesh.devices.flat), topology.chip) if topology.chip else None
+    network = _network(mesh, topology)
     least = traffic.least(config, mesh.shape)
     sent = sum((c.times * c.wire_bytes for c in found), 0.0)
     report = {
         "flops": hlo.product_flops(module),
+        "kernels": kernels(module, topology),
         "loops_counted_once": hlo.unknown_loops(module),
         "hbm_traffic_bytes": hlo.memory_bytes(module),
         "collectives": _by_kind(found, mesh.shape, network),
@@ -90,11 +96,38 @@ def work(config: Config, mesh: Mesh, topology: Topology, module: hlo.Module) -> 
         return report
     chip = topology.chip
     bounds = {
-        "arithmetic": report["flops"] / chip.flops,
+        "arithmetic": arithmetic(report, chip),
         "hbm": report["hbm_traffic_bytes"] / chip.hbm_bandwidth,
         "interconnect": network.bound(found),
     }
     return report | {"bounds": bounds} | best_case(config, mesh.size, chip.flops, bounds)
+
+
+def _network(mesh: Mesh, topology: Topology) -> Interconnect | Switched | None:
+    if topology.chip is None:
+        return None
+    kind = Switched if topology.card else Interconnect
+    return kind(list(mesh.devices.flat), topology.chip)
+
+
+def kernels(module: hlo.Module, topology: Topology) -> list[dict[str, Any]]:
+    """Of GPUs, where products are kernels of libraries; those elsewhere are the compiler's own."""
+    if topology.card is None:
+        return []
+    rows = [dataclasses.asdict(row) for row in hlo.kernels(module)]
+    return [row | {"seconds": _seconds(row, topology.chip)} for row in rows]
+
+
+def _seconds(row: Mapping[str, Any], chip: Chip) -> float | None:
+    """At the peak of the row's arithmetic."""
+    peaks = {"tf32": chip.tf32_flops, "f32": chip.float32_flops}
+    return row["flops"] and row["flops"] / peaks.get(row["arithmetic"], chip.flops)
+
+
+def arithmetic(report: Mapping[str, Any], chip: Chip) -> float:
+    if not report["kernels"]:
+        return report["flops"] / chip.flops
+    return sum(row["seconds"] or 0.0 for row in report["kernels"])
 
 
 def best_case(
@@ -112,7 +145,9 @@ def best_case(
 
 
 def _by_kind(
-    found: Sequence[hlo.Collective], shape: Mapping[str, int], network: Interconnect | None
+    found: Sequence[hlo.Collective],
+    shape: Mapping[str, int],
+    network: Interconnect | Switched | None,
 ) -> list[dict[str, Any]]:
     """Rows of equal kind, axes and type, the heaviest first; count and bytes of a step."""
     groups = defaultdict(list)

@@ -19,7 +19,7 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from moepp_jax import mesh as mesh_lib
 from moepp_jax import state, storage
-from moepp_jax.compile import findings, hlo, profile, remedies, scheduled, tables
+from moepp_jax.compile import findings, gpu, hlo, profile, remedies, scheduled, tables
 from moepp_jax.compile.topology import Topology, devices
 from moepp_jax.config import Config
 from moepp_jax.errors import ConfigError
@@ -200,7 +200,7 @@ def compile_step(config: Config, mesh: Mesh) -> jax.stages.Compiled:
     parts = state.assemble(config, mesh)
     lowered = state.make_train_step(parts).lower(parts.abstract, abstract_batch(config, mesh))
     try:
-        return lowered.compile()
+        return lowered.compile(gpu.COMPILER_OPTIONS if parts.platform == "gpu" else None)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise

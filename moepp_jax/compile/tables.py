@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from rich import box
@@ -20,6 +21,8 @@ def show(report: dict[str, Any], console: Console) -> None:
         console.print(_collectives(report))
         if report["exchanges"]:
             console.print(_exchanges(report))
+        if report["kernels"]:
+            show_kernels(report["kernels"], console)
         console.print(_bounds(report))
         if "parts_ms" in report:
             show_profile(report, console)
@@ -77,19 +80,43 @@ _BY_THE_COMPILER = {
 }
 
 
+def show_kernels(rows: Sequence[dict[str, Any]], console: Console) -> None:
+    console.print(_kernels(rows))
+    if unread := [
+        f"{row['name']} ({row['times']:,} times)" for row in rows if row["flops"] is None
+    ]:
+        said = "Not counted, as the program does not tell what they compute"
+        console.print(f"{said}: {', '.join(unread)}.", soft_wrap=True, markup=False)
+
+
 def verdict(report: dict[str, Any]) -> str:
     """One sentence: does it fit, and if not, what would."""
     needed, limit = report["hbm_bytes"], report["hbm_limit_bytes"]
     if limit is None:
         return f"The step needs {_gib(needed)} a device; a CPU device has no limit of its own."
     if report["fits"]:
-        return f"It fits: {_gib(needed)} of {_gib(limit)} a chip ({needed / limit:.0%})."
+        fits = f"It fits: {_gib(needed)} of {_gib(limit)} a chip ({needed / limit:.0%})."
+        return " ".join([fits, *_preallocated(report)])
     said = f"It does not fit: {_gib(needed)} or more a chip, which has {_gib(limit)}."
     remedy = report.get("remedy")
     if remedy is None:
         return f"{said} Nor does any other mesh, remat or accumulate tried: use more chips."
     found = f"{' '.join(remedy['flags'])}: {_gib(remedy['hbm_bytes'])}, found by compiling it."
     return f"{said} This fits: {found}"
+
+
+def _preallocated(report: dict[str, Any]) -> list[str]:
+    """On GPUs: whether it fits what JAX takes of a card when it starts."""
+    taken = report.get("preallocated_bytes")
+    if taken is None:
+        return []
+    share = f"Of that JAX takes {_gib(taken)} when it starts"
+    if report["hbm_bytes"] <= taken:
+        return [f"{share}: enough."]
+    return [
+        f"{share}: too little; set XLA_PYTHON_CLIENT_MEM_FRACTION=0.95 for the run. What "
+        "libraries and NCCL need besides is in none of these numbers."
+    ]
 
 
 def _gib(size: int) -> str:
@@ -165,6 +192,21 @@ def _exchanges(r: dict[str, Any]) -> Table:
             f"{row['instructions']:,}",
             f"{row['zero_computation']:,}",
             f"{row['flops'] / 1e9:,.1f}",
+        )
+    return table
+
+
+def _kernels(rows: Sequence[dict[str, Any]]) -> Table:
+    columns = ("kernel", "arithmetic", "times", "TFLOP", "ms at least")
+    table = _table("Kernels that multiply matrices, of a device and step", *columns)
+    for row in rows:
+        known = row["flops"] is not None
+        table.add_row(
+            row["name"],
+            row["arithmetic"],
+            f"{row['times']:,}",
+            _number(row["flops"] / 1e12) if known else "?",
+            _number(1e3 * row["seconds"]) if known else "?",
         )
     return table
 

@@ -1,4 +1,4 @@
-"""Devices to compile for: TPU pods that need not be there, and virtual CPUs."""
+"""Devices to compile for: TPU pods and GPUs that need not be there, and virtual CPUs."""
 
 from __future__ import annotations
 
@@ -13,10 +13,15 @@ import jax
 from jax.experimental import topologies
 
 from moepp_jax.chips import CHIPS, Chip
+from moepp_jax.compile import gpu
 from moepp_jax.errors import ConfigError
 
-EXAMPLES = "v5p:4x4x4, v5e:4x4, v6e:16x16, 2*v5p:4x4x4 for two slices, or cpu:8"
+EXAMPLES = (
+    "v5p:4x4x4, v5e:4x4, v6e:16x16, 2*v5p:4x4x4 for two slices; h100:8, or h100:8x8 for eight "
+    f"hosts of eight ({', '.join(sorted(gpu.CARDS))}); or cpu:8"
+)
 _FORM = re.compile(r"(?:(\d+)\*)?(v5p|v5e|v6e):(\d+(?:x\d+)*)|cpu:(\d+)")
+_GPUS = re.compile(rf"({'|'.join(gpu.CARDS)}):(?:(\d+)x)?(\d+)")
 
 
 @dataclass(frozen=True)
@@ -25,17 +30,22 @@ class Topology:
 
     Attributes:
       chip: None for CPUs.
-      dims: chips along each dimension of a slice; for CPUs their number.
+      slices: of a TPU pod, or hosts of GPUs: what a slower network joins.
+      dims: chips along each dimension of a slice; for CPUs and the GPUs of a host their number.
+      card: of GPUs alone.
     """
 
     text: str
     chip: Chip | None
     slices: int
     dims: tuple[int, ...]
+    card: gpu.Card | None = None
 
     @classmethod
     def parse(cls, text: str) -> Topology:
         """Raises ConfigError where the text is no topology."""
+        if found := _GPUS.fullmatch(text):
+            return _of_gpus(text, gpu.CARDS[found[1]], int(found[2] or 1), int(found[3]))
         found = _FORM.fullmatch(text)
         if not found:
             raise ConfigError(f"--topology={text} is not known: write {EXAMPLES}")
@@ -53,7 +63,18 @@ class Topology:
 
     @property
     def platform(self) -> str:
+        if self.card:
+            return "gpu"
         return "tpu" if self.chip else "cpu"
+
+
+def _of_gpus(text: str, card: gpu.Card, hosts: int, per_host: int) -> Topology:
+    if not (hosts and 0 < per_host <= gpu.PER_HOST):
+        raise ConfigError(
+            f"--topology={text}: there is one host or more, with from one GPU to {gpu.PER_HOST}: "
+            f"eight hosts of {gpu.PER_HOST} are {text.partition(':')[0]}:8x{gpu.PER_HOST}"
+        )
+    return Topology(text, card.chip, hosts, (per_host,), card)
 
 
 def devices(topology: Topology) -> Sequence[jax.Device]:
@@ -63,9 +84,11 @@ def devices(topology: Topology) -> Sequence[jax.Device]:
 
     Raises:
       ConfigError: the TPU compiler is not installed or another process holds it, there is no such
-        slice, or JAX has started already with fewer CPUs.
+        slice; XLA's plugin for CUDA is not installed; or JAX has started already with fewer CPUs.
     """
     jax.config.update("jax_platforms", "cpu")
+    if topology.card:
+        return gpu.devices(topology.card, topology.slices, *topology.dims)
     return _tpus(topology) if topology.chip else _cpus(topology)
 
 

@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 
+from moepp_jax import mesh
 from moepp_jax.chips import GIB
 from moepp_jax.compile import parts
 from moepp_jax.config import Config
@@ -11,7 +12,7 @@ from moepp_jax.errors import ConfigError
 from moepp_jax.experiments import compiled, measure, report, run, runs, study
 from moepp_jax.experiments.measure import Measured
 from moepp_jax.experiments.scale import PAPER
-from moepp_jax.experiments.studies import pods, step_time
+from moepp_jax.experiments.studies import gpus, pods, step_time
 from tests.experiments import small
 
 TPU = {"fits": True, "hbm_bytes": 24 * GIB, "hbm_limit_bytes": 95 * GIB, "wire_ratio": 1.1}
@@ -118,3 +119,40 @@ def test_predicted_steps_beside_the_theory(vanilla, outcome):
     some = study.results_of(of, PAPER, [], rows[:3])
     assert [v.outcome for v in of.verdicts(some)] == [study.MISSING]
     assert of.more(study.results_of(of, PAPER, [], [])) == []
+
+
+def test_meshes_lie_on_their_hosts():
+    """FFN experts within a host, and what the launchers start among the sizes."""
+    for size in gpus.SIZES:
+        topology = compiled.Topology.parse(size.topology)
+        config = gpus.on(PAPER, size)
+        assert size.data * size.fsdp * size.expert == topology.num_devices
+        assert mesh.mesh_shape(config, topology.num_devices) == (size.data, size.fsdp, size.expert)
+        assert size.expert <= topology.dims[0]
+        assert config.train.batch_size == 2048
+
+
+def _row(size, **values):
+    usual = {"fits": 1.0, "hbm_gib": 50.0, "limit_gib": 79.1, "preallocated_gib": 59.3}
+    usual |= {f"{name}_ms": 1.0 for name in ("arithmetic", "hbm", "interconnect")}
+    usual |= {"bf16_tflop": 3.0, "tf32_tflop": 0.0, "f32_tflop": 0.1, "unread": 0.0}
+    usual |= {"wire_ratio": 1.0, "tokens_per_second": 1e6, "mfu": 0.3, "hours": 1.0}
+    return measure.Measured(size.name, measure.NO_RUN, 0, "machine", usual | values)
+
+
+def test_what_is_said_of_gpus():
+    of = gpus.Gpus()
+    rows = [_row(size) for size in gpus.SIZES]
+    said = of.verdicts(study.results_of(of, PAPER, [], rows))
+    assert {v.outcome for v in said} == {study.HOLDS} and len(said) == 4
+    # More than JAX takes is refuted though the card has it; what does not fit has no bounds.
+    rows[0] = _row(gpus.SIZES[0], hbm_gib=70.0)
+    rows[-1] = _row(gpus.SIZES[-1], hbm_gib=200.0, fits=0.0)
+    found = study.results_of(of, PAPER, [], rows)
+    assert study.outcome(of.verdicts(found)) == study.FAILS
+    page = "\n".join(of.more(found))
+    assert "| 0.6B | h100:8 | 1 x 1 x 8 | 8 | 70.0 | 79.1 | 59.3 | 3.00 | 0.00 | 0.10 | 0 |" in page
+    assert page.count("does not fit") == 5
+    assert of.figure(found).axes
+    missing = study.results_of(of, PAPER, [], rows[1:])
+    assert study.outcome(of.verdicts(missing)) == study.MISSING and of.more(missing)

@@ -16,6 +16,7 @@ from moepp_jax.compile.hlo.costs import (
     product_flops,
     traffic,
 )
+from moepp_jax.compile.hlo.kernels import Kernel, kernels
 from moepp_jax.compile.hlo.loops import executions, rounds, unknown_loops
 from moepp_jax.compile.hlo.text import Computation, Instruction, Module, parse, scopes
 
@@ -24,12 +25,14 @@ __all__ = [
     "Collective",
     "Computation",
     "Instruction",
+    "Kernel",
     "Module",
     "awaited",
     "collectives",
     "executions",
     "flops_of",
     "indexed",
+    "kernels",
     "memory_bytes",
     "overlapped",
     "padded_flops",

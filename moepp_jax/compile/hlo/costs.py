@@ -8,6 +8,7 @@ import re
 from functools import cache
 from typing import NamedTuple
 
+from moepp_jax.compile.hlo import custom_calls
 from moepp_jax.compile.hlo.loops import executions
 from moepp_jax.compile.hlo.text import Computation, Instruction, Module
 
@@ -31,19 +32,18 @@ FREE = {
 
 
 _CYCLES = re.compile(r'"window_config":\{.*?"estimated_cycles":"(\d+)"')
-_PRODUCTS = ("dot", "convolution")
+PRODUCTS = ("dot", "convolution")
 
 
 def product_flops(module: Module) -> int:
     """Operations of all matrix products, two for a multiplication and its addition.
 
-    Kernels that are not HLO (custom calls) count nothing.
+    Kernels that are not HLO count where `custom_calls` reads them, and nothing elsewhere.
     """
     return sum(
         times * _product(module.computations[name], instruction)
         for name, times in executions(module).items()
         for instruction in module.computations[name].instructions
-        if instruction.opcode in _PRODUCTS
     )
 
 
@@ -66,10 +66,8 @@ def product_cycles(module: Module) -> int:
 
 def flops_of(module: Module, computation: str, instruction: Instruction) -> int:
     """Operations of the products in one instruction of a computation, a fusion's among them."""
-    if instruction.opcode in _PRODUCTS:
-        return _product(module.computations[computation], instruction)
     if instruction.opcode != "fusion":
-        return 0
+        return _product(module.computations[computation], instruction)
     inner = instruction.called["calls"][0]
     return sum(flops_of(module, inner, i) for i in module.computations[inner].instructions)
 
@@ -133,6 +131,10 @@ def _rows(slice_: list[int], several: int) -> int:
 
 
 def _product(computation: Computation, instruction: Instruction) -> int:
+    if instruction.opcode == "custom-call":
+        return custom_calls.product(computation, instruction) or 0
+    if instruction.opcode not in PRODUCTS:
+        return 0
     left, right = (computation.by_name[name].shapes[0] for name in instruction.operands[:2])
     out = instruction.shapes[0]
     if instruction.opcode == "dot":
@@ -223,7 +225,7 @@ def traffic(module: Module, computation: Computation, instruction: Instruction) 
         # The result also names the operand, and counters.
         arrays = [s for s in instruction.shapes if s.dims and s.space == 0]
         return read + max(sum(s.bytes for s in arrays) - read, 0)
-    return read + _in_memory(instruction)
+    return read + _in_memory(instruction) - custom_calls.workspace_bytes(instruction)
 
 
 def _in_memory(instruction: Instruction) -> int:
