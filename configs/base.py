@@ -37,6 +37,9 @@ def get_config() -> ConfigDict:
     m.init_std = 0.01  # of every matrix (the released value); norms are 1
     m.const_std = 1.0  # of the constant experts' vectors (the authors' code)
     m.dtype = "bfloat16"  # of the arithmetic; parameters and router are float32
+    # The kernel of training and evaluation: "splash" on TPU, "cudnn" on GPU, "xla" anywhere; "auto"
+    # is the platform's own, or "xla" where that cannot compute the model, which is then said.
+    m.attention = "auto"
     # What backward recomputes, from least to most: "none", "dots" (all but matrix products of the
     # attention), "exchanged" (all but what crossed the expert axis), "full".
     m.remat = "none"

@@ -45,6 +45,7 @@ class ModelConfig:
     init_std: float
     const_std: float
     dtype: str
+    attention: str
     remat: str
     loss_chunk: int
 
@@ -312,6 +313,7 @@ _CHOICES = {
     "model.qk_norm": ("none", "head", "full"),
     "model.rope_type": ("linear", "llama3"),
     "model.dtype": ("float32", "bfloat16", "float16"),
+    "model.attention": ("auto", "xla", "splash", "cudnn"),
     "model.remat": ("none", "dots", "exchanged", "full"),
     "moe.dispatch": ("capacity", "dropless"),
     "moe.eval_dispatch": ("capacity", "dropless"),
