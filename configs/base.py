@@ -58,7 +58,8 @@ def get_config() -> ConfigDict:
     e.dispatch = "capacity"  # in training: "capacity" (drops) or "dropless" (exact)
     e.eval_dispatch = "dropless"  # in evaluation; generation is always dropless
     # Dropless on an expert axis: rows that a device can be sent, in units of the K T that its own
-    # tokens choose. What does not fit is dropped and counted; 0 is room for the worst case.
+    # tokens choose, rounded up to a multiple of 128 on TPU. What does not fit is dropped and
+    # counted; 0 is room for the worst case.
     e.exchange_buffer = 0.0
     e.input_scale = 1.0  # multiplies the experts' input, not the router's (the authors' option: K)
     # How tokens choose experts: a rule of moepp_jax/moe/rules with its options, see there; those of

@@ -195,7 +195,10 @@ def moe_of(config: Config, dispatch: str, platform: str) -> moe_lib.MoE:
         sequences = max(1, c.group_size // config.data.seq_len)
     else:
         path = moe_lib.dropless(
-            kernels.grouped_function(platform), kernels.move(platform), c.exchange_buffer or None
+            kernels.grouped_function(platform),
+            kernels.move(platform),
+            c.exchange_buffer or None,
+            kernels.tile(platform),
         )
     return moe_lib.MoE(c.rule, path, c.input_scale, sequences)
 

@@ -3,13 +3,13 @@
 An assignment is one of a token's K choices; assignment t K + k is choice k of token t.
 """
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 
@@ -63,8 +63,21 @@ def assign(experts_GSK: Int[Array, "G S K"], capacity_N: Sequence[int], sequence
         plan = assign(_swapped(experts_GSK, sequences), capacity_N)
         return Plan(*(_swapped(a, a.shape[1] // sequences) for a in plan))
     slot = queue(experts_GSK, len(capacity_N))
-    room = jnp.asarray(np.array([*capacity_N, 0], np.int32))[experts_GSK]
-    return Plan(slot, slot < room)
+    return Plan(slot, slot < _room(experts_GSK, capacity_N))
+
+
+def _room(experts_GSK: Int[Array, "G S K"], capacity_N: Sequence[int]) -> Int[Array, "G S K"]:
+    """The capacity of each assignment's expert: experts of a kind have the same, and a comparison
+    for each kind is nothing beside a gather, for which a TPU fetches number by number.
+    """
+    runs, end = [], 0
+    for slots, experts in itertools.groupby(capacity_N):
+        end += len(list(experts))
+        runs.append((end, slots))
+    room = jnp.zeros_like(experts_GSK)  # of an unused choice
+    for end, slots in reversed(runs):
+        room = jnp.where(experts_GSK < end, slots, room)
+    return room
 
 
 def _swapped(a_GSK: Array, runs: int) -> Array:

@@ -56,6 +56,7 @@ def dropless(
     grouped: Callable | None = None,
     moved: transfer.Move = transfer.dense,
     buffer: float | None = None,
+    tile: int = 1,
 ) -> Path:
     """Every assignment is served, whatever the load, unless `buffer` says otherwise.
 
@@ -69,6 +70,7 @@ def dropless(
       moved: how rows cross the expert axis: `transfer.ragged`, or `transfer.dense`.
       buffer: rows that a device has room for, in units of T K: 1 is what it receives if all
         choices go to FFN experts, evenly. By default there is room for the worst case.
+      tile: that room is a multiple of so many rows.
 
     Raises:
       ValueError: `buffer` is not positive.
@@ -87,7 +89,7 @@ def dropless(
             devices = jax.lax.axis_size(axis)
             room = worst = devices * G * S * min(K, pool.n_ffn // devices)
             if buffer is not None:
-                room = min(worst, math.ceil(buffer * experts_TK.size))
+                room = min(worst, math.ceil(buffer * experts_TK.size / tile) * tile)
             if room < worst:
                 kept_TK &= transfer.admitted(experts_TK, pool.n_ffn, room, axis)
             work = _elsewhere(work, moved, room, axis)
