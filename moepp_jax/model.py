@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
-from moepp_jax import attend, vocabulary
+from moepp_jax import attend, remat, vocabulary
 from moepp_jax import mesh as mesh_lib
 from moepp_jax import moe as moe_lib
 from moepp_jax.block import Block, describe_norm, rms_norm
@@ -22,27 +22,6 @@ from moepp_jax.config import Config, ModelConfig
 from moepp_jax.errors import ConfigError
 from moepp_jax.moe import Param, Rule, RuleError, kernels, param
 from moepp_jax.moe.rule import require_sound
-
-
-def _all_but_weights(primitive, *_, **__) -> bool:
-    """Keeps everything for backward, but gathers parameters again: whole, they are another model.
-
-    What only copies them (XLA's or ours) is not kept either; for activations it costs little.
-    """
-    return primitive.name not in _COPIES
-
-
-_COPIES = {"all_gather", "convert_element_type", "reshape", "transpose", "squeeze", "pvary"}
-# What came over the expert axis: tokens at their experts, and the experts' answers.
-_exchanged = jax.checkpoint_policies.save_only_these_names("to_experts", "from_experts")
-_REMAT = {
-    "none": _all_but_weights,
-    "dots": jax.checkpoint_policies.save_from_both_policies(
-        jax.checkpoint_policies.dots_with_no_batch_dims_saveable, _exchanged
-    ),
-    "exchanged": _exchanged,
-    "full": jax.checkpoint_policies.nothing_saveable,
-}
 
 
 class Output(NamedTuple):
@@ -147,7 +126,7 @@ class LanguageModel:
             return (out.x, out.routed.routing.logits), (out.routed, jnp.stack(out.states))
 
         if self.sharded or self.config.remat != "none":
-            run = jax.checkpoint(run, policy=_REMAT[self.config.remat], prevent_cse=False)
+            run = jax.checkpoint(run, policy=remat.POLICIES[self.config.remat], prevent_cse=False)
         (x, _), (routed, states) = jax.lax.scan(run, (x, no_logits), params["layers"])
         hidden = rms_norm(outside["final"], x, self.config.norm_eps)
         matrix = outside.get("output", outside["embedding"])

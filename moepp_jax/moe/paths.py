@@ -92,6 +92,7 @@ def dropless(
                 room = min(worst, math.ceil(buffer * experts_TK.size / tile) * tile)
             if room < worst:
                 kept_TK &= transfer.admitted(experts_TK, pool.n_ffn, room, axis)
+                kept_TK = checkpoint_name(kept_TK, "routing")
             work = _elsewhere(work, moved, room, axis)
         served_TK = jnp.where(kept_TK, experts_TK, pool.n_ffn)
         few = 2 * sum(rule.load) < K  # a rule that leaves most choices unused

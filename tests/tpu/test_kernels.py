@@ -45,6 +45,11 @@ def test_attention_is_one_kernel(width, heads, kv_heads, window, length):
     assert sorted(found) == [*gradient, *["splash_mha_fwd_segmented_residuals"] * 2]
 
 
+def test_kept_answers_of_attention_are_not_computed_again():
+    found = kernels(**{"model.remat": "attention"})
+    assert sum(name.startswith("splash_mha_fwd") for name in found) == 1
+
+
 def test_plain_products_where_they_are_asked_for():
     assert kernels(**{"model.attention": "xla"}) == []
 
