@@ -113,7 +113,12 @@ def _unchecked(f: Callable, axes: tuple[str, ...]) -> Callable:
     """f of a device's own arrays, in a shard_map over `axes`, whatever kernels it calls."""
     if not axes:
         return f
-    unchecked = jax.shard_map(f, in_specs=P(), out_specs=P(), check_vma=False)
+
+    def without_axes(*arguments):
+        # In types: what an operation makes has none here, and of a product by 1 nothing is left.
+        return f(*jax.tree.map(lambda x: x * jnp.ones((), x.dtype), arguments))
+
+    unchecked = jax.shard_map(without_axes, in_specs=P(), out_specs=P(), check_vma=False)
 
     def varying(x):
         missing = tuple(a for a in axes if a not in jax.typeof(x).manual_axis_type.varying)
