@@ -37,8 +37,11 @@ def get_config() -> ConfigDict:
     m.init_std = 0.01  # of every matrix (the released value); norms are 1
     m.const_std = 1.0  # of the constant experts' vectors (the authors' code)
     m.dtype = "bfloat16"  # of the arithmetic; parameters and router are float32
-    # What backward recomputes, from least to most: "none", "dots" (all but matrix products of the
-    # attention), "exchanged" (all but what crossed the expert axis), "full".
+    # The kernel of training and evaluation: "splash" on TPU, "cudnn" on GPU, "xla" anywhere; "auto"
+    # is the platform's own, or "xla" where that cannot compute the model, which is then said.
+    m.attention = "auto"
+    # What backward computes again, from least to most: "none", "w_in", "dots", "attention",
+    # "routing", "exchanged", "full"; docs/PODS.md says what each keeps and what that costs.
     m.remat = "none"
     m.loss_chunk = 256  # tokens of a sequence whose logits exist at once
 
@@ -55,7 +58,8 @@ def get_config() -> ConfigDict:
     e.dispatch = "capacity"  # in training: "capacity" (drops) or "dropless" (exact)
     e.eval_dispatch = "dropless"  # in evaluation; generation is always dropless
     # Dropless on an expert axis: rows that a device can be sent, in units of the K T that its own
-    # tokens choose. What does not fit is dropped and counted; 0 is room for the worst case.
+    # tokens choose, rounded up to a multiple of 128 on TPU. What does not fit is dropped and
+    # counted; 0 is room for the worst case.
     e.exchange_buffer = 0.0
     e.input_scale = 1.0  # multiplies the experts' input, not the router's (the authors' option: K)
     # How tokens choose experts: a rule of moepp_jax/moe/rules with its options, see there; those of

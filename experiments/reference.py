@@ -97,8 +97,7 @@ def _forward(config: Config, params: dict[str, Any], tokens: np.ndarray) -> dict
     def run(params, tokens):
         B, L = tokens.shape
         positions = jnp.broadcast_to(jnp.arange(L), (B, L))
-        mask = jnp.broadcast_to(jnp.tril(jnp.ones((L, L), bool)), (B, L, L))
-        out = model(params, tokens, positions, mask)
+        out = model(params, tokens, positions, jnp.zeros_like(tokens))
         logits = vocabulary.logits(out.matrix, out.hidden)
         nll = vocabulary.token_losses(out.matrix, out.hidden, jnp.roll(tokens, -1, axis=1), chunk=L)
 

@@ -26,6 +26,7 @@ COSMETIC = (
     "data.dir",
     "data.tfds_dir",
     "data.worker_processes",
+    "model.attention",
     "model.remat",
     "model.loss_chunk",
     "train.log_every",

@@ -24,6 +24,7 @@ _FREE = {
     "model.init_std",
     "model.const_std",
     "model.dtype",
+    "model.attention",
     "model.remat",
     "model.loss_chunk",
     "moe.gamma",

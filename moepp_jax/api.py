@@ -222,10 +222,8 @@ class Model:
         return _Request(ids, list(range(samples)) * len(prompts), chosen, ends, readers)
 
     def _forward(self, params, tokens, real):
-        S = tokens.shape[1]
         positions = jnp.maximum(jnp.cumsum(real, axis=1) - 1, 0)
-        mask = jnp.tril(jnp.ones((S, S), bool)) & real[:, None, :]
-        out = self.network(params, tokens, positions, mask)
+        out = self.network(params, tokens, positions, real.astype(jnp.int32))
         return vocabulary.logits(out.matrix, out.hidden)
 
 

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 from moepp_jax import moe as moe_lib
@@ -143,7 +144,8 @@ def attend_to_each_other(mask_BLL: Bool[Array, "B L L"]) -> Attend:
     """The tokens see each other where the mask says so; nothing is kept."""
 
     def attend(q, k, v):
-        return jax.nn.dot_product_attention(q, k, v, mask=mask_BLL[:, None]), None
+        y = jax.nn.dot_product_attention(q, k, v, mask=mask_BLL[:, None])
+        return checkpoint_name(y, "attention"), None
 
     return attend
 

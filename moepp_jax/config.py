@@ -45,6 +45,7 @@ class ModelConfig:
     init_std: float
     const_std: float
     dtype: str
+    attention: str
     remat: str
     loss_chunk: int
 
@@ -312,7 +313,8 @@ _CHOICES = {
     "model.qk_norm": ("none", "head", "full"),
     "model.rope_type": ("linear", "llama3"),
     "model.dtype": ("float32", "bfloat16", "float16"),
-    "model.remat": ("none", "dots", "exchanged", "full"),
+    "model.attention": ("auto", "xla", "splash", "cudnn"),
+    "model.remat": ("none", "w_in", "dots", "attention", "routing", "exchanged", "full"),
     "moe.dispatch": ("capacity", "dropless"),
     "moe.eval_dispatch": ("capacity", "dropless"),
     "optim.schedule": ("cosine", "linear", "constant"),

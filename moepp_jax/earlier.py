@@ -20,6 +20,7 @@ _LATER = {
     "model.rope_original_length": 8192,
     "model.sliding_window": 0,
     "model.const_std": 1.0,
+    "model.attention": "auto",
     "moe.exchange_buffer": 0.0,
     "data.tfds_dir": "",
     "data.worker_processes": 0,

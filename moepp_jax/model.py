@@ -12,37 +12,16 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
+from moepp_jax import attend, remat, vocabulary
 from moepp_jax import mesh as mesh_lib
 from moepp_jax import moe as moe_lib
-from moepp_jax import vocabulary
-from moepp_jax.block import Block, attend_to_each_other, describe_norm, rms_norm, sight
+from moepp_jax.block import Block, describe_norm, rms_norm
 from moepp_jax.config import Config, ModelConfig
 from moepp_jax.errors import ConfigError
 from moepp_jax.moe import Param, Rule, RuleError, kernels, param
 from moepp_jax.moe.rule import require_sound
-
-
-def _all_but_weights(primitive, *_, **__) -> bool:
-    """Keeps everything for backward, but gathers parameters again: whole, they are another model.
-
-    What only copies them (XLA's or ours) is not kept either; for activations it costs little.
-    """
-    return primitive.name not in _COPIES
-
-
-_COPIES = {"all_gather", "convert_element_type", "reshape", "transpose", "squeeze", "pvary"}
-# What came over the expert axis: tokens at their experts, and the experts' answers.
-_exchanged = jax.checkpoint_policies.save_only_these_names("to_experts", "from_experts")
-_REMAT = {
-    "none": _all_but_weights,
-    "dots": jax.checkpoint_policies.save_from_both_policies(
-        jax.checkpoint_policies.dots_with_no_batch_dims_saveable, _exchanged
-    ),
-    "exchanged": _exchanged,
-    "full": jax.checkpoint_policies.nothing_saveable,
-}
 
 
 class Output(NamedTuple):
@@ -77,11 +56,13 @@ class LanguageModel:
 
     Attributes:
       block: what is repeated.
+      attend: how the tokens of a row attend to each other.
       sharded: each device has a part of the parameters and runs in a shard_map: a block's are put
         together when it runs. Else the parameters are whole.
     """
 
     block: Block
+    attend: attend.Packed
     sharded: bool = False
 
     @property
@@ -121,14 +102,14 @@ class LanguageModel:
         params: dict[str, Any],
         tokens_BL: Int[Array, "B L"],
         positions_BL: Int[Array, "B L"],
-        mask_BLL: Bool[Array, "B L L"],
+        segments_BL: Int[Array, "B L"],
     ) -> Output:
         """Runs all layers.
 
         Args:
           params: like `described`.
           positions_BL: of the tokens in their documents, for the rotary embedding.
-          mask_BLL: which of the tokens each may see; of these it sees those in its window.
+          segments_BL: their documents: each sees the earlier tokens of its own, in its window.
         """
         outside = self.whole_outside(params)
         dtype = jnp.dtype(self.config.dtype)
@@ -137,9 +118,7 @@ class LanguageModel:
         if self.sharded:
             # In a shard_map, what a scan carries must vary over the devices from the start.
             no_logits = jax.lax.pcast(no_logits, mesh_lib.AXES, to="varying")
-        place_L = jnp.arange(tokens_BL.shape[1])
-        mask_BLL = sight(self.config)(mask_BLL, place_L[:, None], place_L)
-        attends = [attend_to_each_other(mask_BLL)] * self.config.moe_every
+        attends = [self.attend(segments_BL)] * self.config.moe_every
         of_block = self.block.describe()
 
         def run(carry, params):
@@ -147,7 +126,7 @@ class LanguageModel:
             return (out.x, out.routed.routing.logits), (out.routed, jnp.stack(out.states))
 
         if self.sharded or self.config.remat != "none":
-            run = jax.checkpoint(run, policy=_REMAT[self.config.remat], prevent_cse=False)
+            run = jax.checkpoint(run, policy=remat.POLICIES[self.config.remat], prevent_cse=False)
         (x, _), (routed, states) = jax.lax.scan(run, (x, no_logits), params["layers"])
         hidden = rms_norm(outside["final"], x, self.config.norm_eps)
         matrix = outside.get("output", outside["embedding"])
@@ -156,8 +135,7 @@ class LanguageModel:
 
     def of_batch(self, params: dict[str, Any], batch: dict[str, Array]) -> tuple[Output, Array]:
         """A batch of packed documents: what is computed, and the loss of every target, in nats."""
-        mask_BLL = packed_mask(batch["segments"])
-        out = self(params, batch["tokens"], batch["positions"], mask_BLL)
+        out = self(params, batch["tokens"], batch["positions"], batch["segments"])
         chunk = self.config.loss_chunk
         with jax.named_scope("loss"):
             return out, vocabulary.token_losses(out.matrix, out.hidden, batch["targets"], chunk)
@@ -185,7 +163,8 @@ class LanguageModel:
 
 def describe(config: Config) -> dict[str, Any]:
     """The parameters of a configuration, described: no kernel or mesh has a say in them."""
-    return build(config).described
+    block = _block(config, config.moe.dispatch, "cpu")
+    return LanguageModel(block, attend.xla(config.model)).described
 
 
 def moe_of(config: Config, dispatch: str, platform: str) -> moe_lib.MoE:
@@ -196,7 +175,10 @@ def moe_of(config: Config, dispatch: str, platform: str) -> moe_lib.MoE:
         sequences = max(1, c.group_size // config.data.seq_len)
     else:
         path = moe_lib.dropless(
-            kernels.grouped_function(platform), kernels.move(platform), c.exchange_buffer or None
+            kernels.grouped_function(platform),
+            kernels.move(platform),
+            c.exchange_buffer or None,
+            kernels.tile(platform),
         )
     return moe_lib.MoE(c.rule, path, c.input_scale, sequences)
 
@@ -210,32 +192,29 @@ def build(config: Config, mesh: Mesh | None = None, dispatch: str | None = None)
       dispatch: "capacity" or "dropless"; by default that of training.
 
     Raises:
-      ConfigError: the routing rule breaks what every layer relies on.
+      ConfigError: the routing rule breaks what every layer relies on; or the attention kernel that
+        is asked for cannot be had here (`attend.kernel`).
     """
     dispatch = dispatch or config.moe.dispatch
     platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
+    axis = "expert" if mesh is not None and mesh.shape["expert"] > 1 else None
+    block = _block(config, dispatch, platform, axis)
+    axes = () if mesh is None else mesh_lib.AXES
+    return LanguageModel(block, attend.kernel(config.model, platform, axes), mesh is not None)
+
+
+def _block(config: Config, dispatch: str, platform: str, axis: str | None = None) -> Block:
     try:
         _require_sound(config.moe.rule)
     except RuleError as error:
         raise ConfigError(f"config.moe.rule: {error}") from error
-    block = Block(
+    return Block(
         config.model,
         moe_of(config, dispatch, platform),
         ffn_size=config.moe.ffn_size,
         group_size=config.moe.group_size if dispatch == "capacity" else None,
-        axis="expert" if mesh is not None and mesh.shape["expert"] > 1 else None,
+        axis=axis,
     )
-    return LanguageModel(block, sharded=mesh is not None)
 
 
 _require_sound = functools.cache(require_sound)
-
-
-def packed_mask(segments_BL: Int[Array, "B L"]) -> Bool[Array, "B L L"]:
-    """Causal, and within a document: tokens see the earlier ones of their own segment.
-
-    Under capacity the documents of a group still share its slots, earlier ones first.
-    """
-    L = segments_BL.shape[1]
-    same = segments_BL[:, :, None] == segments_BL[:, None, :]
-    return same & jnp.tril(jnp.ones((L, L), bool))

@@ -107,6 +107,8 @@ def open_run(
     Raises:
       ConfigError: the directory holds no run, or its config.json cannot be read.
     """
-    config = config or read_config(workdir)
+    if config is None:
+        # Of the machine that trained it; this one may have another.
+        config = read_config(workdir).replace("model", attention="auto")
     with Checkpoints(workdir, config.train.keep) as checkpoints:
         return Run(str(workdir), config, checkpoints.choose(step))

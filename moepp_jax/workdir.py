@@ -42,6 +42,7 @@ _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 _FREE = (
     "mesh.",
     "generate.",
+    "model.attention",
     "data.dir",
     "data.tfds_dir",
     "data.worker_processes",

@@ -35,8 +35,7 @@ def fresh(**changes):
 
     @jax.jit
     def run(params, tokens, segments, positions):
-        mask = model_lib.packed_mask(segments)
-        return model(params, tokens, positions, mask)
+        return model(params, tokens, positions, segments)
 
     return c, params, run
 

@@ -91,7 +91,7 @@ def test_sequences_that_share_slots_are_the_same_on_every_mesh(accumulate):
     assert kinds == without, "sharing slots moves nothing between devices"
 
 
-@pytest.mark.parametrize("remat", ["dots", "exchanged", "full"])
+@pytest.mark.parametrize("remat", ["w_in", "dots", "attention", "routing", "exchanged", "full"])
 def test_what_backward_computes_again_changes_nothing_but_memory_and_traffic(remat):
     """Only "full" sends the tokens to their experts and back again in backward."""
     state, metrics = stepped((2, 2, 2), "capacity", **{"model.remat": remat})
@@ -101,6 +101,21 @@ def test_what_backward_computes_again_changes_nothing_but_memory_and_traffic(rem
     *_, step = case((2, 2, 2), "capacity", **{"model.remat": remat})
     kinds = [kind for kind, *_ in collectives(step.as_text())]
     assert kinds.count("all-to-all") == (6 if remat == "full" else 4)
+
+
+def test_what_is_kept_is_not_computed_again():
+    """Of a layer: which experts a token chooses, the answers of attention, the first product."""
+
+    def products(remat):
+        *_, step = case((2, 2, 2), "capacity", **{"model.remat": remat})
+        text = step.as_text()
+        return text.count('custom_call_target="TopK"'), len(re.findall(r" dot\(", text))
+
+    choices, dots = products("exchanged")
+    assert choices == 2
+    assert products("routing") == (1, dots)
+    assert products("attention") == (1, dots - 1)
+    assert products("w_in") == (1, dots - 2)
 
 
 def test_rows_past_the_buffer_of_the_exchange_are_counted():

@@ -10,7 +10,7 @@ from moepp_jax.config import Config
 from moepp_jax.errors import ConfigError
 
 _TRIES = 3
-_REMAT = ("none", "dots", "exchanged", "full")
+_REMAT = ("none", "w_in", "dots", "attention", "routing", "exchanged", "full")
 
 
 def find(
@@ -95,6 +95,8 @@ def estimate(config: Config, sizes: tuple[int, int, int]) -> float:
     inside += tokens * 2 * sum(e.rule.load) * 4 * e.ffn_size
     carried = 2 * m.hidden_size * tokens
     exchanged = carried * (1 + 2 * e.gamma * sum(e.rule.load))
-    kept = {"full": carried, "exchanged": exchanged, "dots": 2 * exchanged, "none": inside}[m.remat]
+    kept = {"full": carried, "exchanged": exchanged, "dots": 2 * exchanged, "none": inside}
+    kept |= {"routing": exchanged, "attention": exchanged + carried}
+    kept |= {"w_in": exchanged + carried + tokens * 4 * e.gamma * sum(e.rule.load) * e.ffn_size}
     logits = 8 * rows * m.loss_chunk * m.vocab_size
-    return held + layer + m.num_layers * kept + inside + logits
+    return held + layer + m.num_layers * kept[m.remat] + inside + logits

@@ -92,8 +92,7 @@ def make_score(config: Config, mesh: Mesh) -> Callable[[dict[str, Any], dict[str
         tokens = batch["tokens"]
         B, L = tokens.shape
         positions = jnp.arange(L) + jnp.zeros_like(tokens)
-        causal = positions[:, :, None] >= positions[:, None, :]
-        out = model(params, tokens, positions, causal)
+        out = model(params, tokens, positions, jnp.zeros_like(tokens))
         asked = jnp.take_along_axis(out.hidden, batch["places"][..., None], axis=1)
         answers = next_tokens(out.matrix, asked, batch["targets"], config.model.loss_chunk)
         kept = out.statistics.kept.reshape(-1, B, L, out.statistics.kept.shape[-1])

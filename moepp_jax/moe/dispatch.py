@@ -1,15 +1,17 @@
 """Where each assignment goes: capacities and slots (integers), then rows gathered and combined.
 
-An assignment is one of a token's K choices; assignment t K + k is choice k of token t.
+An assignment is one of a token's K choices; assignment t K + k is choice k of token t. Where they
+go has the name "routing" in checkpoint policies: kept, queues are not counted again in backward.
 """
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 
@@ -63,8 +65,21 @@ def assign(experts_GSK: Int[Array, "G S K"], capacity_N: Sequence[int], sequence
         plan = assign(_swapped(experts_GSK, sequences), capacity_N)
         return Plan(*(_swapped(a, a.shape[1] // sequences) for a in plan))
     slot = queue(experts_GSK, len(capacity_N))
-    room = jnp.asarray(np.array([*capacity_N, 0], np.int32))[experts_GSK]
-    return Plan(slot, slot < room)
+    return Plan(slot, checkpoint_name(slot < _room(experts_GSK, capacity_N), "routing"))
+
+
+def _room(experts_GSK: Int[Array, "G S K"], capacity_N: Sequence[int]) -> Int[Array, "G S K"]:
+    """The capacity of each assignment's expert: experts of a kind have the same, and a comparison
+    for each kind is nothing beside a gather, for which a TPU fetches number by number.
+    """
+    runs, end = [], 0
+    for slots, experts in itertools.groupby(capacity_N):
+        end += len(list(experts))
+        runs.append((end, slots))
+    room = jnp.zeros_like(experts_GSK)  # of an unused choice
+    for end, slots in reversed(runs):
+        room = jnp.where(experts_GSK < end, slots, room)
+    return room
 
 
 def _swapped(a_GSK: Array, runs: int) -> Array:
@@ -118,6 +133,7 @@ def sorted_rows(
     """
     place = queue(experts_TK[None], n_ffn)[0]
     counts_E = jnp.sum(experts_TK[..., None] == jnp.arange(n_ffn), axis=(0, 1), dtype=jnp.int32)
+    counts_E = checkpoint_name(counts_E, "routing")
     starts_E = jnp.cumsum(counts_E) - counts_E
     size = len(experts_TK) * min(experts_TK.shape[1], n_ffn)
     is_ffn = experts_TK < n_ffn
@@ -130,7 +146,8 @@ def _rows(row_TK: Int[Array, "T K"], size: int) -> Rows:
     """Inverts row numbers by an integer scatter: floats are only ever gathered."""
     assignments = jnp.arange(row_TK.size, dtype=jnp.int32)
     empty = jnp.full((size,), row_TK.size, jnp.int32)
-    return Rows(empty.at[row_TK.reshape(-1)].set(assignments, mode="drop"), row_TK)
+    assignment = empty.at[row_TK.reshape(-1)].set(assignments, mode="drop")
+    return Rows(*checkpoint_name((assignment, row_TK), "routing"))
 
 
 @jax.custom_vjp

@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 from moepp_jax.moe.products import tokens_first
@@ -68,7 +69,8 @@ def swiglu(
 ) -> Float[Array, "*n E B D"]:
     """W_out (SiLU(W_gate x) * W_up x), every expert on its own rows, whatever axes come before.
 
-    The gradient keeps the two products of x and computes the activation from them again.
+    The gradient keeps the two products of x and computes the activation from them again. In
+    checkpoint policies their name is "w_in".
 
     Args:
       params: "w_in" (E, 2, F, D), the gate's matrix and then the linear one, and "w_out" (E, D, F).
@@ -78,6 +80,7 @@ def swiglu(
 
 def _swiglu_fwd(params, x_EBD):
     h = jnp.einsum("...ebd,ehd->...ebh", x_EBD, as_one(params["w_in"]))
+    h = checkpoint_name(h, "w_in")
     return jnp.einsum("...ebf,edf->...ebd", activate(h), params["w_out"]), (params, x_EBD, h)
 
 

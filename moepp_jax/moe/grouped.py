@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from moepp_jax.moe.experts import activate, as_one
@@ -95,6 +96,7 @@ def ragged_swiglu(
 
 def _ragged_swiglu_fwd(params, rows_RD, counts_E):
     h = jax.lax.ragged_dot(rows_RD, as_one(params["w_in"]).swapaxes(1, 2), counts_E)
+    h = checkpoint_name(h, "w_in")
     y = jax.lax.ragged_dot(activate(h), params["w_out"].swapaxes(1, 2), counts_E)
     return y, (params, rows_RD, counts_E, h)
 

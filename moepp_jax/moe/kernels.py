@@ -20,6 +20,15 @@ def grouped_function(platform: str) -> Callable:
     return ragged_swiglu if platform == "tpu" else Blocked(swiglu)
 
 
+def tile(platform: str) -> int:
+    """For `paths.dropless`: rows of a buffer that is none of the worst case are a multiple of it.
+
+    XLA on TPU has a kernel for `jax.lax.ragged_dot` only of whole tiles: in silence it else
+    multiplies every row with every expert.
+    """
+    return 128 if platform == "tpu" else 1
+
+
 def experts_apart(platform: str) -> bool:
     """Whether `reading_chosen` takes a list of the experts' own parameters, not a stack of them."""
     return platform == "cpu"

@@ -59,6 +59,7 @@ def dropless(
     grouped: Callable | None = None,
     moved: transfer.Move = transfer.dense,
     buffer: float | None = None,
+    tile: int = 1,
 ) -> Path:
     """Every assignment is served, whatever the load, unless `buffer` says otherwise.
 
@@ -72,6 +73,7 @@ def dropless(
       moved: how rows cross the expert axis: `transfer.ragged`, or `transfer.dense`.
       buffer: rows that a device has room for, in units of T K: 1 is what it receives if all
         choices go to FFN experts, evenly. By default there is room for the worst case.
+      tile: that room is a multiple of so many rows.
 
     Raises:
       ValueError: `buffer` is not positive.
@@ -90,9 +92,10 @@ def dropless(
             devices = jax.lax.axis_size(axis)
             room = worst = devices * G * S * min(K, pool.n_ffn // devices)
             if buffer is not None:
-                room = min(worst, math.ceil(buffer * experts_TK.size))
+                room = min(worst, math.ceil(buffer * experts_TK.size / tile) * tile)
             if room < worst:
                 kept_TK &= transfer.admitted(experts_TK, pool.n_ffn, room, axis)
+                kept_TK = checkpoint_name(kept_TK, "routing")
             work = _elsewhere(work, moved, room, axis)
         served_TK = jnp.where(kept_TK, experts_TK, pool.n_ffn)
         few = 2 * sum(rule.load) < K  # a rule that leaves most choices unused

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 from moepp_jax.moe.losses import Statistics
@@ -60,7 +61,7 @@ def divided_by_deviation(logits: Float[Array, "G S N"], std: float) -> Float[Arr
 
 def top_k(scores: Float[Array, "G S N"], k: int) -> Int[Array, "G S K"]:
     """The k best scores; of equal ones, the expert with the lower number."""
-    return jax.lax.top_k(scores, k)[1]
+    return checkpoint_name(jax.lax.top_k(scores, k)[1], "routing")
 
 
 def chosen_where(chosen_GSN: Bool[Array, "G S N"], scores, most: int) -> Int[Array, "G S K"]:

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 from moepp_jax.moe import dispatch
@@ -54,7 +55,7 @@ def to_experts(counts_E: Int[Array, " E"], axis: str) -> tuple[Transfer, Int[Arr
     """
     n, me = jax.lax.axis_size(axis), jax.lax.axis_index(axis)
     # Axes: the device that sends, the device that receives, the expert there.
-    counts = jax.lax.all_gather(counts_E, axis).reshape(n, n, -1)
+    counts = checkpoint_name(jax.lax.all_gather(counts_E, axis), "routing").reshape(n, n, -1)
     leaves = _before(counts.reshape(n, -1)).reshape(counts.shape)
     by_expert = counts.transpose(1, 2, 0)
     lands = _before(by_expert.reshape(n, -1)).reshape(by_expert.shape).transpose(2, 0, 1)

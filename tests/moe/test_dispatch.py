@@ -90,6 +90,14 @@ def served_in_turn(experts_GSK, capacity, sequences):
     return slots
 
 
+def test_each_expert_has_its_own_room():
+    """Of a group whose tokens all choose one expert; expert N, of an unused choice, has none."""
+    capacity = (3, 3, 1, 2, 2, 3)
+    chosen = jnp.broadcast_to(jnp.arange(7)[:, None, None], (7, 5, 1))
+    kept = dispatch.assign(chosen, capacity).kept
+    np.testing.assert_array_equal(kept.sum(axis=(1, 2)), [*capacity, 0])
+
+
 @pytest.mark.parametrize("sequences", [1, 2, 4])
 @given(seed=st.integers(0, 2**32 - 1), skew=st.sampled_from([0.0, 1.0, 5.0]))
 @settings(max_examples=15, deadline=None)

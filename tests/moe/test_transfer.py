@@ -233,3 +233,22 @@ def admit(experts_GSK, mesh, part):
 def test_a_buffer_has_room(buffer):
     with pytest.raises(ValueError, match=f"buffer = {buffer} .* above 0"):
         moe.dropless(buffer=buffer)
+
+
+@pytest.mark.parametrize(
+    ("buffer", "tile", "rows"), [(1.25, 1, 40), (1.25, 16, 48), (9.0, 48, 128)]
+)
+def test_a_bound_is_of_whole_tiles(buffer, tile, rows):
+    """Of 8 devices, each with 16 tokens of 2 choices; 128 rows are the worst case."""
+    seen = []
+
+    def noted(params, rows_RD, counts_E):
+        seen.append(len(rows_RD))
+        return rows_RD
+
+    p, x, previous = skewed()
+    layer = moe.MoE(
+        layer_of(BUFFER, transfer.dense).rule, moe.dropless(noted, buffer=buffer, tile=tile)
+    )
+    jax.eval_shape(lambda p, x: moe.sharded(x, previous, p, layer, mesh_of((1, 1, 8))), p, x)
+    assert seen == [rows]
