@@ -18,9 +18,17 @@ _OPTIONS: dict[str, dict[str, bool | str]] = {
     "gpu": {"xla_gpu_enable_latency_hiding_scheduler": True},
     "cpu": {},
 }
+_ASYNCHRONOUS = ("xla_tpu_enable_async_all_to_all", "xla_tpu_enable_async_ragged_all_to_all")
 _NAMES = {"cuda": "gpu", "rocm": "gpu"}
 
 
-def options(platform: str) -> dict[str, bool | str]:
-    """For `jax.jit(..., compiler_options=...)`; the platform is `jax.Device.platform`."""
-    return dict(_OPTIONS[_NAMES.get(platform, platform)])
+def options(platform: str, limited_routing: bool = False) -> dict[str, bool | str]:
+    """For `jax.jit(..., compiler_options=...)`.
+
+    Args:
+      platform: `jax.Device.platform`.
+      limited_routing: `moe.kernels.limited_routing` of the mesh: nothing is exchanged there while
+        something else runs.
+    """
+    chosen = _OPTIONS[_NAMES.get(platform, platform)]
+    return {k: v for k, v in chosen.items() if not (limited_routing and k in _ASYNCHRONOUS)}

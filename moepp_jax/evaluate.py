@@ -23,10 +23,47 @@ from moepp_jax.metrics import finite
 from moepp_jax.processes import Rows, agree, require_alike
 from moepp_jax.run import open_run
 from moepp_jax.run_data import open_data
-from moepp_jax.state import Assembly, assemble
+from moepp_jax.state import Assembly, Batch, assemble, in_parts
 
 # math.exp raises an error for more: a run that goes wrong gets there.
 _MOST_NATS = 700.0
+
+
+@functools.lru_cache(maxsize=2)
+def make_sums(parts: Assembly) -> Callable[[dict[str, Any], Batch], dict[str, Any]]:
+    """The jitted (params, batch) -> sums over a batch, from which `make_evaluate` makes metrics.
+
+    It works through a batch in as many parts as training does: what fits there fits here.
+    """
+    model, num_parts = parts.evaluated, parts.config.train.accumulate
+
+    def of_part(params, batch):
+        out, nll = model.of_batch(params, batch)
+        groups = out.statistics.z.shape[1]
+        weight_G = jnp.mean(batch["segments"].reshape(groups, -1) > 0, axis=1)
+        here = {
+            "nll": jnp.sum(nll * batch["loss_mask"]),
+            "targets": jnp.sum(batch["loss_mask"]),
+            "groups": jnp.sum(weight_G),
+            "statistics": jax.tree.map(
+                lambda a: jnp.einsum("lg...,g->l...", a, weight_G), out.statistics
+            ),
+        }
+        return jax.lax.psum(here, mesh_lib.AXES)
+
+    def on_device(params, batch):
+        if num_parts == 1:
+            return of_part(params, batch)
+        each = jax.lax.map(functools.partial(of_part, params), in_parts(batch, num_parts))
+        return jax.tree.map(lambda a: a.sum(axis=0), each)
+
+    @jax.jit
+    def sums(params, batch):
+        specs = (parts.specs, mesh_lib.BATCH)
+        run = jax.shard_map(on_device, mesh=parts.mesh, in_specs=specs, out_specs=P())
+        return run(params, batch)
+
+    return sums
 
 
 @functools.lru_cache(maxsize=2)
@@ -44,29 +81,8 @@ def make_evaluate(
     it, eval_ffn_experts_per_token_by_layer and eval_router_entropy_by_layer.
     Routing is averaged over the real tokens' groups; padding rows do not count.
     """
-    model, rule = parts.evaluated, parts.evaluated.rule
+    rule, sums = parts.evaluated.rule, make_sums(parts)
     pool = rule.pool
-
-    def on_device(params, batch):
-        out, nll = model.of_batch(params, batch)
-        groups = out.statistics.z.shape[1]
-        weight_G = jnp.mean(batch["segments"].reshape(groups, -1) > 0, axis=1)
-        here = {
-            "nll": jnp.sum(nll * batch["loss_mask"]),
-            "targets": jnp.sum(batch["loss_mask"]),
-            "groups": jnp.sum(weight_G),
-            "statistics": jax.tree.map(
-                lambda a: jnp.einsum("lg...,g->l...", a, weight_G), out.statistics
-            ),
-        }
-        return jax.lax.psum(here, mesh_lib.AXES)
-
-    @jax.jit
-    def sums(params, batch):
-        specs = (parts.specs, mesh_lib.BATCH)
-        run = jax.shard_map(on_device, mesh=parts.mesh, in_specs=specs, out_specs=P())
-        return run(params, batch)
-
     rows = Rows(mesh_lib.batch_sharding(parts.mesh), parts.config.train.batch_size)
 
     def evaluate(params, batches):

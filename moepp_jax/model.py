@@ -167,7 +167,7 @@ def describe(config: Config) -> dict[str, Any]:
     return LanguageModel(block, attend.xla(config.model)).described
 
 
-def moe_of(config: Config, dispatch: str, platform: str) -> moe_lib.MoE:
+def moe_of(config: Config, dispatch: str, platform: str, mesh: Mesh | None = None) -> moe_lib.MoE:
     """The layer that a configuration asks for, with the kernels and exchange of the platform."""
     c, sequences = config.moe, 1
     if dispatch == "capacity":
@@ -176,7 +176,7 @@ def moe_of(config: Config, dispatch: str, platform: str) -> moe_lib.MoE:
     else:
         path = moe_lib.dropless(
             kernels.grouped_function(platform),
-            kernels.move(platform),
+            kernels.move(platform, mesh),
             c.exchange_buffer or None,
             kernels.tile(platform),
         )
@@ -197,23 +197,22 @@ def build(config: Config, mesh: Mesh | None = None, dispatch: str | None = None)
     """
     dispatch = dispatch or config.moe.dispatch
     platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
-    axis = "expert" if mesh is not None and mesh.shape["expert"] > 1 else None
-    block = _block(config, dispatch, platform, axis)
+    block = _block(config, dispatch, platform, mesh)
     axes = () if mesh is None else mesh_lib.AXES
     return LanguageModel(block, attend.kernel(config.model, platform, axes), mesh is not None)
 
 
-def _block(config: Config, dispatch: str, platform: str, axis: str | None = None) -> Block:
+def _block(config: Config, dispatch: str, platform: str, mesh: Mesh | None = None) -> Block:
     try:
         _require_sound(config.moe.rule)
     except RuleError as error:
         raise ConfigError(f"config.moe.rule: {error}") from error
     return Block(
         config.model,
-        moe_of(config, dispatch, platform),
+        moe_of(config, dispatch, platform, mesh),
         ffn_size=config.moe.ffn_size,
         group_size=config.moe.group_size if dispatch == "capacity" else None,
-        axis=axis,
+        axis="expert" if mesh is not None and mesh.shape["expert"] > 1 else None,
     )
 
 

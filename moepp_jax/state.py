@@ -18,7 +18,7 @@ from moepp_jax import compiler, guard, model, moe, optim
 from moepp_jax import mesh as mesh_lib
 from moepp_jax.config import Config
 from moepp_jax.mesh import AXES
-from moepp_jax.moe import param
+from moepp_jax.moe import kernels, param
 
 Batch = dict[str, jax.Array]
 Metrics = dict[str, jax.Array]
@@ -183,8 +183,7 @@ def make_train_step(parts: Assembly) -> Callable[[State, Batch], tuple[State, Me
         def part(carry, batch):
             return jax.tree.map(jnp.add, carry, gradient(params, batch, total)), None
 
-        # Every num_parts-th sequence, not a run of them: parts do not depend on the mesh.
-        split = {k: v.reshape(-1, num_parts, v.shape[1]).swapaxes(0, 1) for k, v in batch.items()}
+        split = in_parts(batch, num_parts)
         first = jax.eval_shape(gradient, params, {k: v[0] for k, v in split.items()}, total)
         zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), first)
         grads = jax.tree.map(_varying, zeros[0], specs)  # as what is added to them
@@ -226,8 +225,16 @@ def make_train_step(parts: Assembly) -> Callable[[State, Batch], tuple[State, Me
         step,
         donate_argnums=0,
         out_shardings=(shardings, NamedSharding(parts.mesh, P())),
-        compiler_options=compiler.options(parts.platform),
+        compiler_options=compiler.options(parts.platform, kernels.limited_routing(parts.mesh)),
     )
+
+
+def in_parts(batch: Batch, num_parts: int) -> Batch:
+    """A batch, or a device's part of it, as parts that are worked through one by one.
+
+    Every num_parts-th sequence, not a run of them: parts do not depend on the mesh.
+    """
+    return {k: v.reshape(-1, num_parts, v.shape[1]).swapaxes(0, 1) for k, v in batch.items()}
 
 
 def _varying(x: jax.Array, spec: P) -> jax.Array:

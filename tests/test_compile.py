@@ -16,7 +16,7 @@ from rich.console import Console
 from moepp_jax import compiler, flops, state
 from moepp_jax import mesh as mesh_lib
 from moepp_jax.chips import CHIPS, GB, of_kind
-from moepp_jax.compile import findings, hlo, remedies, tables, traffic
+from moepp_jax.compile import evaluation, findings, hlo, remedies, tables, traffic
 from moepp_jax.compile import step as compile_lib
 from moepp_jax.compile.roofline import Interconnect
 from moepp_jax.compile.topology import Topology, devices
@@ -65,6 +65,29 @@ def test_exchanges_are_the_least_there_are(config, report):
     [row] = [row for row in report["collectives"] if row["kind"] == "all-to-all"]
     assert (row["axes"], row["types"], row["count"]) == (["expert"], ["f32"], 8)
     assert row["bytes"] == report["least_wire_bytes"]["all-to-all"]
+
+
+def test_the_evaluation_is_compiled_too(config, report, monkeypatch):
+    found = report["evaluation"]
+    assert found["fits"] and found["hbm_bytes"] > report["state_bytes"] - 8
+    assert found["temporary_bytes"] < report["temporary_bytes"]
+    # A limit between the two: the step would fit, the first evaluation would end the run.
+    told = report | {"evaluation": {"fits": False, "hbm_bytes": 7}, "hbm_limit_bytes": 6}
+    assert "Its evaluation does not fit: 0.00 GiB" in tables.of_evaluation(told)
+
+    def refused(*args):
+        raise jax.errors.JaxRuntimeError("INTERNAL: not supported here\nand more")
+
+    mesh = mesh_lib.make_mesh(config)
+    monkeypatch.setattr(
+        evaluation.evaluate,
+        "make_sums",
+        lambda parts: SimpleNamespace(lower=lambda *args: SimpleNamespace(compile=refused)),
+    )
+    found = evaluation.examine(config, mesh, None)
+    assert found == {"fits": False, "error": "INTERNAL: not supported here"}
+    said = tables.of_evaluation(report | {"evaluation": found})
+    assert "cannot be compiled: INTERNAL: not supported here" in said
 
 
 def test_collectives_add_up(report):
@@ -326,6 +349,7 @@ def test_peak_figures():
 def test_compiler_options():
     assert compiler.options("cpu") == {}
     assert compiler.options("tpu")["xla_tpu_enable_async_all_to_all"] is True
+    assert not any("async" in name for name in compiler.options("tpu", limited_routing=True))
     assert compiler.options("cuda") == compiler.options("gpu") != {}
     # Names of options are checked by the compiler; those of GPUs are known to all of them.
     assert jax.jit(lambda x: x + 1, compiler_options=compiler.options("gpu"))(1) == 2

@@ -35,10 +35,10 @@ def batches():
     return [tiny.batch(c), {k: v.astype(full[k].dtype) for k, v in part.items()}]
 
 
-def evaluated(axes=(1, 1, 1), dispatch="dropless", of=None):
+def evaluated(axes=(1, 1, 1), dispatch="dropless", of=None, **changes):
     c = tiny.config(
         **dict(zip(("mesh.data", "mesh.fsdp", "mesh.expert"), axes, strict=True)),
-        **{"moe.eval_dispatch": dispatch},
+        **{"moe.eval_dispatch": dispatch} | changes,
     )
     mesh = mesh_lib.make_mesh(c, jax.devices()[: math.prod(axes)])
     abstract = jax.tree.map(jnp.asarray, parameters())
@@ -106,6 +106,23 @@ def assert_close(actual, expected):
     assert actual.keys() == expected.keys()
     for name in expected:
         np.testing.assert_allclose(actual[name], expected[name], rtol=1e-4, atol=1e-6, err_msg=name)
+
+
+@pytest.mark.parametrize("axes", [(1, 1, 1), (2, 1, 2)])
+def test_a_batch_in_parts_is_evaluated_as_a_whole_one(axes):
+    """It takes the memory of a part, as training does."""
+    found = evaluated(axes, **{"train.accumulate": 2})
+    for name, value in on_one_device().items():
+        np.testing.assert_allclose(found[name], value, rtol=2e-5, atol=1e-6, err_msg=name)
+    c = tiny.config(**{"train.accumulate": 4})
+    parts = state_lib.assemble(c, mesh_lib.make_mesh(c, jax.devices()[:1]))
+    whole = state_lib.assemble(tiny.config(), parts.mesh)
+    batch = tiny.batch(c)
+    taken = [
+        evaluate_lib.make_sums(one).lower(one.abstract.params, batch).compile().memory_analysis()
+        for one in (parts, whole)
+    ]
+    assert taken[0].temp_size_in_bytes < 0.5 * taken[1].temp_size_in_bytes
 
 
 def test_capacity_can_be_evaluated_too_and_drops():

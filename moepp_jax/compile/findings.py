@@ -38,16 +38,16 @@ def described(config: Config, mesh: Mesh, topology: Topology) -> dict[str, Any]:
         "parameters": total,
         "active_parameters": active,
         "tokens_per_step": tokens,
-        "parameter_bytes": _bytes(held.params),
-        "optimizer_bytes": _bytes(held.opt_state),
-        "state_bytes": _bytes(held),
+        "parameter_bytes": bytes_of(held.params),
+        "optimizer_bytes": bytes_of(held.opt_state),
+        "state_bytes": bytes_of(held),
         "hbm_limit_bytes": topology.chip and topology.chip.hbm_bytes,
         "preallocated_bytes": topology.card and int(PREALLOCATED * topology.chip.hbm_bytes),
         "model_flops": flops.per_token(config).train * tokens / mesh.size,
     }
 
 
-def _bytes(tree: Any) -> int:
+def bytes_of(tree: Any) -> int:
     """Of one device's shards."""
     leaves = jax.tree.leaves(tree)
     return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves)

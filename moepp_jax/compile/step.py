@@ -12,20 +12,17 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import Mesh
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from moepp_jax import mesh as mesh_lib
 from moepp_jax import state, storage
-from moepp_jax.compile import findings, gpu, hlo, profile, remedies, scheduled, tables
+from moepp_jax.compile import evaluation, findings, gpu, hlo, profile, remedies, scheduled, tables
+from moepp_jax.compile.abstract import abstract_batch
 from moepp_jax.compile.topology import Topology, devices
 from moepp_jax.config import Config
 from moepp_jax.errors import ConfigError
-
-_TYPES = {name: jnp.int32 for name in ("tokens", "targets", "segments", "positions")}
-_TYPES |= {"loss_mask": jnp.float32}
 
 
 class OutOfMemoryError(Exception):
@@ -48,7 +45,9 @@ def run(
     profiled: str | None = None,
     figure_file: str | None = None,
 ) -> bool:
-    """Compiles, prints what was found, writes it to a file if one is named; does the step fit?
+    """Compiles, prints what was found, writes it to a file if one is named; does all of it fit?
+
+    That is the step and, unless it is compiled no further than its schedule, the evaluation.
 
     Args:
       profiled: as in `examine`.
@@ -67,7 +66,7 @@ def run(
     if profiled:
         profile.require_rates(topology)
     there = devices(topology)
-    mesh_lib.mesh_shape(config, len(there))  # its errors come before a long compilation
+    mesh = mesh_lib.make_mesh(config, there)  # its errors come before a long compilation
     console = Console()
     if not console.is_terminal:
         console = Console(width=120)  # of a file or a pipe it cannot know
@@ -77,6 +76,9 @@ def run(
             _draw(
                 drawing, config, report, lambda c: examine(c, there, topology, spinner.say, "fast")
             )
+        if report["fits"] and profiled != "fast":
+            spinner.say(f"compiling the evaluation for {topology.text}")
+            report["evaluation"] = evaluation.examine(config, mesh, report["hbm_limit_bytes"])
         if not report["fits"]:
             report["remedy"] = remedies.find(
                 config,
@@ -87,7 +89,7 @@ def run(
     tables.show(report, console)
     if file:
         storage.write_atomic(file, json.dumps(report, indent=2) + "\n")
-    return report["fits"]
+    return report["fits"] and report.get("evaluation", report)["fits"]
 
 
 def _place(flag: str, name: str | None) -> storage.AnyPath | None:
@@ -205,9 +207,3 @@ def compile_step(config: Config, mesh: Mesh) -> jax.stages.Compiled:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         raise OutOfMemoryError(str(error).strip().splitlines()[0]) from error
-
-
-def abstract_batch(config: Config, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
-    shape = (config.train.batch_size, config.data.seq_len)
-    sharding = mesh_lib.batch_sharding(mesh)
-    return {k: jax.ShapeDtypeStruct(shape, t, sharding=sharding) for k, t in _TYPES.items()}

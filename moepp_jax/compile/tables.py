@@ -29,7 +29,9 @@ def show(report: dict[str, Any], console: Console) -> None:
         if loops := report["loops_counted_once"]:
             said = f"{len(loops)} loops depend on data and are counted as one round: what is in"
             console.print(f"{said} them runs more often than the tables say.", soft_wrap=True)
-    console.print(verdict(report), highlight=False, soft_wrap=True, markup=False)
+    for said in (verdict(report), of_evaluation(report)):
+        if said:
+            console.print(said, highlight=False, soft_wrap=True, markup=False)
 
 
 def show_profile(report: dict[str, Any], console: Console) -> None:
@@ -105,6 +107,22 @@ def verdict(report: dict[str, Any]) -> str:
     return f"{said} This fits: {found}"
 
 
+def of_evaluation(report: dict[str, Any]) -> str:
+    """One sentence on whether a run could evaluate there, if that was compiled and cannot be."""
+    found = report.get("evaluation", {"fits": True})
+    if found["fits"]:
+        return ""
+    if "error" in found:
+        what = f"Its evaluation cannot be compiled: {found['error']}"
+    else:
+        needed, limit = _gib(found["hbm_bytes"]), _gib(report["hbm_limit_bytes"])
+        what = f"Its evaluation does not fit: {needed} a chip, which has {limit}."
+    return (
+        f"{what} A larger --config.train.accumulate, which evaluation follows, makes its parts "
+        "smaller; --config.moe.eval_dispatch=capacity exchanges fixed slots, and drops."
+    )
+
+
 def _preallocated(report: dict[str, Any]) -> list[str]:
     """On GPUs: whether it fits what JAX takes of a card when it starts."""
     taken = report.get("preallocated_bytes")
@@ -153,6 +171,11 @@ def _memory(r: dict[str, Any]) -> Table:
             limit = r["hbm_limit_bytes"]
             share = f"{r[key] / limit:.1%}" if limit else ""
             table.add_row(name, _number(r[key] / GIB), share)
+    if "hbm_bytes" in (evaluation := r.get("evaluation", {})):
+        table.add_section()
+        for name, key in (("temporaries", "temporary_bytes"), ("all", "hbm_bytes")):
+            share = f"{evaluation[key] / limit:.1%}" if limit else ""
+            table.add_row(f"evaluation: {name}", _number(evaluation[key] / GIB), share)
     return table
 
 

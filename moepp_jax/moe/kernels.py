@@ -6,6 +6,8 @@ its compiler makes of them. Nothing is measured on GPU yet.
 
 from collections.abc import Callable
 
+from jax.sharding import Mesh
+
 from moepp_jax.moe import exchange, transfer
 from moepp_jax.moe.experts import one_swiglu, swiglu
 from moepp_jax.moe.grouped import Apart, Blocked, ragged_swiglu
@@ -52,9 +54,19 @@ def product(platform: str) -> Callable:
     return few_weights_first if platform == "cpu" else tokens_first
 
 
-def move(platform: str) -> transfer.Move:
+def move(platform: str, mesh: Mesh | None = None) -> transfer.Move:
     """For `paths.dropless`: how rows cross the expert axis. A CPU has no ragged all-to-all."""
-    return transfer.dense if platform == "cpu" else transfer.ragged
+    limited = mesh is not None and limited_routing(mesh)
+    return transfer.dense if platform == "cpu" or limited else transfer.ragged
+
+
+def limited_routing(mesh: Mesh) -> bool:
+    """Whether chips cannot reach all others over their links: v5e, of more than 16 chips.
+
+    Its compiler refuses ragged exchanges there, and asynchronous ones: of 4x8, 8x8 and 16x16
+    ("not supported on limited ICI"), not of 2x4 and 4x4.
+    """
+    return mesh.devices.flat[0].device_kind in ("TPU v5 lite", "TPU v5e") and mesh.size > 16
 
 
 def exchanged(platform: str) -> Callable:

@@ -103,6 +103,15 @@ def test_dropless_layers_with_their_gradients(tmp_path):
     assert exchange["count"] == 4 * 2
 
 
+def test_a_large_slice_of_v5e_evaluates_without_a_ragged_exchange(tmp_path):
+    """Its compiler refuses one, and evaluation drops nothing."""
+    sizes = {"mesh__data": 1, "mesh__fsdp": 4, "mesh__expert": 8}
+    small = {"model__num_layers": 2, "train__batch_size": 32, "data__seq_len": 512}
+    report = compile_for("v5e:4x8", "moepp_0p6b", tmp_path, moe__group_size=512, **sizes, **small)
+    assert report["fits"] and report["evaluation"]["fits"]
+    assert report["evaluation"]["temporary_bytes"] > 0
+
+
 def test_two_slices_share_nothing_but_gradients(tmp_path):
     """Only sums of gradients' parts cross from slice to slice, each once."""
     sizes = {"mesh__data": 2, "mesh__fsdp": 2, "mesh__expert": 8, "model__num_layers": 2}
