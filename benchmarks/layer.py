@@ -70,13 +70,16 @@ def subjects(shape: Shape) -> list[Subject]:
     return [Subject(moe.Pool(shape.n_ffn), None), *(Subject(pool, tau) for tau in TAUS)]
 
 
+def rule_of(subject: Subject) -> moe.Rule:
+    return moe.rules.make("moepp", subject.pool, top_k=TOP_K, tau=float(subject.weight))
+
+
 def layer_of(subject: Subject, mode: str) -> moe.MoE:
     paths = {
         "capacity": moe.with_capacity(GAMMA),
         "dropless": moe.dropless(kernels.grouped_function(jax.default_backend())),
     }
-    rule = moe.rules.make("moepp", subject.pool, top_k=TOP_K, tau=float(subject.weight))
-    return moe.MoE(rule, paths[mode])
+    return moe.MoE(rule_of(subject), paths[mode])
 
 
 def balanced_logits(subject: Subject, shape: Shape) -> jax.Array:
@@ -92,6 +95,12 @@ def balanced_logits(subject: Subject, shape: Shape) -> jax.Array:
             (shift, high) if (chosen < subject.pool.n_ffn).sum(1).mean() < target else (low, shift)
         )
     return jnp.asarray(logits, jnp.float32).reshape(shape.groups, -1, subject.pool.size)
+
+
+def balanced_counts(subject: Subject, shape: Shape) -> np.ndarray:
+    """Rows of each FFN expert under `balanced_logits`."""
+    _, experts = jax.lax.top_k(balanced_logits(subject, shape), TOP_K)
+    return np.bincount(np.ravel(experts), minlength=subject.pool.size)[: subject.pool.n_ffn]
 
 
 def cases_of(
