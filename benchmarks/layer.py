@@ -56,6 +56,7 @@ class Subject(NamedTuple):
 
     pool: moe.Pool
     tau: float | None
+    top_k: int = TOP_K
 
     @property
     def weight(self) -> float:
@@ -83,7 +84,7 @@ def subjects(shape: Shape) -> list[Subject]:
 
 
 def rule_of(subject: Subject) -> moe.Rule:
-    return moe.rules.make("moepp", subject.pool, top_k=TOP_K, tau=float(subject.weight))
+    return moe.rules.make("moepp", subject.pool, top_k=subject.top_k, tau=float(subject.weight))
 
 
 def grouped_here():
@@ -102,12 +103,12 @@ def layer_of(subject: Subject, mode: str) -> moe.MoE:
 def balanced_logits(subject: Subject, shape: Shape) -> jax.Array:
     """Router logits whose choices meet the balance point of tau: noise, FFN experts shifted."""
     noise = np.random.default_rng(0).gumbel(size=(shape.tokens, subject.pool.size))
-    target = TOP_K / subject.theory
+    target = subject.top_k / subject.theory
     low, high = -10.0, 10.0
     for _ in range(40):
         shift = (low + high) / 2
         logits = noise + shift * (np.arange(subject.pool.size) < subject.pool.n_ffn)
-        chosen = np.argsort(-logits, axis=1)[:, :TOP_K]
+        chosen = np.argsort(-logits, axis=1)[:, : subject.top_k]
         low, high = (
             (shift, high) if (chosen < subject.pool.n_ffn).sum(1).mean() < target else (low, shift)
         )
@@ -116,7 +117,7 @@ def balanced_logits(subject: Subject, shape: Shape) -> jax.Array:
 
 def balanced_counts(subject: Subject, shape: Shape) -> np.ndarray:
     """Rows of each FFN expert under `balanced_logits`."""
-    _, experts = jax.lax.top_k(balanced_logits(subject, shape), TOP_K)
+    _, experts = jax.lax.top_k(balanced_logits(subject, shape), subject.top_k)
     return np.bincount(np.ravel(experts), minlength=subject.pool.size)[: subject.pool.n_ffn]
 
 
@@ -190,7 +191,7 @@ def work_of(subject: Subject, shape: Shape, mode: str, way: str, case: timing.Ca
         counts, grouped = balanced_counts(subject, shape), grouped_here()
         rows, hidden = float(counts.sum()), not isinstance(grouped, moe.Blocked)
         if not hidden:
-            room = shape.tokens * min(TOP_K, shape.n_ffn)
+            room = shape.tokens * min(subject.top_k, shape.n_ffn)
             blocks = programs.blocks(grouped, counts, room)
     read = programs.read(case.function.lower(*case.arguments).compile(), blocks)
     size = (shape.width, shape.ffn_size, shape.tokens)
