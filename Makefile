@@ -3,7 +3,7 @@ SHELL := /bin/bash
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 PY := .venv/bin/python
 
-.PHONY: help train test test-slow test-torch test-eval test-newest test-tpu-compile test-gpu-compile test-browser test-wandb test-site site pods gpu-pods gpu-report check format benchmark lock clean
+.PHONY: programs peers curves help train test test-slow test-torch test-eval test-newest test-tpu-compile test-gpu-compile test-browser test-wandb test-site site pods gpu-pods gpu-report check format benchmark lock clean
 
 help:
 	@echo "make train      train a tiny MoE++ model and its vanilla twin on real text, and compare them"
@@ -24,6 +24,9 @@ help:
 	@echo "make check      lint and format checks"
 	@echo "make format     mend what they find, where it can be mended"
 	@echo "make benchmark  time the layer, and decoding, against their limits and a vanilla MoE"
+	@echo "make peers      the layer beside those of transformers, PyTorch and JAX: installs both"
+	@echo "make curves     how time, memory and operations grow with tokens, experts, choices, width"
+	@echo "make programs   write down what the compiler makes of fixed layers, for make test to hold"
 	@echo "make lock       pin what pyproject.toml asks for: requirements.txt, requirements/*.txt"
 
 .venv/run: requirements.txt pyproject.toml
@@ -126,7 +129,7 @@ format: .venv/dev
 	$(PY) -m ruff format .
 
 benchmark: .venv/run
-	$(PY) -m benchmarks.layer --json benchmarks/results/layer.json
+	$(PY) -m benchmarks.layer --models 0.6B 1B 2B 7B --json benchmarks/results/layer.json
 	$(PY) -m benchmarks.decode --json benchmarks/results/decode.json
 	$(PY) -m benchmarks.variable --json benchmarks/results/variable.json
 	$(PY) -m benchmarks.data --json benchmarks/results/data.json
@@ -140,6 +143,17 @@ lock: .venv/dev
 	agree="--constraint requirements.txt"; for extra in cloud cuda dev docs eval hf tpu wandb; do \
 	  $(LOCK) $$agree --extra $$extra --output-file requirements/$$extra.txt; \
 	  agree="$$agree --constraint requirements/$$extra.txt"; done
+
+# What `make test` compares the compiler's numbers with: after a gain, or a loss that is wanted.
+programs: .venv/dev
+	$(PY) -m tests.programs
+
+peers: .venv/dev requirements/hf.txt
+	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements/hf.txt
+	$(PY) -m benchmarks.peers --json benchmarks/results/peers.json --figure benchmarks/results/peers
+
+curves: .venv/run
+	$(PY) -m benchmarks.curves --clock --json benchmarks/results/curves.json --figure benchmarks/results/curves
 
 clean:
 	rm -rf .venv runs data

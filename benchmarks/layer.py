@@ -1,6 +1,6 @@
 """What a MoE++ layer costs: beside the bare matrix products in it, and beside a vanilla MoE.
 
-    python -m benchmarks.layer [--json FILE] [--rounds N]
+    python -m benchmarks.layer [--json FILE] [--rounds N] [--models 0.6B 1B 2B 7B]
 
 For each tau, and for the vanilla MoE of the same FFN experts, it times in one process, interleaved:
 the whole layer; its FFN path (from the chosen experts to the combined output); and the matrix
@@ -9,6 +9,10 @@ products are the physical limit of the path, the vanilla layer is the baseline o
 
 In capacity mode the rows are the slots, whatever the router does. In dropless mode they are the
 assignments that FFN experts get, so the router is set to the balance point of its tau.
+
+Beside the times stands what the compiler makes of the layer: operations of its products over those
+needed, and temporary memory. The roofline is what the needed operations and bytes take at the rates
+of a large product and of a large array, measured in the same run.
 """
 
 from __future__ import annotations
@@ -23,10 +27,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
-from rich.table import Table
 
 from moepp_jax import host_memory, moe
-from moepp_jax.benchmarks import timing
+from moepp_jax.benchmarks import bare, layer_table, needed, programs, timing
 from moepp_jax.moe import kernels, param
 
 TAUS = (0.1, 0.25, 0.5, 0.75, 1.0)
@@ -53,6 +56,7 @@ class Subject(NamedTuple):
 
     pool: moe.Pool
     tau: float | None
+    top_k: int = TOP_K
 
     @property
     def weight(self) -> float:
@@ -65,33 +69,56 @@ class Subject(NamedTuple):
         return (ffn + self.pool.n_zero_computation) / ffn
 
 
+# The paper's layers; fewer tokens of the 7B's, which has eight times the operations of the 0.6B's.
+MODELS = {
+    "0.6B": Shape(4096, 2, 768, 2048, 8, (2, 1, 1)),
+    "1B": Shape(4096, 2, 768, 2048, 16, (2, 1, 1)),
+    "2B": Shape(4096, 2, 768, 2048, 32, (6, 1, 1)),
+    "7B": Shape(2048, 1, 1536, 4096, 16, (2, 1, 1)),
+}
+
+
 def subjects(shape: Shape) -> list[Subject]:
     pool = moe.Pool(shape.n_ffn, *shape.zero_computation)
     return [Subject(moe.Pool(shape.n_ffn), None), *(Subject(pool, tau) for tau in TAUS)]
 
 
+def rule_of(subject: Subject) -> moe.Rule:
+    return moe.rules.make("moepp", subject.pool, top_k=subject.top_k, tau=float(subject.weight))
+
+
+def grouped_here():
+    """The dropless arithmetic of this platform."""
+    return kernels.grouped_function(jax.default_backend())
+
+
 def layer_of(subject: Subject, mode: str) -> moe.MoE:
     paths = {
         "capacity": moe.with_capacity(GAMMA),
-        "dropless": moe.dropless(kernels.grouped_function(jax.default_backend())),
+        "dropless": moe.dropless(grouped_here()),
     }
-    rule = moe.rules.make("moepp", subject.pool, top_k=TOP_K, tau=float(subject.weight))
-    return moe.MoE(rule, paths[mode])
+    return moe.MoE(rule_of(subject), paths[mode])
 
 
 def balanced_logits(subject: Subject, shape: Shape) -> jax.Array:
     """Router logits whose choices meet the balance point of tau: noise, FFN experts shifted."""
     noise = np.random.default_rng(0).gumbel(size=(shape.tokens, subject.pool.size))
-    target = TOP_K / subject.theory
+    target = subject.top_k / subject.theory
     low, high = -10.0, 10.0
     for _ in range(40):
         shift = (low + high) / 2
         logits = noise + shift * (np.arange(subject.pool.size) < subject.pool.n_ffn)
-        chosen = np.argsort(-logits, axis=1)[:, :TOP_K]
+        chosen = np.argsort(-logits, axis=1)[:, : subject.top_k]
         low, high = (
             (shift, high) if (chosen < subject.pool.n_ffn).sum(1).mean() < target else (low, shift)
         )
     return jnp.asarray(logits, jnp.float32).reshape(shape.groups, -1, subject.pool.size)
+
+
+def balanced_counts(subject: Subject, shape: Shape) -> np.ndarray:
+    """Rows of each FFN expert under `balanced_logits`."""
+    _, experts = jax.lax.top_k(balanced_logits(subject, shape), subject.top_k)
+    return np.bincount(np.ravel(experts), minlength=subject.pool.size)[: subject.pool.n_ffn]
 
 
 def cases_of(
@@ -100,7 +127,9 @@ def cases_of(
     """The layer, its FFN path and the bare products, ready to be timed; the router in float32."""
     layer = layer_of(subject, mode)
     described = moe.describe(layer.rule, shape.width, shape.ffn_size)
-    params = param.used(described, moe.init(jax.random.key(0), described), dtype)
+    others = {group: of for group, of in described.items() if group != "ffn"}
+    params = param.used(others, moe.init(jax.random.key(0), others), dtype)
+    params["ffn"] = _ffn_params(shape, dtype)
     # Choices come from the residual alone, which is how they can be set: W_g is the identity.
     params["router"]["w"] *= 0
     params["router"]["w_residual"] = jnp.eye(subject.pool.size)
@@ -121,12 +150,59 @@ def cases_of(
         slots = moe.capacity(layer.rule.load, GAMMA, tokens)[0]
         rows = slots * shape.groups
     else:
-        rows = round(int((routing.experts < subject.pool.n_ffn).sum()) / subject.pool.n_ffn)
+        rows = round(int(balanced_counts(subject, shape).sum()) / subject.pool.n_ffn)
     return {
         "layer": _timed(whole, way, x, params),
         "path": _timed(path, way, x, routing.gates, params["ffn"]),
-        "products": bare_products(params["ffn"], rows, way),
+        "products": bare.products(params["ffn"], rows, way),
     }
+
+
+@functools.lru_cache(1)
+def _ffn_params(shape: Shape, dtype: jnp.dtype) -> dict[str, jax.Array]:
+    """The same for all subjects of a shape: a layer of the 7B's has 1.2 GB of them."""
+    described = moe.describe(rule_of(subjects(shape)[0]), shape.width, shape.ffn_size)
+    ffn = {"ffn": described["ffn"]}
+    return param.used(ffn, moe.init(jax.random.key(0), ffn), dtype)["ffn"]
+
+
+class Work(NamedTuple):
+    """What a layer needs, and what the compiler makes of it.
+
+    Attributes:
+      flops, size: operations and bytes that are needed.
+      over_ideal: operations of the program's products over `flops`; None where kernels hide them.
+    """
+
+    flops: float
+    size: int
+    over_ideal: float | None
+    temp_bytes: int
+
+    def columns(self) -> dict[str, float | int | None]:
+        return {"compiler_flops_over_ideal": self.over_ideal, "temp_bytes": self.temp_bytes}
+
+
+def work_of(subject: Subject, shape: Shape, mode: str, way: str, case: timing.Case) -> Work:
+    """Of the case "layer": compiles it. With capacity the padding of gamma is needed."""
+    rule, blocks, hidden = rule_of(subject), programs.NO_BLOCKS, False
+    rows = shape.tokens * GAMMA * rule.ffn_load
+    if mode == "dropless":
+        counts, grouped = balanced_counts(subject, shape), grouped_here()
+        rows, hidden = float(counts.sum()), not isinstance(grouped, moe.Blocked)
+        if not hidden:
+            room = shape.tokens * min(subject.top_k, shape.n_ffn)
+            blocks = programs.blocks(grouped, counts, room)
+    read = programs.read(case.function.lower(*case.arguments).compile(), blocks)
+    size = (shape.width, shape.ffn_size, shape.tokens)
+    least = needed.flops(rule, *size, rows, way)
+    itemsize = case.arguments[0].dtype.itemsize
+    return Work(
+        least,
+        needed.bytes_moved(rule, *size, way, itemsize),
+        None if hidden else read.flops / least,
+        read.temp_bytes,
+    )
 
 
 def _timed(function, way: str, *arguments) -> timing.Case:
@@ -142,37 +218,6 @@ def _timed(function, way: str, *arguments) -> timing.Case:
     return timing.Case(jax.jit(both), (cotangent, *arguments))
 
 
-def bare_products(ffn: dict[str, jax.Array], rows: int, way: str) -> timing.Case:
-    """The matrix products of SwiGLU experts over `rows` rows each, and nothing else.
-
-    Forward: x W_in and a W_out. Backward: each one's two gradients. All operands are inputs.
-    """
-    E, _, F, D = ffn["w_in"].shape
-    w_in, w_out = ffn["w_in"].reshape(E, 2 * F, D), ffn["w_out"]
-    keys = jax.random.split(jax.random.key(3), 4)
-    dtype = w_in.dtype
-    x, dy = (jax.random.normal(k, (E, rows, D), dtype) for k in keys[:2])
-    a = jax.random.normal(keys[2], (E, rows, F), dtype)
-    dh = jax.random.normal(keys[3], (E, rows, 2 * F), dtype)
-    product = jnp.einsum
-
-    def forward(x, a, w_in, w_out):
-        return product("erd,efd->erf", x, w_in), product("erf,edf->erd", a, w_out)
-
-    def both(x, a, w_in, w_out, dy, dh):
-        backward = (
-            product("erd,edf->erf", dy, w_out),
-            product("erd,erf->edf", dy, a),
-            product("erf,efd->erd", dh, w_in),
-            product("erf,erd->efd", dh, x),
-        )
-        return forward(x, a, w_in, w_out), backward
-
-    if way == "forward":
-        return timing.Case(jax.jit(forward), (x, a, w_in, w_out))
-    return timing.Case(jax.jit(both), (x, a, w_in, w_out, dy, dh))
-
-
 def measure(
     shape: Shape, mode: str, way: str, rounds: int, dtype: jnp.dtype = _FLOAT32
 ) -> list[dict]:
@@ -183,10 +228,13 @@ def measure(
         for i, subject in enumerate(each)
         for name, case in cases_of(subject, shape, mode, way, dtype).items()
     }
-    seconds = timing.interleaved(cases, rounds, label=f"{mode} {way}")
+    works = [work_of(s, shape, mode, way, cases[i, "layer"]) for i, s in enumerate(each)]
+    seconds = timing.interleaved(cases | bare.limits(dtype), rounds, label=f"{mode} {way}")
+    limits = bare.Limits.of(seconds)
+    floors = [limits.seconds(work.flops, work.size) for work in works]
     vanilla = seconds[0, "layer"].median
     rows = []
-    for i, subject in enumerate(each):
+    for i, (subject, work) in enumerate(zip(each, works, strict=True)):
         layer, path, products = (seconds[i, name] for name in ("layer", "path", "products"))
         speedup = vanilla / layer.median
         rows.append(
@@ -202,36 +250,13 @@ def measure(
                 "speedup": speedup,
                 "theory": subject.theory,
                 "fraction_of_theory": speedup / subject.theory,
+                "roofline": floors[0] / floors[i],
+                "roofline_seconds": floors[i],
                 "over_bare_products": path.median / products.median,
+                **work.columns(),
             }
         )
     return rows
-
-
-def show(rows: list[dict], shape: Shape, console: Console) -> None:
-    title = (
-        f"MoE++ layer, T={shape.tokens}, D={shape.width}, F={shape.ffn_size}, K={TOP_K}, "
-        f"float32, {timing.machine()}"
-    )
-    table = Table(title=title)
-    for name in ("mode", "pass", "experts", "tau", "ms (quartiles)", "path/products"):
-        table.add_column(name, justify="right")
-    for name in ("speed-up", "theory", "of theory"):
-        table.add_column(name, justify="right")
-    for r in rows:
-        low, high = (1e3 * s for s in r["seconds_quartiles"])
-        table.add_row(
-            r["mode"],
-            r["pass"],
-            r["experts"],
-            "vanilla" if r["tau"] is None else f"{r['tau']:.2f}",
-            f"{1e3 * r['seconds']:.0f} ({low:.0f} to {high:.0f})",
-            f"{r['over_bare_products']:.3f}",
-            f"{r['speedup']:.2f}",
-            f"{r['theory']:.2f}",
-            f"{r['fraction_of_theory']:.1%}",
-        )
-    console.print(table)
 
 
 def main() -> None:
@@ -240,14 +265,22 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--modes", nargs="+", choices=MODES, default=MODES)
     parser.add_argument("--passes", nargs="+", choices=PASSES, default=PASSES)
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=["0.6B"])
     args = parser.parse_args()
     host_memory.keep_freed_on_cpu()  # as `train` does, and before JAX has threads
-    shape = Shape(4096, 2, 768, 2048, 8, (2, 1, 1))
-    timed = functools.partial(measure, shape, rounds=args.rounds)
-    rows = [row for mode in args.modes for way in args.passes for row in timed(mode, way)]
-    show(rows, shape, Console(width=130))
+    found = []
+    for model in args.models:
+        timed = functools.partial(measure, MODELS[model], rounds=args.rounds)
+        rows = [row for mode in args.modes for way in args.passes for row in timed(mode, way)]
+        shape = MODELS[model]
+        title = (
+            f"MoE++ layer of the {model} model, T={shape.tokens}, D={shape.width}, "
+            f"F={shape.ffn_size}, K={TOP_K}, float32, {timing.machine()}"
+        )
+        layer_table.show(rows, title, Console(width=160))
+        found += [{"model": model} | row for row in rows]
     if args.json:
-        args.json.write_text(json.dumps(rows, indent=1) + "\n")
+        args.json.write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":

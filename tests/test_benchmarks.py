@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moepp_jax.benchmarks import decode, layer, timing, variable
+from moepp_jax.benchmarks import bare, decode, layer, timing, variable
 
 SHAPE = layer.Shape(
     tokens=128, groups=2, width=16, ffn_size=24, n_ffn=4, zero_computation=(1, 1, 1)
@@ -22,7 +22,16 @@ KEYS = {
     "theory",
     "fraction_of_theory",
     "over_bare_products",
+    "roofline",
+    "compiler_flops_over_ideal",
+    "temp_bytes",
 }
+
+
+@pytest.fixture(autouse=True)
+def small_limits(monkeypatch):
+    monkeypatch.setattr(bare, "SIDE", 64)
+    monkeypatch.setattr(bare, "NUMBERS", 4096)
 
 
 @pytest.mark.parametrize("mode", layer.MODES)
@@ -37,6 +46,51 @@ def test_rows(mode, monkeypatch):
     for row in rows:
         assert row["speedup"] == rows[0]["seconds"] / row["seconds"]
         assert row["fraction_of_theory"] == row["speedup"] / row["theory"]
+        assert row["roofline"] == rows[0]["roofline_seconds"] / row["roofline_seconds"]
+        # Blocks and slots of few rows; dropless backward computes the products of x once more.
+        most = 1.6 if mode == "dropless" else 1.35
+        assert 0.99 < row["compiler_flops_over_ideal"] < most
+        assert row["temp_bytes"] > 0
+
+
+def test_roofline_is_the_slower_of_both():
+    limits = bare.Limits(flops=100.0, bandwidth=10.0)
+    assert limits.seconds(1000.0, 50.0) == 10 and limits.seconds(100.0, 50.0) == 5
+    timed = {"peak": timing.Seconds(3.0, 2.0, 4.0), "memory": timing.Seconds(3.0, 1.0, 4.0)}
+    assert bare.Limits.of(timed) == (2 * 64**3 / 2, 8 * 4096)
+
+
+def test_subjects_of_a_shape_share_their_experts():
+    """And each has the rest of its own pool."""
+    mine = [
+        layer.cases_of(s, SHAPE, "capacity", "forward")["layer"].arguments[1]
+        for s in layer.subjects(SHAPE)[:2]
+    ]
+    assert mine[0]["ffn"]["w_in"] is mine[1]["ffn"]["w_in"]
+    assert "const" not in mine[0] and mine[1]["router"]["w"].shape == (7, 16)
+
+
+def test_models_are_the_papers():
+    pools = {name: layer.subjects(shape)[1].pool for name, shape in layer.MODELS.items()}
+    assert {name: (p.n_ffn, p.n_zero_computation) for name, p in pools.items()} == {
+        "0.6B": (8, 4),
+        "1B": (16, 4),
+        "2B": (32, 8),
+        "7B": (16, 4),
+    }
+
+
+def test_the_layer_command(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(layer, "TAUS", (0.75,))
+    monkeypatch.setitem(layer.MODELS, "1B", SHAPE)
+    monkeypatch.setattr(layer.host_memory, "keep_freed_on_cpu", lambda: None)
+    out = tmp_path / "layer.json"
+    given = f"layer --rounds=1 --models 1B --modes capacity --passes forward --json {out}"
+    monkeypatch.setattr("sys.argv", given.split())
+    layer.main()
+    rows = json.loads(out.read_text())
+    assert [(row["model"], row["tau"]) for row in rows] == [("1B", None), ("1B", 0.75)]
+    assert "roofline" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("mode", layer.MODES)
@@ -71,7 +125,7 @@ def test_router_is_set_to_the_balance_point():
 def test_bare_products_are_those_of_the_experts():
     ffn = {"w_in": jnp.zeros((4, 2, 24, 16)), "w_out": jnp.zeros((4, 16, 24))}
     for way, passes in (("forward", 1), ("forward_backward", 3)):
-        case = layer.bare_products(ffn, 40, way)
+        case = bare.products(ffn, 40, way)
         cost = case.function.lower(*case.arguments).compile().cost_analysis()
         assert cost["flops"] == pytest.approx(passes * 4 * 40 * 6 * 16 * 24, rel=0.01)
 

@@ -48,7 +48,9 @@ def of(config: Config, rounds: int) -> dict[str, Any]:
         "tokens_per_second": tokens / seconds.median,
         "mfu": flops.utilisation(speed, devices[0].device_kind, len(devices)),
         "bounds": bounds(config, parts, compiled),
-        "planned_bytes": findings.memory(compiled)["hbm_bytes"],
+        "planned_bytes": findings.memory(compiled.memory_analysis(), devices[0].platform)[
+            "hbm_bytes"
+        ],
         "peak_bytes": (devices[0].memory_stats() or {}).get("peak_bytes_in_use"),
         "first_loss": losses[0],
         "last_loss": losses[-1],

@@ -129,3 +129,19 @@ def zero_computation(
     scale_GS += jnp.sum(mix_GSJ2[..., 0], axis=-1)
     constant_GSD = tokens_first(mix_GSJ2[..., 1].astype(x_GSD.dtype), params["v"].T)
     return (scale_GS[..., None] * x_GSD + constant_GSD).astype(x_GSD.dtype)
+
+
+def adding_others(pool: Pool) -> Callable:
+    """(y, what `zero_computation` takes) -> y with what its experts add.
+
+    Where none of them adds anything, which the compiler cannot see, nothing is computed.
+    """
+    return _with_zero_computation if pool.n_const or pool.n_copy else _as_it_is
+
+
+def _with_zero_computation(y_GSD, *arguments):
+    return y_GSD + zero_computation(*arguments)
+
+
+def _as_it_is(y_GSD, x_GSD, *arguments):
+    return y_GSD.astype(jnp.promote_types(y_GSD.dtype, x_GSD.dtype))

@@ -1,7 +1,7 @@
 """The MoE++ layer: `local` on one device, `sharded` on a mesh."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import jax
@@ -10,8 +10,8 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float
 
-from moepp_jax.moe import losses
-from moepp_jax.moe.experts import Pool, zero_computation
+from moepp_jax.moe import experts, losses
+from moepp_jax.moe.experts import Pool
 from moepp_jax.moe.losses import Statistics
 from moepp_jax.moe.param import Param
 from moepp_jax.moe.paths import Path
@@ -29,12 +29,17 @@ class MoE:
       path: how tokens reach the FFN experts: `paths.with_capacity` or `paths.dropless`.
       input_scale: multiplies what all experts read, not what the router reads.
       sequences: n, whole sequences of a group of tokens, one after the other, that share slots.
+      others: adds what the zero-computation experts of the pool do; follows from it.
     """
 
     rule: Rule
     path: Path
     input_scale: float = 1.0
     sequences: int = 1
+    others: Callable = field(init=False, repr=False)
+
+    def __post_init__(self):
+        object.__setattr__(self, "others", experts.adding_others(self.pool))
 
     @property
     def pool(self) -> Pool:
@@ -126,7 +131,7 @@ def routed(
         r = moe.rule.route(x_GSD, previous_GSN, router)
     x_GSD = x_GSD * jnp.asarray(moe.input_scale, x_GSD.dtype)
     y, kept = moe.path(x_GSD, r, params["ffn"], moe.rule, axis, moe.sequences)
-    y += zero_computation(x_GSD, r.experts, r.gates, kept, params.get("const", {}), moe.pool)
+    y = moe.others(y, x_GSD, r.experts, r.gates, kept, params.get("const", {}), moe.pool)
     return y, Routed(r, kept, losses.statistics(r, kept, moe.rule.measure(r), moe.sequences))
 
 
