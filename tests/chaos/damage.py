@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -47,25 +48,27 @@ def trials(room: Room, kills: int, seed: int) -> Iterator[Trial]:
         for way in WAYS:
             fault = functools.partial(_damaged, room, kind, way, dice(seed, kind, way))
             yield Trial(f"damaged: {kind}", way, fault)
-    for number in range(8):
+    for number in range(4):
         chance = dice(seed, "config.json", number)
-        fault = functools.partial(_config_alone, room, chance)
-        yield Trial(
-            "a flipped bit of config.json, which alone says what to train", str(number), fault
-        )
+        fault = functools.partial(_number_changed, room, chance)
+        yield Trial("damaged: a number of config.json, no --config", str(number), fault)
 
 
 def _damaged(room: Room, kind: str, way: str, chance: Random, folder: Path) -> None:
     run, data = folder / "run", folder / "data"
     room.interrupted(run)
     shutil.copytree(room.data, data)
-    _try(room, room.arguments(run, data), run, _file(folder, kind), way, chance)
+    file = _file(folder, kind)
+    _require_found_or_harmless(
+        room, room.arguments(run, data), file, lambda: WAYS[way](file, chance)
+    )
 
 
-def _config_alone(room: Room, chance: Random, folder: Path) -> None:
+def _number_changed(room: Room, chance: Random, folder: Path) -> None:
     run = folder / "run"
     room.interrupted(run)
-    _try(room, ["train", f"--workdir={run}"], run, run / "config.json", "a flipped bit", chance)
+    file, arguments = run / "config.json", ["train", f"--workdir={run}"]
+    _require_found_or_harmless(room, arguments, file, lambda: _change_digit(file, chance))
 
 
 def _file(folder: Path, kind: str) -> Path:
@@ -74,9 +77,11 @@ def _file(folder: Path, kind: str) -> Path:
     return max(files, key=lambda file: (file.stat().st_size, file))
 
 
-def _try(room: Room, arguments: list[str], run: Path, file: Path, way: str, chance: Random) -> None:
-    intact = file.read_bytes()
-    WAYS[way](file, chance)
+def _require_found_or_harmless(
+    room: Room, arguments: list[str], file: Path, damage: Callable[[], None]
+) -> None:
+    run, intact = Path(arguments[-1].removeprefix("--workdir=")), file.read_bytes()
+    damage()
     before = _contents(run)
     said = room.said(arguments)
     if said.status == 0:
@@ -106,6 +111,14 @@ def _remove(file: Path) -> None:
 def _flip(file: Path, chance: Random) -> None:
     content = bytearray(file.read_bytes())
     content[chance.randrange(len(content))] ^= 1 << chance.randrange(8)
+    file.write_bytes(content)
+
+
+def _change_digit(file: Path, chance: Random) -> None:
+    """One bit of a number, which is another number then."""
+    content = bytearray(file.read_bytes())
+    at = chance.choice([m.start(1) for m in re.finditer(rb": [\d.]*([2-7])", content)])
+    content[at] ^= 1
     file.write_bytes(content)
 
 
