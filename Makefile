@@ -3,12 +3,13 @@ SHELL := /bin/bash
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 PY := .venv/bin/python
 
-.PHONY: programs peers curves help train test test-slow test-torch test-eval test-newest test-tpu-compile test-gpu-compile test-browser test-wandb test-site site pods gpu-pods gpu-report check format benchmark lock clean
+.PHONY: help train test chaos test-slow test-torch test-eval test-newest test-tpu-compile test-gpu-compile test-browser test-wandb test-site site pods gpu-pods gpu-report check format benchmark programs peers curves lock clean
 
 help:
 	@echo "make train      train a tiny MoE++ model and its vanilla twin on real text, and compare them"
 	@echo "make test       the quick tests"
 	@echo "make test-slow  the tests that take minutes"
+	@echo "make chaos      breaks real runs, 400 times: kills, damaged files, full disks, lost processes; an hour"
 	@echo "make test-torch  the tests against PyTorch and transformers: installs both"
 	@echo "make test-eval  the tests against the lm-evaluation-harness: installs it, and PyTorch"
 	@echo "make test-newest  the quick tests with the newest JAX there is for this Python"
@@ -65,6 +66,11 @@ test: .venv/dev
 
 test-slow: .venv/dev
 	$(PY) -m pytest -m slow
+
+# Root alone can mount the small disks that it fills.
+CHAOS ?= --kills 20
+chaos: .venv/dev
+	$(PY) -m tests.chaos $(CHAOS) --json tests/chaos/results.json --page docs/FAULTS.md
 
 test-torch: .venv/dev requirements/hf.txt
 	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements/hf.txt

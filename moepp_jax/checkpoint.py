@@ -25,7 +25,7 @@ from flax.serialization import from_state_dict, to_state_dict
 
 from moepp_jax import checksums, processes, summed
 from moepp_jax.retention import NewestAndBest
-from moepp_jax.storage import AnyPath, is_full, is_local, open_path, reason, room
+from moepp_jax.storage import AnyPath, is_full, is_local, open_path, read, reason, room
 
 _ARRAYS = ("params", "rest")
 _ITEMS = (*_ARRAYS, "meta")
@@ -445,7 +445,7 @@ def _shapes(items: dict[str, Any]) -> dict[str, list[int]]:
 
 
 def _meta(folder: AnyPath) -> dict[str, Any]:
-    return json.loads((folder / "meta" / "metadata").read_text(encoding="utf-8"))
+    return json.loads(read(folder / "meta" / "metadata"))
 
 
 def _metrics(folder: AnyPath) -> dict[str, float]:

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import xxhash
 
-from moepp_jax.storage import AnyPath, files_below, size, write_atomic
+from moepp_jax.storage import AnyPath, files_below, read, require_no_pipe, size, write_atomic
 
 _FILE = "checksums.json"
 
@@ -120,7 +120,7 @@ def listed(folder: AnyPath, items: Collection[str], required: Collection[str]) -
 def are_there(folder: AnyPath) -> bool:
     """Whether any file of a folder was summed up; looks at none of them."""
     try:
-        return bool(json.loads((folder / _FILE).read_text(encoding="utf-8")))
+        return bool(json.loads(read(folder / _FILE)))
     except (OSError, ValueError):
         return False
 
@@ -128,7 +128,7 @@ def are_there(folder: AnyPath) -> bool:
 def of_all(folder: AnyPath) -> str:
     """One checksum of all that was summed up; empty without checksums."""
     file = folder / _FILE
-    return hashlib.sha256(file.read_bytes()).hexdigest() if file.exists() else ""
+    return hashlib.sha256(read(file)).hexdigest() if file.exists() else ""
 
 
 def _no_sums(error: Exception) -> str:
@@ -136,7 +136,7 @@ def _no_sums(error: Exception) -> str:
 
 
 def _read(folder: AnyPath) -> dict[str, Any]:
-    return dict(json.loads((folder / _FILE).read_text(encoding="utf-8")))
+    return dict(json.loads(read(folder / _FILE)))
 
 
 def _names(folder: AnyPath, items: Iterable[str]) -> list[str]:
@@ -212,6 +212,7 @@ def _digests(count: int) -> list[Callable[[AnyPath], str]]:
 
 def _xxh3(part: int, last: bool, file: AnyPath) -> str:
     """Of a part; the last one has what comes after it too: a file that grew is another one."""
+    require_no_pipe(file)
     total = xxhash.xxh3_128()
     left = _PART + last
     with file.open("rb") as stream:
@@ -224,5 +225,6 @@ def _xxh3(part: int, last: bool, file: AnyPath) -> str:
 
 def sha256(file: AnyPath) -> str:
     """As versions before this one summed up a file."""
+    require_no_pipe(file)
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -27,7 +27,7 @@ import numpy as np
 
 from moepp_jax import parts
 from moepp_jax.errors import ConfigError
-from moepp_jax.storage import AnyPath, Staging, open_path, write_atomic
+from moepp_jax.storage import AnyPath, Staging, open_path, read, write_atomic
 from moepp_jax.tensorboard import Events
 
 _FILE = parts.FILE
@@ -236,7 +236,7 @@ def _whole_rows(file: AnyPath) -> list[dict[str, Any]]:
 
 def _lines(file: AnyPath) -> list[tuple[str, dict[str, Any] | None]]:
     """Each line, with the row that it is if it is one."""
-    lines = file.read_bytes().decode(errors="replace").split("\n")
+    lines = read(file).decode(errors="replace").split("\n")
     if not lines[-1]:
         lines.pop()
     return [(line, _row(line)) for line in lines]

@@ -31,7 +31,7 @@ from moepp_jax.data import Tokenizer
 from moepp_jax.errors import ConfigError
 from moepp_jax.moe import param
 from moepp_jax.special_tokens import GENERATION
-from moepp_jax.storage import open_path, same_place
+from moepp_jax.storage import open_path, read, same_place
 from moepp_jax.workdir import holds_run, own_tokenizer, read_config, tokenizer_file
 
 FILE = "parent.json"
@@ -134,7 +134,7 @@ def _read(workdir: str | os.PathLike) -> Parent | None:
     if not file.exists():
         return None
     try:
-        return Parent(**json.loads(file.read_text(encoding="utf-8")))
+        return Parent(**json.loads(read(file)))
     except (OSError, ValueError, TypeError) as error:
         raise ConfigError(f"{file} cannot be read as the parent of a run: {error}") from error
 

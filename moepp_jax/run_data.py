@@ -11,7 +11,7 @@ from moepp_jax.data.pins import Pins, pinned_sources, prepare_pinned
 from moepp_jax.data.sources import Report
 from moepp_jax.errors import ConfigError
 from moepp_jax.metrics import was_measured
-from moepp_jax.storage import AnyPath, write_atomic
+from moepp_jax.storage import AnyPath, read, write_atomic
 from moepp_jax.workdir import (
     DATA,
     data_file,
@@ -90,7 +90,7 @@ def _pins(workdir: str | os.PathLike) -> Pins | None:
     if not file.exists() or not holds_run(workdir) or holds_start(workdir):
         return None
     try:
-        return Pins.parse(json.loads(file.read_text(encoding="utf-8")))
+        return Pins.parse(json.loads(read(file)))
     except (OSError, ValueError, TypeError, LookupError, AttributeError) as error:
         raise ConfigError(
             f"{file} cannot be read as what data the run began with: {error}; put it there again "

@@ -78,6 +78,24 @@ def write_atomic(file: AnyPath, content: str | bytes) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def read(file: AnyPath) -> bytes:
+    """
+    Raises:
+      OSError: as of a file that cannot be read; also of a pipe, of which reading waits for ever.
+    """
+    require_no_pipe(file)
+    return file.read_bytes()
+
+
+def require_no_pipe(file: AnyPath) -> None:
+    """
+    Raises:
+      OSError: it is there, and neither a file nor a folder.
+    """
+    if is_local(file) and file.exists() and not (file.is_file() or file.is_dir()):
+        raise OSError(errno.EINVAL, "It is no file but a pipe or a device", str(file))
+
+
 def _read_from(file: Path, offset: int) -> bytes:
     with file.open("rb") as stream:
         stream.seek(offset)

@@ -24,7 +24,7 @@ from moepp_jax import alike, claim, earlier
 from moepp_jax.config import Config, differences
 from moepp_jax.errors import ConfigError
 from moepp_jax.special_tokens import GENERATION, SETTINGS
-from moepp_jax.storage import AnyPath, is_local, open_path, size, write_atomic
+from moepp_jax.storage import AnyPath, is_local, open_path, read, size, write_atomic
 
 TOKENIZERS = ("tokenizer.model", "tokenizer.json")
 DATA = "data.json"
@@ -203,7 +203,7 @@ def read_config(
             f"workdir {path} is no folder: `moepp train --config=RECIPE --workdir={path}` makes it"
         )
     try:
-        fields = json.loads(file.read_text(encoding="utf-8"))
+        fields = json.loads(read(file))
     except (OSError, ValueError) as error:
         raise ConfigError(f"{file} cannot be read as JSON: {error}") from error
     if not isinstance(fields, dict):

@@ -4,6 +4,7 @@ import contextlib
 import errno
 import hashlib
 import json
+import os
 import re
 import subprocess
 import sys
@@ -153,6 +154,18 @@ def test_an_empty_file_in_a_step_costs_that_step_only(tmp_path, name):
         with pytest.raises(CheckpointError, match=f"checkpoint 20 .*{name.split('/')[-1]}"):
             checkpoints.restore(20, _abstract(_state()))
     assert len(reports) == 1 and "checkpoint 20 is damaged" in reports[0] and name in reports[0]
+
+
+@pytest.mark.parametrize("name", ["meta/metadata", "checksums.json", "params/_METADATA"])
+def test_a_pipe_in_a_step_is_not_waited_for(tmp_path, name):
+    _save(tmp_path, 10, 20)
+    file = tmp_path / "checkpoints" / "20" / name
+    file.unlink()
+    os.mkfifo(file)
+    reports = []
+    with Checkpoints(tmp_path, 2) as checkpoints:
+        assert checkpoints.latest_intact_step(reports.append) == 10
+    assert len(reports) == 1 and "checkpoint 20 is damaged" in reports[0]
 
 
 def test_training_goes_on_from_an_older_step_and_replaces_the_damaged_one(tmp_path):

@@ -1,6 +1,7 @@
 """From a configuration to batches: the same ones every time, without TensorFlow or a network."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -232,6 +233,14 @@ def test_opening_what_is_not_prepared_names_the_folder_and_the_remedy(tmp_path):
     with pytest.raises(ConfigError, match=absent):
         open_dataset(config(tmp_path))
     assert not list(tmp_path.iterdir())
+
+
+def test_a_note_of_a_source_that_is_no_file_is_damage(tmp_path):
+    with pytest.raises(ConfigError) as absent:
+        open_dataset(config(tmp_path))
+    (tmp_path / re.search(r"source-\w+\.json", str(absent.value))[0]).mkdir()
+    with pytest.raises(DataError, match=r"source-\w+\.json is damaged .*Is a directory"):
+        open_dataset(config(tmp_path))
 
 
 def test_a_data_folder_that_is_a_file_is_an_error(tmp_path):

@@ -3,6 +3,7 @@
 import io
 import json
 import math
+import os
 import re
 from types import SimpleNamespace
 
@@ -136,6 +137,12 @@ def test_a_file_that_cannot_be_written_is_one_error(tmp_path):
     with pytest.raises(ConfigError, match=r"metrics.jsonl cannot be written: Is a directory; the "):
         MetricsWriter(tmp_path, 1)
     assert not any((tmp_path / "metrics.jsonl").iterdir())
+    (tmp_path / "metrics.jsonl").rmdir()
+    os.mkfifo(tmp_path / "metrics.jsonl")  # of which reading would wait
+    with pytest.raises(
+        ConfigError, match=r"metrics.jsonl cannot be written: It is no file but a p"
+    ):
+        MetricsWriter(tmp_path, 1)
 
 
 def test_a_disk_that_fills_up_ends_the_run_with_one_error(tmp_path, monkeypatch):

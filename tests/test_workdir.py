@@ -1,6 +1,7 @@
 """A run's folder: made once, continued by the same configuration only, never overwritten."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -38,6 +39,12 @@ def test_a_new_folder_gets_the_configuration(tmp_path, config):
 def test_an_empty_folder_is_new_whatever_a_killed_run_left_there(tmp_path, config):
     (tmp_path / ".config.json.0.tmp").write_text("{")
     assert read_config(open_workdir(tmp_path, config)) == config
+
+
+def test_a_pipe_instead_of_its_configuration_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "config.json")
+    with pytest.raises(ConfigError, match=r"config.json cannot be read .*no file but a pipe"):
+        read_config(tmp_path)
 
 
 def test_the_same_configuration_continues_the_run(tmp_path, config):

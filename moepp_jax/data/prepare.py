@@ -23,7 +23,7 @@ from moepp_jax.data.sources import Corpus, Report
 from moepp_jax.data.tokenizer import TRAINER_VERSION, Tokenizer, interleaved
 from moepp_jax.data.tokens import prepare_tokens, tokens_folder
 from moepp_jax.errors import ConfigError
-from moepp_jax.storage import AnyPath, open_path, write_atomic
+from moepp_jax.storage import AnyPath, open_path, read, write_atomic
 
 
 class Prepared(NamedTuple):
@@ -156,8 +156,8 @@ def noted_text(data: DataConfig, source: str) -> str | None:
     if not file.exists():
         return None
     try:
-        return str(json.loads(file.read_text(encoding="utf-8"))["text"])
-    except (ValueError, KeyError, TypeError) as error:
+        return str(json.loads(read(file))["text"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise storage.DataError(
             f"{file} is damaged ({error}): remove it and give `data prepare` again"
         ) from None

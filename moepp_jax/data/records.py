@@ -26,7 +26,7 @@ from array_record.python.array_record_module import ArrayRecordReader
 from moepp_jax.data import index
 from moepp_jax.data.shards import TEMPLATE, Shard
 from moepp_jax.data.storage import DataError, file_sha256, fingerprint
-from moepp_jax.storage import write_atomic
+from moepp_jax.storage import read, write_atomic
 
 SPLITS = ("train", "validation")
 
@@ -96,7 +96,7 @@ def shards(folder: Path, split: str) -> list[Shard]:
 
 def _manifest(folder: Path) -> dict:
     try:
-        manifest = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
+        manifest = json.loads(read(folder / _MANIFEST))
         return {"files": dict(manifest["files"]), "shards": dict(manifest["shards"])}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise damaged(folder / _MANIFEST, f" cannot be read ({error})") from None

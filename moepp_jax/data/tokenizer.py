@@ -16,7 +16,7 @@ from moepp_jax.data import sentencepiece_file, tokenizer_json
 from moepp_jax.data.storage import publish
 from moepp_jax.data.tokenizer_file import TokenizerFile
 from moepp_jax.errors import ConfigError
-from moepp_jax.storage import AnyPath, open_path
+from moepp_jax.storage import AnyPath, open_path, read
 from moepp_jax.workdir import tokenizer_file
 
 # Raise it when `Tokenizer.train` would make another model of the same text.
@@ -146,7 +146,7 @@ def _of_files(files: tuple[tuple[str, bytes], ...]) -> Tokenizer:
 
 def _read(file: AnyPath) -> bytes:
     try:
-        return file.read_bytes()
+        return read(file)
     except OSError as error:
         raise ConfigError(
             f"the tokenizer {file} cannot be read: {error.strerror}; config.data.tokenizer "

@@ -1,0 +1,125 @@
+"""Breaks runs, and tells what came of it: see `tests.chaos`."""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import os
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from pathlib import Path
+
+# Jobs of several processes are given their devices by what stands here.
+os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("PJRT_NPROC", "32")
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from tests.chaos import damage, disks, meshes, peers, signals, together, trial
+from tests.chaos.room import Room
+from tests.chaos.trial import Lost, Result, Trial
+
+FAULTS = (signals, damage, disks, together, meshes, peers)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The status: 1 if a run was lost."""
+    given = _parse(arguments)
+    with tempfile.TemporaryDirectory(prefix="chaos-") as folder:
+        room = Room(Path(folder))
+        trials = every(room, given.kills, given.seed)
+        chosen = [t for t in trials if any(part in t.name for part in given.only or [""])]
+        if not chosen:
+            sys.exit(f"error: --only={' '.join(given.only)} is in the name of no trial")
+        try:
+            room.begin()
+        except Lost as error:
+            sys.exit(f"error: the undisturbed run is lost: {error}")
+        results = list(_results(chosen, Path(folder) / "trials", given))
+    print(trial.table(results))
+    left = len(chosen) - len(results)
+    if left:
+        print(f"{left} of {len(chosen)} were not tried within {given.seconds:g} s")
+    lost = any(result.verdict == "lost" for result in results)
+    if given.json:
+        results = trial.merged(given.json, results)
+        trial.write(given.json, results)
+    if given.page:
+        trial.put_table(given.page, results)
+    return int(lost)
+
+
+def _parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser("python -m tests.chaos", description=__doc__)
+    parser.add_argument("--kills", type=int, default=20, help="SIGKILLs; half as many others")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="begins none after")
+    parser.add_argument("--seed", type=int, default=0, help="of all that is left to chance")
+    parser.add_argument("--only", action="append", help="trials with this, or that, in their name")
+    parser.add_argument("--at_once", type=int, default=2, help="trials that run at a time")
+    parser.add_argument("--json", type=Path, help="gets the results, beside others that it has")
+    parser.add_argument("--page", type=Path, help="gets the table of all of these")
+    return parser.parse_args(arguments)
+
+
+def every(room: Room, kills: int, seed: int) -> list[Trial]:
+    """All trials; of each fault the first, then of each the second: time may end before them."""
+    of_faults: dict[str, list[Trial]] = {}
+    for fault in FAULTS:
+        for one in fault.trials(room, kills, seed):
+            of_faults.setdefault(one.fault, []).append(one)
+    return [t for turn in itertools.zip_longest(*of_faults.values()) for t in turn if t]
+
+
+def _results(chosen: list[Trial], folder: Path, given: argparse.Namespace) -> Iterator[Result]:
+    """Of each trial that began in time, in the order of their faults; the lost are told at once."""
+    deadline = time.monotonic() + given.seconds
+    waiting, results = iter(enumerate(chosen)), {}
+    running: dict[Future, int] = {}
+    with _bar(len(chosen)) as bar, ThreadPoolExecutor(given.at_once) as pool:
+        task = bar.task_ids[0]
+        while True:
+            while len(running) < given.at_once and time.monotonic() < deadline:
+                if (one := next(waiting, None)) is None:
+                    break
+                running[pool.submit(_one, one[1], folder / str(one[0]))] = one[0]
+            if not running:
+                break
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                results[running.pop(future)] = result = future.result()
+                bar.update(task, advance=1)
+                if result.verdict == "lost":
+                    bar.console.print(_lost(result, given), markup=False, soft_wrap=True)
+    order = list(dict.fromkeys(t.fault for t in chosen))
+    yield from sorted(results.values(), key=lambda r: order.index(r.fault))
+
+
+def _one(one: Trial, folder: Path) -> Result:
+    try:
+        return one.result(folder)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _bar(total: int) -> Progress:
+    console = Console()
+    columns = (TextColumn("chaos"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    bar = Progress(*columns, console=console, disable=not console.is_terminal)
+    bar.add_task("chaos", total=total)
+    return bar
+
+
+def _lost(result: Result, given: argparse.Namespace) -> str:
+    again = (
+        f"--seed {given.seed} --kills {given.kills} --only {result.fault + ': ' + result.case!r}"
+    )
+    return f"lost: {result.fault}: {result.case}: {result.why}\n  python -m tests.chaos {again}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,137 @@
+"""Disks that are full, of bytes or of files, or read-only: one line, and the run goes on later.
+
+Small disks in memory, which root alone can mount.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import resource
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+from tests.chaos.room import Room, ended, require_one_line
+from tests.chaos.trial import Lost, Missed, Trial
+
+# Of what the whole run takes.
+SHARES = (0.01, 0.1, 0.3, 0.5, 0.7, 0.9)
+
+
+def trials(room: Room, kills: int, seed: int) -> Iterator[Trial]:
+    for share in SHARES:
+        for kind, fault in (("bytes", _no_bytes), ("files", _no_files)):
+            case = f"{share:.0%} of its {kind} fit"
+            yield Trial(
+                f"disk without room for more {kind}", case, functools.partial(fault, room, share)
+            )
+    for share in SHARES:
+        fault = functools.partial(_small_files, room, share)
+        yield Trial("files may not grow (RLIMIT_FSIZE)", f"{share:.0%} of the largest", fault)
+    for share in (0.05, 0.5):
+        fault = functools.partial(_data_on_full_disk, room, share)
+        yield Trial("disk full while data are prepared", f"{share:.0%} of it fits", fault)
+    yield Trial("read-only", "the whole run", functools.partial(_read_only, room, ""))
+    yield Trial("read-only", "checkpoints", functools.partial(_read_only, room, "checkpoints"))
+    yield Trial("read-only", "an empty folder", functools.partial(_empty_read_only, room))
+
+
+@contextlib.contextmanager
+def _disk(folder: Path, **options: int | str) -> Iterator[Path]:
+    """A disk in memory, mounted here.
+
+    Raises:
+      Missed: that is not allowed.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    named = ",".join(f"{name}={value}" for name, value in options.items())
+    command = ["mount", "-t", "tmpfs", "-o", named, "chaos", folder]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode != 0:
+        raise Missed(f"nothing can be mounted here: {done.stderr.strip()}")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "--lazy", folder], check=True)
+
+
+def _remount(folder: Path, options: str) -> None:
+    subprocess.run(["mount", "-o", f"remount,{options}", folder], check=True)
+
+
+def _size(folder: Path) -> int:
+    """Bytes of a folder on a disk in memory, which has whole pages."""
+    sizes = (file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    return sum(-(-size // 4096) * 4096 for size in sizes)
+
+
+def _no_bytes(room: Room, share: float, folder: Path) -> None:
+    size = int(share * _size(room.whole))
+    with _disk(folder / "disk", size=size) as disk:
+        _require_stopped(room.start(disk / "run"), disk / "run")
+        _remount(disk, "size=1g")
+        room.require_resumed(disk / "run")
+
+
+def _no_files(room: Room, share: float, folder: Path) -> None:
+    files = int(share * len([*room.whole.rglob("*")])) + 2
+    with _disk(folder / "disk", size="1g", nr_inodes=files) as disk:
+        _require_stopped(room.start(disk / "run"), disk / "run")
+        _remount(disk, "nr_inodes=100000")
+        room.require_resumed(disk / "run")
+
+
+def _small_files(room: Room, share: float, folder: Path) -> None:
+    largest = max(f.stat().st_size for f in room.whole.rglob("*") if f.is_file())
+    limit = int(share * largest)
+    process = room.start(folder / "run")
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (limit, limit))
+    _require_stopped(process, folder / "run")
+    room.require_resumed(folder / "run")
+
+
+def _require_stopped(process: subprocess.Popen, run: Path) -> None:
+    """It may end in good order, or with one line and nothing half-written."""
+    said = ended(process)
+    if said.status == 0:
+        return
+    require_one_line(said)
+    half = [file for file in run.rglob("*") if file.name.endswith(("-tmp", ".tmp"))]
+    if half:
+        raise Lost(f"left {half[0].relative_to(run)} behind")
+
+
+def _data_on_full_disk(room: Room, share: float, folder: Path) -> None:
+    run = folder / "run"
+    with _disk(folder / "disk", size=int(share * _size(room.data))) as disk:
+        said = room.said(room.arguments(run, disk / "data"))
+        require_one_line(said)
+        if run.exists():
+            raise Lost("there is a run without its data")
+        _remount(disk, "size=1g")
+        require_ended(room.said(room.arguments(run, disk / "data")))
+        room.require_whole(run)
+
+
+def _read_only(room: Room, what: str, folder: Path) -> None:
+    run = folder / "run"
+    room.interrupted(folder / "copy")
+    with _disk(run if not what else folder / "disk", size="1g") as disk:
+        shutil.copytree(folder / "copy" / what, disk, dirs_exist_ok=True)
+        if what:
+            shutil.copytree(folder / "copy", run, ignore=shutil.ignore_patterns(what))
+            (run / what).symlink_to(disk, target_is_directory=True)
+        _remount(disk, "ro")
+        require_one_line(room.said(room.arguments(run)))
+        _remount(disk, "rw")
+        room.require_resumed(run)
+
+
+def _empty_read_only(room: Room, folder: Path) -> None:
+    with _disk(folder / "disk", size="1g") as disk:
+        _remount(disk, "ro")
+        require_one_line(room.said(room.arguments(disk / "run")))
+        _remount(disk, "rw")
+        room.require_resumed(disk / "run")

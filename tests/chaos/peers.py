@@ -1,0 +1,124 @@
+"""One of several processes dead, stopped or silent: the others end, and the run goes on."""
+
+from __future__ import annotations
+
+import functools
+import re
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from moepp_jax import distributed
+from tests import jobs
+from tests.chaos.recipe import SAVE_EVERY
+from tests.chaos.room import Room
+from tests.chaos.trial import Lost, Missed, Trial
+
+# Seconds in which the others must have ended: what the package states, and some to spare.
+BOUND = distributed.HEARTBEAT_TIMEOUT + 60
+
+_GONE = "^error: another process of this run is gone|another task died"
+
+# The command, but a process with --silent reads no batch any more after some steps.
+_MAIN = """
+import sys, time
+from moepp_jax import main, processes
+if "--silent" in sys.argv:
+    sys.argv.remove("--silent")
+    place, placed = processes.Rows.place, []
+    def silent(*args):
+        placed.append(1)
+        if len(placed) > 12:
+            print("silent", file=sys.stderr, flush=True)
+            time.sleep(1e6)
+        return place(*args)
+    processes.Rows.place = silent
+sys.argv[0] = "moepp"
+main.main()
+"""
+
+_LOCK = threading.Lock()
+
+
+def trials(room: Room, kills: int, seed: int) -> Iterator[Trial]:
+    for of in (2, 4):
+        for victim in (0, of - 1):
+            for what in ("dead", "stopped", "silent"):
+                case = f"process {victim} of {of}"
+                fault = functools.partial(_without, room, of, victim, what)
+                yield Trial(f"one process {what}", case, fault)
+
+
+def _job(room: Room, run: Path, of: int, silent: int = -1) -> jobs.Job:
+    compiled = {k: v for k, v in room.environment.items() if k.startswith("JAX_")}
+    mesh = [f"--config.mesh.{axis}=2" for axis in ("fsdp", "expert")]
+    arguments = room.arguments(run) + mesh + ["--config.mesh.data=-1"]
+    return jobs.Job(
+        arguments,
+        of=of,
+        environment=lambda port, number, of: jobs.slurm(port, number, of) | compiled,
+        program=["-c", _MAIN],
+        flags=lambda number: ["--silent"] if number == silent else [],
+    )
+
+
+def _without(room: Room, of: int, victim: int, what: str, folder: Path) -> None:
+    whole, run = _whole(room, of), folder / "run"
+    with _job(room, run, of, victim if what == "silent" else -1) as job:
+        _wait_for(job, run / "checkpoints" / str(SAVE_EVERY))
+        if what != "silent":
+            number = signal.SIGKILL if what == "dead" else signal.SIGSTOP
+            job.processes[victim].send_signal(number)
+        _require_others_end(job, victim)
+    with _job(room, run, of) as job:
+        _end(job)
+    room.require_whole(run, whole)
+
+
+def _wait_for(job: jobs.Job, path: Path) -> None:
+    deadline = time.monotonic() + jobs.SECONDS
+    while not path.exists():
+        if any(process.poll() is not None for process in job.processes):
+            raise Missed("the run had ended")
+        if time.monotonic() > deadline:
+            raise Lost("the run hangs before anything was broken")
+        time.sleep(0.01)
+
+
+def _require_others_end(job: jobs.Job, victim: int) -> None:
+    deadline = time.monotonic() + BOUND
+    for number, process in enumerate(job.processes):
+        if number == victim:
+            continue
+        try:
+            _, err = process.communicate(timeout=max(deadline - time.monotonic(), 0.1))
+        except subprocess.TimeoutExpired:
+            raise Lost(f"process {number} still ran {BOUND} s later") from None
+        if process.returncode == 0:
+            raise Missed("the run had ended")
+        if process.returncode not in (1, -signal.SIGABRT) or not re.search(_GONE, err, re.M):
+            raise Lost(f"process {number} ended with {process.returncode}: {err[-400:]}")
+
+
+def _end(job: jobs.Job) -> None:
+    for number, process in enumerate(job.processes):
+        try:
+            _, err = process.communicate(timeout=jobs.SECONDS)
+        except subprocess.TimeoutExpired:
+            raise Lost(f"process {number} still ran {jobs.SECONDS} s after its start") from None
+        if process.returncode != 0:
+            raise Lost(f"process {number} ended with {process.returncode}: {err[-400:]}")
+
+
+def _whole(room: Room, of: int) -> Path:
+    """The run of so many processes that nobody disturbed."""
+    run = room.folder / f"whole-of-{of}"
+    with _LOCK:
+        if not (run / "ended").exists():
+            with _job(room, run, of) as job:
+                _end(job)
+            (run / "ended").touch()
+    return run
