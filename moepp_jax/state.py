@@ -166,10 +166,24 @@ def loss_function(parts: Assembly) -> Callable:
 
 
 @functools.lru_cache(maxsize=2)
-def make_train_step(parts: Assembly) -> Callable[[State, Batch], tuple[State, Metrics]]:
+def make_train_step(
+    parts: Assembly, donated: bool = True
+) -> Callable[[State, Batch], tuple[State, Metrics]]:
     """The jitted step: (state, batch) -> (state, metrics). The state that goes in is donated.
 
     Whoever asks for the same one soon gets the same one, compiled already.
+    """
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, parts.abstract)
+    return jax.jit(
+        step_function(parts),
+        donate_argnums=0 if donated else (),
+        out_shardings=(shardings, NamedSharding(parts.mesh, P())),
+        compiler_options=compiler.options(parts.platform, kernels.limited_routing(parts.mesh)),
+    )
+
+
+def step_function(parts: Assembly) -> Callable[[State, Batch], tuple[State, Metrics]]:
+    """What a step computes: (state, batch) -> (state, metrics).
 
     The batch's arrays are (batch_size, seq_len): tokens, targets, segments, positions, loss_mask.
     """
@@ -220,13 +234,7 @@ def make_train_step(parts: Assembly) -> Callable[[State, Batch], tuple[State, Me
         metrics |= {"grad_norm": norm, "grad_norm_by_block": by_block, "lr": lr(state.step)}
         return State(state.step + 1, params, opt_state, watched), metrics | {"guard": watched}
 
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, parts.abstract)
-    return jax.jit(
-        step,
-        donate_argnums=0,
-        out_shardings=(shardings, NamedSharding(parts.mesh, P())),
-        compiler_options=compiler.options(parts.platform, kernels.limited_routing(parts.mesh)),
-    )
+    return step
 
 
 def in_parts(batch: Batch, num_parts: int) -> Batch:

@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterator
 
 import jax
 
+from moepp_jax import debugging, flops, optim, processes, run_data, wandb_log
 from moepp_jax import evaluate as evaluate_lib
-from moepp_jax import flops, optim, processes, run_data, wandb_log
 from moepp_jax import mesh as mesh_lib
 from moepp_jax import parent as parent_lib
 from moepp_jax import state as state_lib
@@ -37,6 +37,7 @@ def train(
     profile: range | None = None,
     parent: Parent | None = None,
     wandb: wandb_log.Wandb | None = None,
+    debug: bool = False,
 ) -> state_lib.State:
     """Trains until config.train.steps, from the newest checkpoint of the work directory if any.
 
@@ -49,6 +50,8 @@ def train(
       profile: steps, counted from 0 where this call goes on, whose trace is written too.
       parent: what a new run starts from; one that is there must have been started from it.
       wandb: where the first process sends what is measured, too; also of a run that has ended.
+      debug: the run ends at the first step with numbers that are not finite, and the error names
+        the operation that made the first of them; it takes the memory of a second state.
 
     Raises:
       ConfigError: the configuration does not fit the devices, the data, the work directory or the
@@ -105,7 +108,10 @@ def train(
                 progress = stack.enter_context(Progress(config.train.steps, step))
             log = Log(config, mesh, dataset, writer, progress, step, int(state.guard.unsound))
             try:
-                state, step = _loop(parts, dataset, state, step, checkpoints, log, tracer, stop)
+                train_step = (debugging.explained if debug else state_lib.make_train_step)(parts)
+                state, step = _loop(
+                    parts, train_step, dataset, state, step, checkpoints, log, tracer, stop
+                )
             except DivergedError as error:
                 checkpoints.wait()  # in all processes: each has seen the same numbers
                 raise DivergedError(_diverged(error, checkpoints.latest_step())) from None
@@ -165,9 +171,8 @@ def _in_silence(line: str) -> None:
     """What another process reports already."""
 
 
-def _loop(parts, dataset: Dataset, state, step, checkpoints, log, tracer, stop):
+def _loop(parts, train_step, dataset: Dataset, state, step, checkpoints, log, tracer, stop):
     t = parts.config.train
-    train_step = state_lib.make_train_step(parts)
     evaluate = evaluate_lib.make_evaluate(parts)
     rows = processes.Rows(mesh_lib.batch_sharding(parts.mesh), t.batch_size)
     batches = itertools.islice(dataset.train_batches(step, rows.indices), t.steps - step)

@@ -20,6 +20,14 @@ _INIT_OPTIMIZER = flags.DEFINE_boolean(
 )
 
 
+_DEBUG = flags.DEFINE_boolean(
+    "debug",
+    False,
+    "end at the first number that is not finite, and name the operation and the line that made it; "
+    "takes the memory of a second state",
+)
+
+
 def run(arguments: list[str]) -> None:
     options.no_more(arguments)
     start = parent.given(_INIT_FROM.value, _INIT_OPTIMIZER.value)
@@ -28,7 +36,7 @@ def run(arguments: list[str]) -> None:
     profile = options.PROFILE.value
     steps = profiling.parse(profile) if profile else None
     devices.start(config)
-    train.train(config, folder, profile=steps, parent=start, wandb=wandb)
+    train.train(config, folder, profile=steps, parent=start, wandb=wandb, debug=_DEBUG.value)
 
 
 def _config() -> Config:
