@@ -12,7 +12,6 @@ there is no other, which is said, and refused `only_verified`.
 
 import contextlib
 import contextvars
-import json
 import os
 import shutil
 import sys
@@ -23,9 +22,9 @@ import jax
 import orbax.checkpoint as ocp
 from flax.serialization import from_state_dict, to_state_dict
 
-from moepp_jax import checksums, processes, summed
+from moepp_jax import checksums, processes, regular, summed
 from moepp_jax.retention import NewestAndBest
-from moepp_jax.storage import AnyPath, is_full, is_local, open_path, read, reason, room
+from moepp_jax.storage import AnyPath, is_full, is_local, open_path, reason, room
 
 _ARRAYS = ("params", "rest")
 _ITEMS = (*_ARRAYS, "meta")
@@ -214,15 +213,21 @@ class Checkpoints:
 
     def has_only_params(self, step: int) -> bool:
         """Whether a step is of a model that was converted, which has no optimizer state yet."""
-        shapes = _meta(self._folder / str(step))["shapes"]
-        return not any(name.startswith("rest/") for name in shapes)
+        return not any(name.startswith("rest/") for name in self._saved_shapes(step))
+
+    def _saved_shapes(self, step: int | None) -> dict[str, Any]:
+        """The shapes of all that was saved at a step, by name."""
+        try:
+            return dict(_meta(self._folder / str(step))["shapes"])
+        except (OSError, ValueError, LookupError, TypeError) as error:
+            why = regular.why(error)
+            raise self._error(step, f"cannot be read: meta/metadata: {why}") from error
 
     def _has(self, step: int | None, part: str) -> bool:
         """Whether a state that was saved has this part."""
         self._require_there(step)
         self._require_intact(step, ["meta"])
-        shapes = _meta(self._folder / str(step))["shapes"]
-        return any(name.startswith(f"rest/{part}/") for name in shapes)
+        return any(name.startswith(f"rest/{part}/") for name in self._saved_shapes(step))
 
     def checksum(self, step: int | None) -> str:
         """One checksum of all that was saved at a step.
@@ -348,10 +353,7 @@ class Checkpoints:
             print(line, file=sys.stderr)
 
     def _require_shapes(self, step: int, items: dict[str, Any]) -> None:
-        try:
-            saved = _meta(self._folder / str(step))["shapes"]
-        except (OSError, ValueError, LookupError) as error:
-            raise self._error(step, f"cannot be read: meta/metadata: {error}") from error
+        saved = self._saved_shapes(step)
         saved = {name: shape for name, shape in saved.items() if name.split("/")[0] in items}
         wanted = _shapes(items)
         lines = [
@@ -445,11 +447,11 @@ def _shapes(items: dict[str, Any]) -> dict[str, list[int]]:
 
 
 def _meta(folder: AnyPath) -> dict[str, Any]:
-    return json.loads(read(folder / "meta" / "metadata"))
+    return regular.read_json(folder / "meta" / "metadata")
 
 
 def _metrics(folder: AnyPath) -> dict[str, float]:
     try:
         return dict(_meta(folder)["metrics"])
-    except (OSError, ValueError, LookupError):
+    except (OSError, ValueError, LookupError, TypeError):
         return {}  # damaged: an error for who restores this step, not for who opens the run

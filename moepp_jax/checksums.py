@@ -11,11 +11,13 @@ import json
 import re
 from collections.abc import Callable, Collection, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import PurePosixPath
 from typing import Any, NamedTuple
 
 import xxhash
 
-from moepp_jax.storage import AnyPath, files_below, read, require_no_pipe, size, write_atomic
+from moepp_jax import regular
+from moepp_jax.storage import AnyPath, files_below, is_local, size, write_atomic
 
 _FILE = "checksums.json"
 
@@ -93,7 +95,7 @@ def verdict(
     try:
         parts = [part for part in _parts(_read(folder)) if _item(part.name) in items]
     except OSError as error:
-        return Verdict(damage=f"it cannot be read: {error.strerror or error}")
+        return Verdict(damage=_unreadable(error))
     except (ValueError, TypeError) as error:
         return Verdict(damage=_no_sums(error))
     damage = _first_damage(folder, parts[share.process :: share.of])
@@ -107,11 +109,13 @@ def listed(folder: AnyPath, items: Collection[str], required: Collection[str]) -
         missing = [item for item in required if not any(_item(name) == item for name in there)]
         if missing:
             return Verdict(damage=f"{missing[0]}/ is missing")
+        for file in (folder / name for name in there if is_local(folder)):
+            regular.require(file)
         if not (folder / _FILE).exists():
             return Verdict(doubt=f"it has no {_FILE}")
         left = sorted(set(there) - _read(folder).keys())
     except OSError as error:
-        return Verdict(damage=f"it cannot be read: {error.strerror or error}")
+        return Verdict(damage=_unreadable(error))
     except (ValueError, TypeError) as error:
         return Verdict(damage=_no_sums(error))
     return Verdict(doubt=f"{left[0]} is not in its {_FILE}" if left else None)
@@ -120,7 +124,7 @@ def listed(folder: AnyPath, items: Collection[str], required: Collection[str]) -
 def are_there(folder: AnyPath) -> bool:
     """Whether any file of a folder was summed up; looks at none of them."""
     try:
-        return bool(json.loads(read(folder / _FILE)))
+        return bool(regular.read_json(folder / _FILE))
     except (OSError, ValueError):
         return False
 
@@ -128,7 +132,12 @@ def are_there(folder: AnyPath) -> bool:
 def of_all(folder: AnyPath) -> str:
     """One checksum of all that was summed up; empty without checksums."""
     file = folder / _FILE
-    return hashlib.sha256(read(file)).hexdigest() if file.exists() else ""
+    return hashlib.sha256(regular.read_bytes(file)).hexdigest() if file.exists() else ""
+
+
+def _unreadable(error: OSError) -> str:
+    named = f" ({error.filename})" if error.filename else ""
+    return f"it cannot be read: {error.strerror or error}{named}"
 
 
 def _no_sums(error: Exception) -> str:
@@ -136,7 +145,16 @@ def _no_sums(error: Exception) -> str:
 
 
 def _read(folder: AnyPath) -> dict[str, Any]:
-    return dict(json.loads(read(folder / _FILE)))
+    sums = dict(regular.read_json(folder / _FILE))
+    outside = next((name for name in sums if not _is_below(name)), None)
+    if outside is not None:
+        raise ValueError(f"{outside!r:.200} is no file of its folder")
+    return sums
+
+
+def _is_below(name: str) -> bool:
+    parts = PurePosixPath(name).parts
+    return not name.startswith("/") and ".." not in parts and "\0" not in name
 
 
 def _names(folder: AnyPath, items: Iterable[str]) -> list[str]:
@@ -212,7 +230,7 @@ def _digests(count: int) -> list[Callable[[AnyPath], str]]:
 
 def _xxh3(part: int, last: bool, file: AnyPath) -> str:
     """Of a part; the last one has what comes after it too: a file that grew is another one."""
-    require_no_pipe(file)
+    regular.require(file)
     total = xxhash.xxh3_128()
     left = _PART + last
     with file.open("rb") as stream:
@@ -225,6 +243,6 @@ def _xxh3(part: int, last: bool, file: AnyPath) -> str:
 
 def sha256(file: AnyPath) -> str:
     """As versions before this one summed up a file."""
-    require_no_pipe(file)
+    regular.require(file)
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -25,9 +25,9 @@ from typing import Any
 
 import numpy as np
 
-from moepp_jax import parts
+from moepp_jax import parts, regular
 from moepp_jax.errors import ConfigError
-from moepp_jax.storage import AnyPath, Staging, open_path, read, write_atomic
+from moepp_jax.storage import AnyPath, Staging, open_path, write_atomic
 from moepp_jax.tensorboard import Events
 
 _FILE = parts.FILE
@@ -236,7 +236,11 @@ def _whole_rows(file: AnyPath) -> list[dict[str, Any]]:
 
 def _lines(file: AnyPath) -> list[tuple[str, dict[str, Any] | None]]:
     """Each line, with the row that it is if it is one."""
-    lines = read(file).decode(errors="replace").split("\n")
+    try:
+        content = regular.read_bytes(file, regular.LARGEST)
+    except regular.IrregularError as error:
+        raise ConfigError(f"{file} cannot be read: {error.strerror}") from error
+    lines = content.decode(errors="replace").split("\n")
     if not lines[-1]:
         lines.pop()
     return [(line, _row(line)) for line in lines]
@@ -300,7 +304,7 @@ def _lost(lines: list[tuple[str, dict[str, Any] | None]]) -> str:
 
 def _row(line: str) -> dict[str, Any] | None:
     try:
-        row = json.loads(line)
+        row = regular.parsed(line)
     except ValueError:
         return None
     return row if isinstance(row, dict) and isinstance(row.get("step"), int) else None

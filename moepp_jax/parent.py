@@ -23,7 +23,7 @@ from typing import Any
 
 import jax
 
-from moepp_jax import alike, checksums, model, processes
+from moepp_jax import alike, checksums, model, processes, regular
 from moepp_jax import state as state_lib
 from moepp_jax.checkpoint import Checkpoints
 from moepp_jax.config import Config
@@ -31,7 +31,7 @@ from moepp_jax.data import Tokenizer
 from moepp_jax.errors import ConfigError
 from moepp_jax.moe import param
 from moepp_jax.special_tokens import GENERATION
-from moepp_jax.storage import open_path, read, same_place
+from moepp_jax.storage import open_path, same_place
 from moepp_jax.workdir import holds_run, own_tokenizer, read_config, tokenizer_file
 
 FILE = "parent.json"
@@ -134,9 +134,11 @@ def _read(workdir: str | os.PathLike) -> Parent | None:
     if not file.exists():
         return None
     try:
-        return Parent(**json.loads(read(file)))
+        return Parent(**regular.read_json(file))
     except (OSError, ValueError, TypeError) as error:
-        raise ConfigError(f"{file} cannot be read as the parent of a run: {error}") from error
+        raise ConfigError(
+            f"{file} cannot be read as the parent of a run: {regular.why(error)}"
+        ) from error
 
 
 def files(parent: Parent) -> dict[str, str | bytes]:
@@ -146,7 +148,10 @@ def files(parent: Parent) -> dict[str, str | bytes]:
     }
     generation = open_path(parent.workdir) / GENERATION
     if generation.exists():
-        written[GENERATION] = generation.read_bytes()
+        try:
+            written[GENERATION] = regular.read_bytes(generation)
+        except OSError as error:
+            raise ConfigError(f"{generation} cannot be read: {error.strerror}") from error
     return written
 
 

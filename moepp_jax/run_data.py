@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import os
 
+from moepp_jax import regular
 from moepp_jax.config import Config
 from moepp_jax.data import Dataset, Tokenizer, open_dataset, prepare
 from moepp_jax.data.pins import Pins, pinned_sources, prepare_pinned
 from moepp_jax.data.sources import Report
 from moepp_jax.errors import ConfigError
 from moepp_jax.metrics import was_measured
-from moepp_jax.storage import AnyPath, read, write_atomic
+from moepp_jax.storage import AnyPath, write_atomic
 from moepp_jax.workdir import (
     DATA,
     data_file,
@@ -90,9 +90,9 @@ def _pins(workdir: str | os.PathLike) -> Pins | None:
     if not file.exists() or not holds_run(workdir) or holds_start(workdir):
         return None
     try:
-        return Pins.parse(json.loads(read(file)))
+        return Pins.parse(regular.read_json(file))
     except (OSError, ValueError, TypeError, LookupError, AttributeError) as error:
         raise ConfigError(
-            f"{file} cannot be read as what data the run began with: {error}; put it there again "
-            "from a copy, or remove it to go on with the data that was prepared last"
+            f"{file} cannot be read as what data the run began with: {regular.why(error)}; put it "
+            "there again from a copy, or remove it to go on with the data that was prepared last"
         ) from error

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from moepp_jax import regular
 from moepp_jax.errors import ConfigError
 from moepp_jax.storage import AnyPath
 
@@ -37,7 +37,7 @@ def of_file(file: AnyPath) -> dict[str, Any]:
       ConfigError: it cannot be read, or holds no JSON object.
     """
     try:
-        return read(file.read_bytes(), file)
+        return read(regular.read_bytes(file), file)
     except OSError as error:
         raise ConfigError(f"{file} cannot be read: {error.strerror}") from None
 
@@ -51,8 +51,8 @@ def read(content: bytes, file: Any) -> dict[str, Any]:
       ConfigError: it holds no JSON object.
     """
     try:
-        fields = json.loads(content)
-    except (ValueError, RecursionError) as error:
+        fields = regular.parsed(content)
+    except ValueError as error:
         raise ConfigError(f"{file} cannot be read as JSON: {error}") from None
     if not isinstance(fields, dict):
         raise ConfigError(f"{file} holds a {type(fields).__name__}, not a JSON object")

@@ -64,6 +64,12 @@ def same_place(a: str | os.PathLike, b: str | os.PathLike) -> bool:
     return Path(a).resolve() == Path(b).resolve()
 
 
+def is_name(text: Any) -> bool:
+    """Whether it names a file of a folder, and leads nowhere else."""
+    named = isinstance(text, str) and text not in ("", ".", "..")
+    return named and len(text.encode(errors="replace")) < 256 and not set(text) & set("/\\\0")
+
+
 def write_atomic(file: AnyPath, content: str | bytes) -> None:
     """Writes a file so that no one ever sees half of it, killed or not."""
     content = content.encode() if isinstance(content, str) else content
@@ -76,24 +82,6 @@ def write_atomic(file: AnyPath, content: str | bytes) -> None:
         os.replace(temporary, file)
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def read(file: AnyPath) -> bytes:
-    """
-    Raises:
-      OSError: as of a file that cannot be read; also of a pipe, of which reading waits for ever.
-    """
-    require_no_pipe(file)
-    return file.read_bytes()
-
-
-def require_no_pipe(file: AnyPath) -> None:
-    """
-    Raises:
-      OSError: it is there, and neither a file nor a folder.
-    """
-    if is_local(file) and file.exists() and not (file.is_file() or file.is_dir()):
-        raise OSError(errno.EINVAL, "It is no file but a pipe or a device", str(file))
 
 
 def _read_from(file: Path, offset: int) -> bytes:

@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from moepp_jax import metrics, worker
+from moepp_jax import metrics, regular, worker
 from moepp_jax.errors import ConfigError
 from moepp_jax.storage import Staging, open_path, write_atomic
 
@@ -106,7 +106,7 @@ def read(file: Any) -> dict[str, Any]:
       ConfigError: it is damaged.
     """
     try:
-        there = json.loads(file.read_text(encoding="utf-8"))
+        there = regular.read_json(file)
         return {"id": str(there["id"]), "project": there["project"], "step": int(there["step"])}
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise ConfigError(

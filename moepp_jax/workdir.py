@@ -14,17 +14,18 @@ fingerprint in `data.json`, so it may lie elsewhere tomorrow.
 
 import contextlib
 import errno
-import json
+import importlib.util
 import os
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
-from moepp_jax import alike, claim, earlier
+from moepp_jax import alike, claim, earlier, regular
 from moepp_jax.config import Config, differences
 from moepp_jax.errors import ConfigError
 from moepp_jax.special_tokens import GENERATION, SETTINGS
-from moepp_jax.storage import AnyPath, is_local, open_path, read, size, write_atomic
+from moepp_jax.storage import AnyPath, is_local, open_path, size, write_atomic
 
 TOKENIZERS = ("tokenizer.model", "tokenizer.json")
 DATA = "data.json"
@@ -203,9 +204,9 @@ def read_config(
             f"workdir {path} is no folder: `moepp train --config=RECIPE --workdir={path}` makes it"
         )
     try:
-        fields = json.loads(read(file))
+        fields = regular.read_json(file)
     except (OSError, ValueError) as error:
-        raise ConfigError(f"{file} cannot be read as JSON: {error}") from error
+        raise ConfigError(f"{file} cannot be read as JSON: {regular.why(error)}") from error
     if not isinstance(fields, dict):
         raise ConfigError(f"{file} is no configuration: it must be a JSON object of fields")
     if "model_type" in fields:
@@ -213,6 +214,7 @@ def read_config(
             f"{path} is a model in Hugging Face's layout, not a run: `moepp convert` makes one"
         )
     fields, added = earlier.completed(fields)
+    _require_no_code(fields, file)
     try:
         config = Config.parse(fields)
     except ConfigError as error:
@@ -224,6 +226,30 @@ def read_config(
     if told:
         report(f"{file} is of an earlier version; it is read with {', '.join(told)}")
     return config
+
+
+def _require_no_code(fields: Mapping[str, Any], file: AnyPath) -> None:
+    """Refuses a routing rule that lies in the folder of the run itself, which may be anybody's.
+
+    One that a user wrote is in a package, or in the folder where that user works.
+    """
+    group = fields.get("moe")
+    rule = group.get("rule") if isinstance(group, dict) else None
+    kind = rule.get("type") if isinstance(rule, dict) else None
+    if not isinstance(kind, str) or ":" not in kind or not is_local(file):
+        return
+    package = kind.partition(":")[0].partition(".")[0]
+    try:
+        found = importlib.util.find_spec(package)
+    except (ImportError, ValueError):
+        return  # told by who imports it
+    places = [found.origin, *(found.submodule_search_locations or ())] if found else []
+    folder = file.parent.resolve()
+    if any(place and folder in Path(place).resolve().parents for place in places):
+        raise ConfigError(
+            f"{file}: config.moe.rule.type = {kind!r} is code in the folder of the run, which is "
+            "not executed: read it, and move it to where you trust it, as a package or beside it"
+        )
 
 
 def tokenizer_file(path: str | os.PathLike) -> AnyPath:

@@ -134,7 +134,7 @@ def test_what_two_resumes_have_written_is_there_once(tmp_path):
 
 def test_a_file_that_cannot_be_written_is_one_error(tmp_path):
     (tmp_path / "metrics.jsonl").mkdir()
-    with pytest.raises(ConfigError, match=r"metrics.jsonl cannot be written: Is a directory; the "):
+    with pytest.raises(ConfigError, match=r"metrics.jsonl cannot be read: it is a folder, no"):
         MetricsWriter(tmp_path, 1)
     assert not any((tmp_path / "metrics.jsonl").iterdir())
     (tmp_path / "metrics.jsonl").rmdir()

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from moepp_jax import regular
 from moepp_jax.data import columns
 from moepp_jax.errors import ConfigError
 
@@ -97,7 +97,7 @@ def is_split(folder: Path) -> bool:
 
 def _read(file: Path) -> dict | None:
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = regular.read_json(file)
     except (OSError, ValueError):
         return None
     return content if isinstance(content, dict) else None

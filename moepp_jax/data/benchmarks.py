@@ -16,6 +16,7 @@ from typing import Any
 
 from pyarrow import ipc
 
+from moepp_jax import regular
 from moepp_jax.data import packages
 from moepp_jax.data.sources import Report
 from moepp_jax.errors import ConfigError
@@ -220,12 +221,12 @@ def read_logiqa(file: Path) -> list[Item]:
       ConfigError: the file cannot be read, or an item lacks a field or has a wrong one.
     """
     try:
-        text = file.read_text(encoding="utf-8").strip()
+        text = regular.read_text(file).strip()
         whole = text.startswith("[")
-        items = json.loads(text) if whole else [json.loads(line) for line in text.splitlines()]
+        items = regular.parsed(text) if whole else [*map(regular.parsed, text.splitlines())]
     except (OSError, ValueError) as error:
         raise ConfigError(
-            f"--logiqa={file} cannot be read as JSON or JSON lines: {error}"
+            f"--logiqa={file} cannot be read as JSON or JSON lines: {regular.why(error)}"
         ) from error
     for number, item in enumerate(items):
         fields = isinstance(item, dict) and {"label", "context", "question", "options"} <= set(item)

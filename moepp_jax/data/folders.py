@@ -6,10 +6,10 @@ import collections
 import dataclasses
 import glob
 import os
-import stat
 from collections.abc import Iterable
 from pathlib import Path
 
+from moepp_jax import regular
 from moepp_jax.data import arrow_files
 from moepp_jax.data.opening import COMPRESSED, KINDS, ending, of_text
 from moepp_jax.data.splits import Folder
@@ -94,8 +94,7 @@ def _what(file: Path) -> str:
         mode = file.stat().st_mode
     except OSError as error:
         return f"{'a link to nothing' if file.is_symlink() else 'out of reach'} ({error.strerror})"
-    is_device = stat.S_ISCHR(mode) or stat.S_ISBLK(mode)
-    return "a FIFO" if stat.S_ISFIFO(mode) else "a device" if is_device else "a socket"
+    return regular.kind(mode)
 
 
 def _in_folder(root: Path, field: str) -> Found:

@@ -22,6 +22,7 @@ from moepp_jax.data.sources import Report
 from moepp_jax.data.tokenizer import Tokenizer
 from moepp_jax.data.tokens import prepare_tokens, tokens_folder
 from moepp_jax.errors import ConfigError
+from moepp_jax.storage import is_name
 
 
 class Pin(NamedTuple):
@@ -69,6 +70,9 @@ class Pins:
         values = [fields["tokenizer"], *(value for pin in sources.values() for value in pin)]
         if not all(isinstance(value, str) for value in values):
             raise TypeError("a name or fingerprint is no text")
+        names = [name for pin in sources.values() for name in (pin.text, pin.tokens)]
+        if outside := [name for name in names if not is_name(name)]:
+            raise ValueError(f"{outside[0]!r:.200} is no name of a data set")
         return cls(values[0], sources)
 
     def to_json(self) -> str:

@@ -16,6 +16,7 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
+from moepp_jax import regular
 from moepp_jax.config import Config, DataConfig
 from moepp_jax.data import storage
 from moepp_jax.data.corpus import Texts, open_corpus, prepare_text, text_folder
@@ -23,7 +24,7 @@ from moepp_jax.data.sources import Corpus, Report
 from moepp_jax.data.tokenizer import TRAINER_VERSION, Tokenizer, interleaved
 from moepp_jax.data.tokens import prepare_tokens, tokens_folder
 from moepp_jax.errors import ConfigError
-from moepp_jax.storage import AnyPath, open_path, read, write_atomic
+from moepp_jax.storage import AnyPath, open_path, write_atomic
 
 
 class Prepared(NamedTuple):
@@ -156,7 +157,7 @@ def noted_text(data: DataConfig, source: str) -> str | None:
     if not file.exists():
         return None
     try:
-        return str(json.loads(read(file))["text"])
+        return str(regular.read_json(file)["text"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise storage.DataError(
             f"{file} is damaged ({error}): remove it and give `data prepare` again"

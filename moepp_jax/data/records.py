@@ -23,10 +23,11 @@ from typing import Any
 import tensorflow_datasets as tfds
 from array_record.python.array_record_module import ArrayRecordReader
 
+from moepp_jax import regular
 from moepp_jax.data import index
 from moepp_jax.data.shards import TEMPLATE, Shard
 from moepp_jax.data.storage import DataError, file_sha256, fingerprint
-from moepp_jax.storage import read, write_atomic
+from moepp_jax.storage import is_name, write_atomic
 
 SPLITS = ("train", "validation")
 
@@ -91,12 +92,19 @@ def shards(folder: Path, split: str) -> list[Shard]:
     Raises:
       DataError: the manifest is missing or cannot be read.
     """
-    return [Shard(**shard) for shard in _manifest(folder)["shards"][split]]
+    try:
+        found = [Shard(**shard) for shard in _manifest(folder)["shards"][split]]
+    except (KeyError, TypeError) as error:
+        raise damaged(folder / _MANIFEST, f" cannot be read ({error})") from None
+    for shard in found:
+        if not is_name(shard.file):
+            raise damaged(folder / _MANIFEST, f" names {shard.file!r:.200}, no file of its folder")
+    return found
 
 
 def _manifest(folder: Path) -> dict:
     try:
-        manifest = json.loads(read(folder / _MANIFEST))
+        manifest = regular.read_json(folder / _MANIFEST)
         return {"files": dict(manifest["files"]), "shards": dict(manifest["shards"])}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise damaged(folder / _MANIFEST, f" cannot be read ({error})") from None

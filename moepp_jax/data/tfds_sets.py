@@ -16,13 +16,16 @@ from typing import Any
 import tensorflow_datasets as tfds
 from array_record.python.array_record_module import ArrayRecordReader
 
+from moepp_jax import regular
 from moepp_jax.data.sources import Document, Report
 from moepp_jax.data.storage import DataError, fingerprint
 from moepp_jax.errors import ConfigError
 from moepp_jax.storage import AnyPath, is_local, open_path
 
 _READER_VERSION = 1
-_INFO = "dataset_info.json"
+_INFO, _FEATURES = "dataset_info.json", "features.json"
+_CLASS = ("pythonClassName", "python_class_name", "type")
+_OF_TFDS = "tensorflow_datasets."
 _AHEAD = 256  # records that are read at once
 
 
@@ -94,13 +97,13 @@ class TfdsCorpus:
 
     def __init__(self, folder: str, text_field: str = "text"):
         self._folder, self._field = folder, text_field
+        content = _described(open_path(folder))
         self._info = tfds.builder_from_directory(folder).info
         self.name = f"{self._info.full_name} in {folder}"
         self.description = f"TFDS data set {self._info.full_name}: {self._info.description}"
         self.citation = self._info.citation
         self.notes = _notes(self._info)
         self._check()
-        content = (open_path(folder) / _INFO).read_text()
         self.fingerprint = fingerprint(_READER_VERSION, text_field, content)
 
     def _check(self) -> None:
@@ -139,6 +142,39 @@ class TfdsCorpus:
             for split in (("train", "validation") if own else ("train",))
             for index in range(self._info.splits[split].num_shards)
         ]
+
+
+def _described(folder: AnyPath) -> str:
+    """What the data set says of itself, before TFDS reads it, which would import what it names.
+
+    Raises:
+      ConfigError: it cannot be read, or has features that are not of TFDS.
+    """
+    file = folder / _INFO
+    try:
+        content = regular.read_text(file)
+        file = folder / _FEATURES
+        features = regular.read_json(file) if file.exists() else {}
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{file} cannot be read: {regular.why(error)}") from None
+    for name in _classes(features):
+        if not str(name).startswith(_OF_TFDS):
+            raise ConfigError(
+                f"{file}: {name!r:.200} is no feature of TFDS ({_OF_TFDS}*), and code of others is "
+                "not imported"
+            )
+    return content
+
+
+def _classes(features: Any) -> Iterator[Any]:
+    """The classes that a description of features names, at whatever depth."""
+    left = [features]
+    while left:
+        fields = left.pop()
+        if isinstance(fields, dict):
+            yield from (fields[name] for name in _CLASS if name in fields)
+        left += fields.values() if isinstance(fields, dict) else ()
+        left += fields if isinstance(fields, list) else ()
 
 
 def _notes(info: Any) -> list[str]:

@@ -11,12 +11,12 @@ from typing import SupportsInt
 
 import numpy as np
 
-from moepp_jax import special_tokens
+from moepp_jax import regular, special_tokens
 from moepp_jax.data import sentencepiece_file, tokenizer_json
 from moepp_jax.data.storage import publish
 from moepp_jax.data.tokenizer_file import TokenizerFile
 from moepp_jax.errors import ConfigError
-from moepp_jax.storage import AnyPath, open_path, read
+from moepp_jax.storage import AnyPath, open_path
 from moepp_jax.workdir import tokenizer_file
 
 # Raise it when `Tokenizer.train` would make another model of the same text.
@@ -122,11 +122,11 @@ class Tokenizer:
         """
         file = open_path(path)
         file = tokenizer_file(file) if file.is_dir() else file
-        content = _read(file)
+        content = _read(file, regular.LARGE)
         if file.suffix != ".json":
             return cls(sentencepiece_file.SentencePieceFile(content, path))
         beside = {name: file.parent / name for name in special_tokens.FILES}
-        beside = {name: _read(f) for name, f in beside.items() if f.exists()}
+        beside = {name: _read(f, regular.SMALL) for name, f in beside.items() if f.exists()}
         return cls(tokenizer_json.TokenizerJson(content, beside, path))
 
     @classmethod
@@ -144,9 +144,9 @@ def _of_files(files: tuple[tuple[str, bytes], ...]) -> Tokenizer:
     return Tokenizer(tokenizer_json.TokenizerJson(content, dict(beside)))
 
 
-def _read(file: AnyPath) -> bytes:
+def _read(file: AnyPath, most: int) -> bytes:
     try:
-        return read(file)
+        return regular.read_bytes(file, most)
     except OSError as error:
         raise ConfigError(
             f"the tokenizer {file} cannot be read: {error.strerror}; config.data.tokenizer "

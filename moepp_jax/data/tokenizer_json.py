@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import tokenizers
@@ -98,13 +99,12 @@ class TokenizerJson(TokenizerFile):
 
     def _around(self) -> tuple[list[int], list[int]]:
         """What the file puts before a text, and behind it."""
-        try:
+        with _refusing(
+            f"the tokenizer {self._named} cannot be used: the tokenizers library "
+            "cannot encode a text"
+        ):
             inner = self._tokenizer.encode("a", add_special_tokens=False).ids
             outer = self._tokenizer.encode("a").ids
-        except BaseException as error:  # the library's own is no Exception
-            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
-                raise
-            raise self._error(f"the tokenizers library cannot encode a text: {error}") from None
         for start in range(len(outer) - len(inner) + 1):
             end = start + len(inner)
             if outer[start:end] == inner:
@@ -151,6 +151,18 @@ class TokenizerJson(TokenizerFile):
         return self._numbers
 
 
+@contextlib.contextmanager
+def _refusing(what: str) -> Iterator[None]:
+    """Errors of the library as one ConfigError; its own is no Exception."""
+    try:
+        yield
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        why = str(error).removeprefix("Cannot instantiate Tokenizer from buffer: ")
+        raise ConfigError(f"{what}: {why:.500}") from None
+
+
 def _beside(named: object, name: str) -> str:
     return f"{name} beside the tokenizer {named}"
 
@@ -162,13 +174,8 @@ def _settings(settings: Mapping[str, Any], eos: str) -> bytes:
 
 
 def _opened(content: bytes, named: object) -> tokenizers.Tokenizer:
-    try:
+    with _refusing(f"the tokenizer {named} cannot be read by the tokenizers library"):
         tokenizer = tokenizers.Tokenizer.from_buffer(content)
-    except Exception as error:
-        why = str(error).removeprefix("Cannot instantiate Tokenizer from buffer: ")
-        raise ConfigError(
-            f"the tokenizer {named} cannot be read by the tokenizers library: {why}"
-        ) from None
     if not tokenizer.get_vocab_size():
         raise ConfigError(f"the tokenizer {named} has no tokens")
     # What a training left there. Texts are taken whole, and alike each time.

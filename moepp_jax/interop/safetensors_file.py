@@ -15,11 +15,13 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
+from moepp_jax import regular
 from moepp_jax.interop.errors import ConversionError
 
 TYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 _CODES = {name: code for code, name in TYPES.items()}
 _MOST_HEADER = 100_000_000  # bytes, the format's own limit
+_MOST_AXES, _MOST_NAME = 16, 1000  # of a tensor: beyond these nobody means one
 
 
 class Entry(NamedTuple):
@@ -41,6 +43,7 @@ def entries(file: Path) -> dict[str, Entry]:
       ConversionError: the file cannot be read, is cut short or is no safetensors file.
     """
     try:
+        regular.require(file)
         size = file.stat().st_size
         with file.open("rb") as stream:
             length = int.from_bytes(stream.read(8), "little")
@@ -53,10 +56,8 @@ def entries(file: Path) -> dict[str, Entry]:
             f"of {length}"
         )
     try:
-        header = json.loads(text)
-    except UnicodeDecodeError as error:  # whose message has the whole text
-        raise ConversionError(f"{file} is no safetensors file: its header is no UTF-8") from error
-    except (ValueError, RecursionError) as error:
+        header = regular.parsed(text)
+    except ValueError as error:
         raise ConversionError(f"{file} is no safetensors file: its header: {error}") from error
     if not isinstance(header, dict):
         raise ConversionError(f"{file} is no safetensors file: its header is {header!s:.200}")
@@ -70,12 +71,13 @@ def _entry(file: Path, name: str, fields: Any, data: int) -> Entry:
     try:
         first, last = fields["data_offsets"]
         shape, kind = tuple(fields["shape"]), str(fields["dtype"])
-        whole = all(type(n) is int and n >= 0 for n in (first, last, *shape))
+        whole = len(shape) <= _MOST_AXES and len(name) <= _MOST_NAME and len(kind) <= _MOST_NAME
+        whole = whole and all(type(n) is int and 0 <= n < 2**63 for n in (first, last, *shape))
     except (ValueError, LookupError, TypeError):
         whole = False
     if not whole or first > last:
         raise ConversionError(
-            f"{file} is no safetensors file: its header says of tensor {name}: {fields!s:.200}"
+            f"{file} is no safetensors file: its header says of tensor {name:.200}: {fields!s:.200}"
         )
     entry = Entry(TYPES.get(kind, kind), shape, data + first, last - first)
     if entry.dtype in _CODES:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import json
+import collections
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from moepp_jax import regular
 from moepp_jax.interop import safetensors_file, torch_file
 from moepp_jax.interop.errors import ConversionError
 from moepp_jax.interop.layout import Place
+from moepp_jax.storage import is_name
 
 # In this order: safetensors where there are both.
 _FORMATS = ("model.safetensors", "pytorch_model.bin")
@@ -71,12 +73,10 @@ def read_json(file: Path) -> dict[str, Any]:
       ConversionError: the file is not there, or holds no JSON object, or one with a name twice.
     """
     try:
-        fields = json.loads(file.read_text(encoding="utf-8"), object_pairs_hook=_unambiguous)
+        fields = regular.read_json(file, pairs=_unambiguous)
     except OSError as error:
         raise ConversionError(f"{file} cannot be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:  # whose message has the whole text
-        raise ConversionError(f"{file} cannot be read as JSON: it is no UTF-8") from error
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise ConversionError(f"{file} cannot be read as JSON: {error}") from error
     if not isinstance(fields, dict):
         raise ConversionError(f"{file} holds a {type(fields).__name__}, not a JSON object")
@@ -86,9 +86,8 @@ def read_json(file: Path) -> dict[str, Any]:
 def _unambiguous(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"{twice!r} is there twice")
+        counts = collections.Counter(name for name, _ in pairs)
+        raise ValueError(f"{counts.most_common(1)[0][0]!r:.200} is there twice")
     return found
 
 
@@ -112,12 +111,12 @@ def _sharded(index: Path) -> dict[str, Tensor]:
     if not isinstance(files, dict) or not files:
         raise ConversionError(f"{index} has no weight_map from tensors to files")
     for name, file in files.items():
-        if not _is_name(file):
+        if not is_name(file):
             raise ConversionError(
                 f"{index}: tensor {name} is said to be in {file!r:.200}, which is no file of that "
                 "folder"
             )
-        if not (index.parent / file).is_file():
+        if not (index.parent / file).exists():
             raise ConversionError(f"{index.parent / file}, which has tensor {name}, is missing")
     found: dict[str, Tensor] = {}
     for file in sorted(set(files.values())):
@@ -132,13 +131,11 @@ def _sharded(index: Path) -> dict[str, Tensor]:
     return found
 
 
-def _is_name(file: Any) -> bool:
-    """Of a file in the same folder, wherever that is."""
-    text = isinstance(file, str) and file not in ("", ".", "..")
-    return text and len(file.encode(errors="replace")) < 256 and not set(file) & set("/\\\0")
-
-
 def _open_file(file: Path) -> dict[str, Tensor]:
+    try:
+        regular.require(file)
+    except OSError as error:
+        raise ConversionError(f"{file} cannot be read: {error.strerror}") from error
     if file.suffix == ".safetensors":
         return {
             name: Tensor(name, file, entry.dtype, entry.shape, _safetensors_reader(file, entry))

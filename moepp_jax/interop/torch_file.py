@@ -67,4 +67,10 @@ def _load(file: Path) -> Mapping[str, Any]:
             raise ConversionError(f"{file}: {name} is a {type(value).__name__}, not a tensor")
         if value.layout != torch.strided or value.is_meta:
             raise ConversionError(f"{file}: tensor {name} is sparse or empty, not plain numbers")
+        stored = value.untyped_storage().nbytes()
+        if value.numel() * value.element_size() > stored:
+            raise ConversionError(
+                f"{file}: tensor {name} of shape {list(value.shape)} has {stored:,} bytes of "
+                "numbers, which it repeats: save it with .contiguous()"
+            )
     return loaded

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import codecs
 import itertools
-import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from moepp_jax import regular
 from moepp_jax.data import Dataset, Tokenizer
 from moepp_jax.data.packing import Batch, PackedRows
 from moepp_jax.errors import ConfigError
@@ -201,10 +201,14 @@ def texts_of(task: Task, benchmarks: Path) -> Iterator[str]:
 
 
 def _items(file: Path) -> Iterator[tuple[Path, int, Any]]:
+    try:
+        regular.require(file)
+    except OSError as error:
+        raise ConfigError(f"{file} cannot be read: {error.strerror}") from error
     with file.open("rb") as lines:
         for number, line in enumerate(lines, 1):
             try:
-                item = json.loads(line)
+                item = regular.parsed(line)
             except ValueError as error:
                 raise ConfigError(f"{file}, line {number} is no JSON: {error}") from error
             yield file, number, item
