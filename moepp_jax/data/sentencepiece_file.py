@@ -40,7 +40,9 @@ class SentencePieceFile(TokenizerFile):
         self._processor = sentencepiece.SentencePieceProcessor()
         try:
             self._processor.LoadFromSerializedProto(model)
-        except RuntimeError:
+            self._processor.id_to_piece([*range(self._processor.vocab_size())])  # all are text
+            of_letter = self._processor.encode("a", out_type=str)
+        except (RuntimeError, UnicodeDecodeError):
             raise ConfigError(
                 f"the tokenizer {named} is not a SentencePiece .model file; a tokenizer.json keeps "
                 "its name"
@@ -55,7 +57,7 @@ class SentencePieceFile(TokenizerFile):
         # LLaMA-style models have no padding piece: theirs is id 0, as in the released checkpoint.
         self.pad_id = max(self._processor.pad_id(), 0)
         self._specials = {*self.beginning, self.eos_id, self.pad_id}
-        self._adds_space = self._processor.encode("a", out_type=str)[0].startswith(_SPACE)
+        self._adds_space = "".join(of_letter).startswith(_SPACE)
         self._space_ids = [self._processor.piece_to_id(f"<0x{b:02X}>") for b in _SPACE.encode()]
 
     def encode_batch(self, texts: Sequence[str], threads: int = -1) -> list[list[int]]:
