@@ -114,20 +114,26 @@ def run(main: Callable[[Sequence[str]], None], describe: Callable[[], str] | Non
     except SaveError as error:
         # Threads that still write would be waited for, and tell of it in a thousand lines.
         of = f"process {jax.process_index()}: " if jax.distributed.is_initialized() else ""
-        ending.at_once(f"error: {of}{error}\n", 1)
+        ending.at_once(f"error: {of}{_visible(error)}\n", 1)
     except (ConfigError, CheckpointError, DivergedError) as error:
         # A damaged record is read by one process alone; all else is an error in each.
         if isinstance(error, DataError) and jax.distributed.is_initialized():
             distributed.abandon(error)
-        sys.exit(f"error: {error}")
+        sys.exit(f"error: {_visible(error)}")
     except Exception as error:
         if jax.distributed.is_initialized():
             distributed.abandon(error)
         if isinstance(error, OSError):  # a disk that is full, a folder that may not be written
-            sys.exit(f"error: {error}")
+            sys.exit(f"error: {_visible(error)}")
         if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(error):
             sys.exit(f"error: a device's memory is too small: {error}\n{_LARGER}")
         raise
+
+
+def _visible(error: Exception) -> str:
+    """Its message; what a name in it would tell a terminal to do is shown instead."""
+    said = str(error)
+    return "".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in said)
 
 
 def _but_of_orbax(said: logging_of_python.LogRecord) -> bool:

@@ -20,6 +20,7 @@ import ml_collections
 
 from moepp_jax.errors import ConfigError
 from moepp_jax.moe import Pool, Rule, RuleError, rules
+from moepp_jax.storage import holds_credentials
 
 
 @dataclasses.dataclass(frozen=True)
@@ -180,6 +181,7 @@ class Config:
         if isinstance(fields, ml_collections.ConfigDict):
             fields = fields.to_dict()
         config = _build(cls, fields, prefix="")
+        _require_no_credentials(config)
         _check(config)
         return config
 
@@ -200,6 +202,18 @@ class Config:
 
     def to_json(self) -> str:
         return json.dumps(self.to_dict(), indent=2) + "\n"
+
+
+def _require_no_credentials(config: Config) -> None:
+    data = config.data
+    paths = {"dir": data.dir, "tfds_dir": data.tfds_dir, "tokenizer": data.tokenizer}
+    paths |= {f"sources.{name}.path": source.path for name, source in data.sources.items()}
+    for name, path in paths.items():
+        if holds_credentials(path):
+            raise ConfigError(
+                f"config.data.{name} holds credentials, which would be written to config.json: "
+                "give the path without what stands before @, and the key in the environment"
+            )
 
 
 def _plain(value: Any) -> Any:

@@ -33,6 +33,7 @@ def open_path(path: str | os.PathLike) -> AnyPath:
     Raises:
       ConfigError: of a storage that is not known, or whose package is not installed.
     """
+    _require_no_credentials(os.fspath(path))
     scheme, url, _ = os.fspath(path).partition("://")
     if not url:
         return Path(path)
@@ -50,6 +51,21 @@ def open_path(path: str | os.PathLike) -> AnyPath:
             f"pip install {STORES[scheme]}"
         ) from error
     return opened
+
+
+def holds_credentials(path: str) -> bool:
+    """Whether a path has a user's name or a key before its host, as s3://KEY:SECRET@BUCKET."""
+    return re.match(r"[\w+.-]+://[^/]*@", path) is not None
+
+
+def _require_no_credentials(path: str) -> None:
+    if holds_credentials(path):
+        scheme = path.partition("://")[0]
+        raise ConfigError(
+            f"a path {scheme}://...@... holds credentials, which would be written to files and "
+            f"logs: give {scheme}://BUCKET/..., and the key in the environment, as its package "
+            f"{STORES.get(scheme, '')} reads it"
+        )
 
 
 def is_local(path: AnyPath) -> bool:

@@ -278,3 +278,26 @@ def test_numbers_as_they_are_shown():
         == "| 1,234,567 | 0.123 | 0.0123 | 0.00012 |  |  | 2.000 | 3 |"
     )
     assert report.as_csv(table) == "a,b,c,d,e,f,g,h\n1234567,0.123456,0.0123456,0.000123,,,2,3\n"
+
+
+def test_nothing_in_a_text_or_a_name_is_markup_of_a_figure(tmp_path):
+    """Tokens, sources and runs whose names would end an SVG, or begin a formula."""
+    evil = "</svg><script>alert(1)</script>", '" onload="alert(1)', "$\\frac{", "]]>&lt;<!--"
+    pieces = list(made_up.pieces())
+    for token, text in enumerate(evil, 3):
+        pieces[token] = text.encode().decode("latin-1")
+    changes = dict(
+        name=evil[0],
+        pieces=tuple(pieces),
+        special={1: evil[0]},
+        sources=dict.fromkeys(evil, "file"),
+    )
+    records = [made_up.record(3000, **changes), made_up.record(3000, seed=1, **changes)]
+    report.write(tmp_path, records, "command")
+    figures = sorted(tmp_path.glob("*.svg"))
+    assert len(figures) > 5
+    for file in figures:
+        for element in ElementTree.fromstring(file.read_bytes()).iter():
+            assert element.tag.rpartition("}")[2] not in ("script", "foreignObject"), file.name
+            assert not any(name.startswith("on") for name in element.attrib), file.name
+    assert "<script" not in (tmp_path / "REPORT.md").read_text()
