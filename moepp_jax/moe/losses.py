@@ -13,6 +13,9 @@ from moepp_jax.moe.experts import Pool
 # Parts of a sequence by which drops are told.
 PARTS = 8
 
+# Of log-sum-exps that are squared and summed: an infinite z-loss of weight 0 would be NaN.
+_LARGEST = 1e15
+
 
 class Statistics(NamedTuple):
     """Means over the tokens of a group. Means over groups are taken by the caller, who has all.
@@ -54,13 +57,14 @@ def statistics(routing, kept_GSK, own: dict[str, Any], sequences: int = 1) -> St
     served_GS = jnp.sum(kept_GSK, axis=-1, dtype=jnp.float32)
     tiny = jnp.finfo(jnp.float32).tiny
     p = routing.scores / jnp.maximum(jnp.sum(routing.scores, axis=-1, keepdims=True), tiny)
+    log_sum_exp = jax.nn.logsumexp(routing.logits, axis=-1)
     plogp = p * jnp.log(jnp.maximum(p, tiny))
     return Statistics(
         load=jnp.sum(one_hot, axis=(1, 2), dtype=jnp.float32) / tokens,
         kept=jnp.sum(one_hot & kept_GSK[..., None], axis=(1, 2), dtype=jnp.float32) / tokens,
         prob=jnp.mean(routing.scores, axis=1),
         entropy=-jnp.mean(jnp.sum(plogp, axis=-1), axis=1),
-        z=jnp.mean(jnp.square(jax.nn.logsumexp(routing.logits, axis=-1)), axis=1),
+        z=jnp.mean(jnp.square(jnp.clip(log_sum_exp, -_LARGEST, _LARGEST)), axis=1),
         asked=asked_GS @ in_part,
         served=served_GS @ in_part,
         own=own,

@@ -52,6 +52,9 @@ RESIDUALS = {"logits": add_logits, "detached": add_detached, "none": no_residual
 
 def divided_by_deviation(logits: Float[Array, "G S N"], std: float) -> Float[Array, "G S N"]:
     """Divides by (the unbiased standard deviation over the experts / std); the mean stays."""
+    # Squares of huge ones would be infinite; all others stay as they are.
+    largest = jax.lax.stop_gradient(jnp.max(jnp.abs(logits), axis=-1, keepdims=True))
+    logits = logits / jnp.where(largest > 1e15, largest, 1.0)
     variance = jnp.var(logits, axis=-1, ddof=1, keepdims=True)
     return logits * (std * jax.lax.rsqrt(variance + 1e-12))  # equal logits stay finite
 
