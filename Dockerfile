@@ -3,6 +3,9 @@
 #   docker build --build-arg PLATFORM=tpu --tag REGISTRY/moepp:tpu .
 #   docker run REGISTRY/moepp:tpu train --config=moepp_7b --workdir=gs://BUCKET/run
 #
+# Versions are pinned, hashes are not: each platform has other wheels, and an index never replaces a
+# file. CONTRIBUTING.md says how to install by hash from a mirror, and how to audit what is pinned.
+#
 # PLATFORM: cpu, tpu or cuda. RUN_AS: the user's number; 0, root, only where a host's devices ask
 # for it.
 FROM python:3.11-slim-bookworm
