@@ -139,9 +139,7 @@ def test_a_file_that_cannot_be_written_is_one_error(tmp_path):
     assert not any((tmp_path / "metrics.jsonl").iterdir())
     (tmp_path / "metrics.jsonl").rmdir()
     os.mkfifo(tmp_path / "metrics.jsonl")  # of which reading would wait
-    with pytest.raises(
-        ConfigError, match=r"metrics.jsonl cannot be written: It is no file but a p"
-    ):
+    with pytest.raises(ConfigError, match=r"metrics.jsonl cannot be read: it is a FIFO, no"):
         MetricsWriter(tmp_path, 1)
 
 

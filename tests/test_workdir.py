@@ -43,7 +43,7 @@ def test_an_empty_folder_is_new_whatever_a_killed_run_left_there(tmp_path, confi
 
 def test_a_pipe_instead_of_its_configuration_is_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "config.json")
-    with pytest.raises(ConfigError, match=r"config.json cannot be read .*it is a FIFO, no regular file"):
+    with pytest.raises(ConfigError, match=r"config.json cannot be read .*it is a FIFO, no"):
         read_config(tmp_path)
 
 
