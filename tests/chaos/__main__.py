@@ -45,10 +45,12 @@ def main(arguments: list[str] | None = None) -> int:
         except Lost as error:
             sys.exit(f"error: the undisturbed run is lost: {error}")
         results: list[Result] = []
+        turn = {(t.fault, t.case): number for number, t in enumerate(trials)}
         if given.json:
             trial.write(given.json, trial.merged(given.json, results))
         for result in _results(chosen, Path(folder) / "trials", given):
             results.append(result)
+            results.sort(key=lambda r: turn[r.fault, r.case])
             if given.json:  # at once: an hour of trials may be interrupted
                 trial.write(given.json, trial.merged(given.json, results))
     print(trial.table(results))
