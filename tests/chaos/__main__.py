@@ -46,13 +46,14 @@ def main(arguments: list[str] | None = None) -> int:
             sys.exit(f"error: the undisturbed run is lost: {error}")
         results: list[Result] = []
         turn = {(t.fault, t.case): number for number, t in enumerate(trials)}
+        earlier = trial.read(given.json) if given.json and given.json.exists() else []
         if given.json:
-            trial.write(given.json, trial.merged(given.json, results))
+            trial.write(given.json, earlier)
         for result in _results(chosen, Path(folder) / "trials", given):
             results.append(result)
             results.sort(key=lambda r: turn[r.fault, r.case])
             if given.json:  # at once: an hour of trials may be interrupted
-                trial.write(given.json, trial.merged(given.json, results))
+                trial.write(given.json, trial.merged(earlier, results))
     print(trial.table(results))
     left = len(chosen) - len(results)
     if left:
