@@ -6,6 +6,7 @@ import argparse
 import itertools
 import os
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -31,6 +32,8 @@ FAULTS = (signals, damage, disks, together, meshes, peers)
 def main(arguments: list[str] | None = None) -> int:
     """The status: 1 if a run was lost."""
     given = _parse(arguments)
+    # What a shell starts in the background ignores SIGINT, and so would all that is started here.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     with tempfile.TemporaryDirectory(prefix="chaos-") as folder:
         room = Room(Path(folder))
         trials = every(room, given.kills, given.seed)
@@ -41,18 +44,23 @@ def main(arguments: list[str] | None = None) -> int:
             room.begin()
         except Lost as error:
             sys.exit(f"error: the undisturbed run is lost: {error}")
-        results = list(_results(chosen, Path(folder) / "trials", given))
+        results: list[Result] = []
+        turn = {(t.fault, t.case): number for number, t in enumerate(trials)}
+        earlier = trial.read(given.json) if given.json and given.json.exists() else []
+        if given.json:
+            trial.write(given.json, earlier)
+        for result in _results(chosen, Path(folder) / "trials", given):
+            results.append(result)
+            results.sort(key=lambda r: turn[r.fault, r.case])
+            if given.json:  # at once: an hour of trials may be interrupted
+                trial.write(given.json, trial.merged(earlier, results))
     print(trial.table(results))
     left = len(chosen) - len(results)
     if left:
         print(f"{left} of {len(chosen)} were not tried within {given.seconds:g} s")
-    lost = any(result.verdict == "lost" for result in results)
-    if given.json:
-        results = trial.merged(given.json, results)
-        trial.write(given.json, results)
     if given.page:
-        trial.put_table(given.page, results)
-    return int(lost)
+        trial.put_table(given.page, trial.read(given.json) if given.json else results)
+    return int(any(result.verdict == "lost" for result in results))
 
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -77,26 +85,25 @@ def every(room: Room, kills: int, seed: int) -> list[Trial]:
 
 
 def _results(chosen: list[Trial], folder: Path, given: argparse.Namespace) -> Iterator[Result]:
-    """Of each trial that began in time, in the order of their faults; the lost are told at once."""
+    """Of each trial that began in time, when it has ended; the lost are told."""
     deadline = time.monotonic() + given.seconds
-    waiting, results = iter(enumerate(chosen)), {}
-    running: dict[Future, int] = {}
+    waiting = iter(enumerate(chosen))
+    running: set[Future] = set()
     with _bar(len(chosen)) as bar, ThreadPoolExecutor(given.at_once) as pool:
-        task = bar.task_ids[0]
         while True:
             while len(running) < given.at_once and time.monotonic() < deadline:
-                if (one := next(waiting, None)) is None:
+                if (numbered := next(waiting, None)) is None:
                     break
-                running[pool.submit(_one, one[1], folder / str(one[0]))] = one[0]
+                number, one = numbered
+                running.add(pool.submit(_one, one, folder / str(number)))
             if not running:
-                break
-            for future in wait(running, return_when=FIRST_COMPLETED).done:
-                results[running.pop(future)] = result = future.result()
-                bar.update(task, advance=1)
+                return
+            ended, running = wait(running, return_when=FIRST_COMPLETED)
+            for result in (future.result() for future in ended):
+                bar.update(bar.task_ids[0], advance=1)
                 if result.verdict == "lost":
                     bar.console.print(_lost(result, given), markup=False, soft_wrap=True)
-    order = list(dict.fromkeys(t.fault for t in chosen))
-    yield from sorted(results.values(), key=lambda r: order.index(r.fault))
+                yield result
 
 
 def _one(one: Trial, folder: Path) -> Result:

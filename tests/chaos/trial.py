@@ -97,10 +97,9 @@ def put_table(page: Path, results: Iterable[Result]) -> None:
     page.write_text("\n".join(lines) + "\n")
 
 
-def merged(file: Path, results: Iterable[Result]) -> list[Result]:
-    """These results, and those of the file, if it is there, of other trials."""
-    of_file = read(file) if file.exists() else []
-    all_of = {(result.fault, result.case): result for result in [*of_file, *results]}
+def merged(earlier: Iterable[Result], results: Iterable[Result]) -> list[Result]:
+    """These results, and earlier ones of other trials."""
+    all_of = {(result.fault, result.case): result for result in [*earlier, *results]}
     faults = list(dict.fromkeys(fault for fault, _ in all_of))
     return sorted(all_of.values(), key=lambda result: faults.index(result.fault))
 
