@@ -15,6 +15,7 @@ import contextvars
 import os
 import shutil
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -28,6 +29,9 @@ from moepp_jax.storage import AnyPath, is_full, is_local, open_path, reason, roo
 
 _ARRAYS = ("params", "rest")
 _ITEMS = (*_ARRAYS, "meta")
+
+# Attempts, a tenth of a second apart.
+_REMOVALS = 20
 
 _ONLY_VERIFIED = contextvars.ContextVar("only_verified", default=False)
 
@@ -395,8 +399,13 @@ class Checkpoints:
     def _remove_leftover(self) -> None:
         """What a process that was killed while it saved this step left of it."""
         folder = self._folder / f"{self._saving}{ocp.path.atomicity.TMP_DIR_SUFFIX}"
-        if is_local(folder) and jax.process_index() == 0:
+        if not is_local(folder) or jax.process_index() != 0:
+            return
+        for _ in range(_REMOVALS):  # threads of a save that has failed may still write there
             shutil.rmtree(folder, ignore_errors=True)
+            if not folder.exists():
+                break
+            time.sleep(0.1)
 
     def _sum_own(self, item: str) -> None:
         """Called in every process when its files of an item are written."""

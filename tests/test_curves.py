@@ -89,7 +89,7 @@ def test_runs_of_a_label_have_a_mean_and_a_colour(seeds, tmp_path, monkeypatch, 
     monkeypatch.setattr(
         curves, "_save", lambda figure, out: figures.append(figure) or save(figure, out)
     )
-    monkeypatch.setattr(command, "Console", lambda **options: Console(width=200, **options))
+    monkeypatch.setattr(command, "Console", lambda **options: Console(width=400, **options))
     with flagsaver.flagsaver(figure=str(tmp_path / "c.png")):
         command.run([f"rule={seeds[0]}", f"rule={seeds[1]}", seeds[0]])
     said = capsys.readouterr().out

@@ -188,7 +188,7 @@ def _faster(vanilla: Row, row: Row, what: str, end: str = "peak") -> float:
 
 def _rows(results: Results) -> dict[str, Row]:
     """What was found of those that fit, by name."""
-    return {row.name: row.values for row in results.measured if row.values.get("fits")}
+    return {row.name: row.values for row in results.measured if row.values["fits"]}
 
 
 def _sizes(rows: Mapping[str, Row], tau: float | None) -> list[str]:
