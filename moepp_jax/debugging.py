@@ -17,7 +17,6 @@ from typing import Any, NamedTuple
 import flax
 import jax
 import jax.numpy as jnp
-import jaxlib
 import numpy as np
 import optax
 from jax.extend import core
@@ -72,7 +71,8 @@ _MOVING = {
 }
 
 # Where no line is anybody's who uses them.
-_LIBRARIES = [str(Path(module.__file__).parent) for module in (jax, jaxlib, flax, optax)]
+_LIBRARIES = [str(Path(module.__file__).parent) for module in (jax, flax, optax)]
+_LIBRARIES.append(str(Path(jax.__file__).parents[1] / "jaxlib"))
 _LIBRARIES += [sysconfig.get_path("stdlib") + os.sep, __file__]
 
 

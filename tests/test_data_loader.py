@@ -239,7 +239,7 @@ def test_a_note_of_a_source_that_is_no_file_is_damage(tmp_path):
     with pytest.raises(ConfigError) as absent:
         open_dataset(config(tmp_path))
     (tmp_path / re.search(r"source-\w+\.json", str(absent.value))[0]).mkdir()
-    with pytest.raises(DataError, match=r"source-\w+\.json is damaged .*Is a directory"):
+    with pytest.raises(DataError, match=r"source-\w+\.json is damaged .*it is a folder"):
         open_dataset(config(tmp_path))
 
 

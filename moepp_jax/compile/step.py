@@ -66,7 +66,7 @@ def run(
     if profiled:
         profile.require_rates(topology)
     there = devices(topology)
-    mesh = mesh_lib.make_mesh(config, there)  # its errors come before a long compilation
+    mesh_lib.mesh_shape(config, len(there))  # its errors come before a long compilation
     console = Console()
     if not console.is_terminal:
         console = Console(width=120)  # of a file or a pipe it cannot know
@@ -78,6 +78,7 @@ def run(
             )
         if report["fits"] and profiled != "fast":
             spinner.say(f"compiling the evaluation for {topology.text}")
+            mesh = mesh_lib.make_mesh(config, there)
             report["evaluation"] = evaluation.examine(config, mesh, report["hbm_limit_bytes"])
         if not report["fits"]:
             report["remedy"] = remedies.find(
