@@ -23,6 +23,7 @@ def workdir(tmp_path):
     folder = tmp_path / "run"
     folder.mkdir()
     with MetricsWriter(folder) as metrics:
+        metrics.write(5, eval_loss=6.0)
         for step in (10, 20, 30):
             loss = np.nan if step == 20 else 5.0
             values = {"ffn_experts_per_token": 1.2, "drop_rate": 0.02}
@@ -46,7 +47,7 @@ def test_curves_stand_at_the_tokens_seen(workdir, tmp_path, monkeypatch):
     training, held_out = loss.lines[0], loss.lines[1]
     np.testing.assert_array_equal(training.get_xydata()[:, 0], [1000, 2000, 3000])
     np.testing.assert_array_equal(training.get_xydata()[:, 1], [5, np.nan, 5])
-    np.testing.assert_array_equal(held_out.get_xydata(), [[2500, 4.5]])
+    np.testing.assert_array_equal(held_out.get_xydata(), [[500, 6.0], [2500, 4.5]])
     assert 6.5 in [line.get_ydata()[0] for line in loss.lines if len(line.get_ydata())]
     assert "MoE++" in [text.get_text() for text in loss.get_legend().get_texts()]
     assert experts.lines[0].get_ydata().tolist() == [1.2] * 3

@@ -73,11 +73,13 @@ def plot_curves(
 def _plot_held_out(
     axes: Axes, rows: list[dict[str, Any]], training: list[dict[str, Any]], color: str
 ) -> None:
-    """Rows of an evaluation have a step only: the tokens seen by then are those of training."""
+    """Rows of an evaluation have a step only: the tokens seen by then are those of training.
+
+    It may come before training's first row: at step 0 no token was seen.
+    """
     held_out = [row for row in rows if "eval_loss" in row]
-    tokens = np.interp(
-        _column(held_out, "step"), _column(training, "step"), _column(training, "tokens")
-    )
+    steps, seen = ([0, *_column(training, key)] for key in ("step", "tokens"))
+    tokens = np.interp(_column(held_out, "step"), steps, seen)
     axes.plot(tokens, _column(held_out, "eval_loss"), color=color, marker="o", ms=4, lw=1.6)
 
 
