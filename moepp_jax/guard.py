@@ -15,9 +15,9 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
-import optax
 from jaxtyping import Array, Bool, Float, Int
 
+from moepp_jax import optim
 from moepp_jax.config import TrainConfig
 from moepp_jax.metrics import DivergedError, require_finite
 
@@ -107,12 +107,11 @@ def choice(train: TrainConfig) -> Callable[[Bool[Array, ""], Any, Any], Any]:
 
     def made_if_sound(sound, after, before):
         def chosen(after, before):
-            if isinstance(after, optax.ScaleByScheduleState):
+            if optim.is_schedule(after):
                 return after  # steps are counted, whatever comes of them
             return jax.tree.map(lambda a, b: jnp.where(sound, a, b), after, before)
 
-        is_schedule = lambda part: isinstance(part, optax.ScaleByScheduleState)  # noqa: E731
-        return jax.tree.map(chosen, after, before, is_leaf=is_schedule)
+        return jax.tree.map(chosen, after, before, is_leaf=optim.is_schedule)
 
     return made_if_sound if train.on_nonfinite == "skip" else made
 

@@ -65,12 +65,13 @@ def at_its_start(opt_state: optax.OptState) -> optax.OptState:
     """
 
     def restarted(part):
-        return jax.tree.map(lambda count: count * 0, part) if _is_schedule(part) else part
+        return jax.tree.map(lambda count: count * 0, part) if is_schedule(part) else part
 
-    return jax.tree.map(restarted, opt_state, is_leaf=_is_schedule)
+    return jax.tree.map(restarted, opt_state, is_leaf=is_schedule)
 
 
-def _is_schedule(part: Any) -> bool:
+def is_schedule(part: Any) -> bool:
+    """Whether a part of the optimizer's state is what counts the steps of the learning rate."""
     return isinstance(part, optax.ScaleByScheduleState)
 
 
