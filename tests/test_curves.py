@@ -54,6 +54,15 @@ def test_curves_stand_at_the_tokens_seen(workdir, tmp_path, monkeypatch):
     assert drops.lines[0].get_ydata().tolist() == [0.02] * 3
 
 
+def test_one_row_of_training_is_a_point(tmp_path, monkeypatch):
+    with MetricsWriter(tmp_path) as metrics:
+        metrics.write(9, loss=5.0, tokens=900, ffn_experts_per_token=1.2, drop_rate=0.02)
+    figures = []
+    monkeypatch.setattr(curves, "_save", lambda figure, out: figures.append(figure) or out)
+    curves.plot_curves({"mine": tmp_path}, tmp_path / "a.png")
+    assert [axes.lines[0].get_marker() for axes in figures[0].axes] == ["."] * 3
+
+
 def test_a_run_without_training_rows_is_named(tmp_path):
     with MetricsWriter(tmp_path) as metrics:
         metrics.write(0, eval_loss=9.0)

@@ -43,10 +43,11 @@ def plot_curves(
             if not training:
                 raise ValueError(f"{workdir} ({label}) has no training row yet: nothing to draw")
             tokens = _column(training, "tokens")
-            loss.plot(tokens, _column(training, "loss"), color=color, alpha=0.4, lw=1)
+            style = {"color": color, "marker": "." if len(training) == 1 else ""}  # no line
+            loss.plot(tokens, _column(training, "loss"), alpha=0.4, lw=1, **style)
             _plot_held_out(loss, rows, training, color)
-            experts.plot(tokens, _column(training, "ffn_experts_per_token"), color=color, lw=1.3)
-            drops.plot(tokens, _column(training, "drop_rate"), color=color, lw=1.3)
+            experts.plot(tokens, _column(training, "ffn_experts_per_token"), lw=1.3, **style)
+            drops.plot(tokens, _column(training, "drop_rate"), lw=1.3, **style)
         loss.plot([], [], color=color, lw=3, label=label)
     loss.plot([], [], color="0.4", alpha=0.6, lw=1, label="training batches")
     loss.plot([], [], color="0.4", marker="o", ms=4, lw=1.6, label="held-out text")
