@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import random
 import statistics
@@ -71,5 +72,11 @@ def machine() -> str:
     if info.exists():
         lines = info.read_text().splitlines()
         name = next((s.split(":")[1].strip() for s in lines if s.startswith("model name")), name)
-    cores = len([line for line in lines if line.startswith("processor")]) if info.exists() else "?"
-    return f"CPU {name}, {cores} cores, jax {jax.__version__}"
+    return f"CPU {name}, {_cores()}, jax {jax.__version__}"
+
+
+def _cores() -> str:
+    """Those this process may use, which `taskset` and containers make fewer."""
+    there = os.cpu_count() or 1
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else there
+    return f"{there} cores" if usable == there else f"{usable} of {there} cores"

@@ -181,8 +181,8 @@ def _notes(found: Results) -> list[str]:
         "those used; in brackets 95 % of its fits to seeds drawn with replacement. Drops are of "
         "the last fifth of training.",
         "Seconds a step are of each run's own minutes, in which the machine may have had other "
-        "work: times that can be",
-        "compared are those of the experiment `throughput`.",
+        "work, and on the cores",
+        "it was given: times that can be compared are those of the experiment `throughput`.",
         "",
         f"{found.variants[0].name}: {total / 1e6:.3g} M parameters, {active / 1e6:.3g} M active a "
         f"token at most; {config.train.steps:,} steps of {batch:,} tokens.",

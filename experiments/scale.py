@@ -7,7 +7,6 @@ models, for a pod.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import functools
 import importlib
 from collections.abc import Callable, Mapping
@@ -17,7 +16,7 @@ from ml_collections import ConfigDict
 
 from moepp_jax.config import Config, differences
 from moepp_jax.configs import base, english, moepp_0p6b, moepp_1b, moepp_2b, moepp_7b, tiny
-from moepp_jax.errors import ConfigError
+from moepp_jax.errors import ConfigError, did_you_mean
 from moepp_jax.moe import rules
 
 CORPORA = "corpora"  # folder, or a link to it, of the paper's text: configs/data/paper_mixture.py
@@ -200,9 +199,8 @@ def find(name: str) -> Scale:
       ConfigError: there is no such scale.
     """
     if name not in SCALES:
-        near = difflib.get_close_matches(name, SCALES, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(SCALES)}"
-        raise ConfigError(f"--scale={name}: there is no such scale; {hint}")
+        hint = did_you_mean(name, SCALES, f"there are {', '.join(SCALES)}")
+        raise ConfigError(f"--scale={name}: there is no such scale{hint}")
     return SCALES[name]
 
 

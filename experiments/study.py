@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import functools
 import importlib
 import inspect
@@ -14,7 +13,7 @@ from typing import NamedTuple
 
 from matplotlib.figure import Figure
 
-from moepp_jax.errors import ConfigError
+from moepp_jax.errors import ConfigError, did_you_mean
 from moepp_jax.experiments import figures, gain, runs, stats, studies
 from moepp_jax.experiments.measure import Measured, Measurement
 from moepp_jax.experiments.results import Row
@@ -225,9 +224,8 @@ def find(name: str) -> Study:
       ConfigError: there is none.
     """
     if name not in names():
-        near = difflib.get_close_matches(name, names(), n=1)
-        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(names())}"
-        raise ConfigError(f"there is no experiment {name!r}; {hint}")
+        hint = did_you_mean(name, names(), f"there are {', '.join(names())}")
+        raise ConfigError(f"there is no experiment {name!r}{hint}")
     module = importlib.import_module(f"{studies.__name__}.{name}")
     (own,) = (
         kind

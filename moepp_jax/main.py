@@ -54,7 +54,6 @@ elif __name__ == "__mp_main__":
     ending.leave_to_parent()
 
 import contextlib
-import difflib
 import importlib
 import os
 import sys
@@ -62,6 +61,7 @@ from collections.abc import Sequence
 from types import ModuleType
 
 from moepp_jax import __version__
+from moepp_jax.errors import did_you_mean
 
 # A file of moepp_jax/commands each, imported when it is called for: JAX takes seconds to import.
 COMMANDS = (
@@ -132,9 +132,8 @@ def run(name: str) -> None:
 def _unknown(arguments: Sequence[str]) -> str:
     words = [word for word in arguments if not word.startswith("-")]
     said = f"not {' '.join(words)!r}" if words else "as in moepp train"
-    near = difflib.get_close_matches(words[0], COMMANDS, n=1) if words else []
-    hint = f"did you mean {near[0]}?" if near else "--help describes them"
-    return f"give one command of {', '.join(COMMANDS)}, {said}; {hint}"
+    hint = did_you_mean("".join(words[:1]), COMMANDS, "--help describes them")
+    return f"give one command of {', '.join(COMMANDS)}, {said}{hint}"
 
 
 if __name__ == "__main__":

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import ast
-import difflib
 import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from moepp_jax.errors import ConfigError
+from moepp_jax.errors import ConfigError, did_you_mean
 
 FOLDER = Path(__file__).parent / "configs"
 _NO_RECIPES = {"base", "__init__"}
@@ -46,9 +45,8 @@ def with_file(given: str) -> str:
     if not file.is_file():
         there, asked = _files(), name.removeprefix("configs/").removesuffix(".py")
         if asked not in there:
-            near = difflib.get_close_matches(asked, there, n=1)
-            hint = f"did you mean {near[0]}?" if near else "`moepp recipes` lists them"
-            raise ConfigError(f"--config={name}: there is no such file, and no such recipe; {hint}")
+            hint = did_you_mean(asked, there, "`moepp recipes` lists them")
+            raise ConfigError(f"--config={name}: there is no such file, and no such recipe{hint}")
         file = there[asked]
     return f"{file}{colon}{os.path.expanduser(argument)}"
 

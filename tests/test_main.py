@@ -236,7 +236,8 @@ def cases(folder: Path) -> list[tuple[list[str], str]]:
         (["train", "now", recipe], "'now' is too much: this command takes flags only"),
         (["train"], "no --config was given: write --config=tiny"),
         (["data", "prepare"], "no --config was given"),
-        (["data"], "write data followed by one of prepare"),
+        (["data"], "write data followed by one of prepare, verify, batch, benchmarks$"),
+        (["data", "prep"], "write data followed .*, not data prep; did you mean prepare[?]$"),
         (["compile", recipe], "no --topology was given: write --topology="),
         (["train", recipe], "no --workdir was given: write --workdir=runs/NAME"),
         (["evaluate"], "no --workdir was given"),
@@ -350,6 +351,7 @@ def cases(folder: Path) -> list[tuple[list[str], str]]:
         ),
         (["convert"], "write convert from-hf PATH WORKDIR, .* or convert upcycle PATH WORKDIR$"),
         (["convert", "fly"], "write convert from-hf .*, not convert fly$"),
+        (["convert", "upclcye"], "write .*, not convert upclcye; did you mean upcycle[?]$"),
         (
             ["convert", "to-hf", f"{folder}/no", f"{folder}/run"],
             f"{folder}/no holds no run, and {folder}/run is one: write convert to-hf {folder}/run",

@@ -10,7 +10,7 @@ from absl import flags
 from moepp_jax import cli, interop
 from moepp_jax.commands import options
 from moepp_jax.config import Config
-from moepp_jax.errors import ConfigError
+from moepp_jax.errors import ConfigError, did_you_mean
 
 for _name in ("config", "step", "strict"):
     flags.declare_key_flag(_name)
@@ -38,9 +38,11 @@ _SETTINGS = {
 def run(arguments: list[str]) -> None:
     if len(arguments) != 3 or arguments[0] not in _WAYS:
         said = f", not convert {' '.join(arguments)}" if arguments else ""
+        way = "".join(arguments[:1])
+        hint = "" if way in _WAYS else did_you_mean(way, _WAYS)
         raise ConfigError(
             "write convert from-hf PATH WORKDIR, convert to-hf WORKDIR PATH, or convert upcycle "
-            f"PATH WORKDIR{said}"
+            f"PATH WORKDIR{said}{hint}"
         )
     way, source, target = arguments
     _WAYS[way](source, target)

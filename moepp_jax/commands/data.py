@@ -15,7 +15,7 @@ from moepp_jax.commands import options
 from moepp_jax.data.estimate import estimate
 from moepp_jax.data.prepare import prepare_sources
 from moepp_jax.data.verify import verify
-from moepp_jax.errors import ConfigError
+from moepp_jax.errors import ConfigError, did_you_mean
 from moepp_jax.harness import local
 
 for _name in ("config", "workdir"):
@@ -33,7 +33,9 @@ _LOGIQA = cli.define_path("logiqa", None, "benchmarks: file with LogiQA's test s
 
 def run(arguments: list[str]) -> None:
     if arguments[:1] not in [[name] for name in _COMMANDS]:
-        raise ConfigError(f"write data followed by one of {', '.join(_COMMANDS)}")
+        hint = did_you_mean("".join(arguments[:1]), _COMMANDS)
+        said = f", not data {arguments[0]}{hint}" if arguments else ""
+        raise ConfigError(f"write data followed by one of {', '.join(_COMMANDS)}{said}")
     _COMMANDS[arguments[0]](arguments[1:])
 
 
