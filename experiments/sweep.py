@@ -84,13 +84,14 @@ def in_child(run: Run, folder: Path, scale: Scale) -> Iterator[int]:
     ]
     log = folder / "log.txt"
     with StopRequest() as stop, log.open("a") as out:
-        # In a session of its own Ctrl-C does not reach it twice.
+        # In a group of its own Ctrl-C does not reach it twice. A session of its own would undo
+        # `nice`: Linux weighs sessions against each other before the processes in them.
         child = subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,
             stdout=out,
             stderr=subprocess.STDOUT,
-            start_new_session=True,
+            process_group=0,
         )
         while child.poll() is None:
             if stop.signal is not None:
