@@ -165,7 +165,7 @@ def test_workers_end_with_a_parent_that_was_killed(whole, tmp_path):
         "def stay(meter, num_bytes):\n"
         "    print(*(p.pid for p in multiprocessing.active_children()), flush=True)\n"
         "    time.sleep(60)\n"
-        "work._Meter.set = stay\n"
+        "work.Meter.set = stay\n"
         "t.prepare(t.config(t.Path(sys.argv[1]), sys.argv[2]), workers=2)\n"
     )
     command = [sys.executable, "-c", program, tmp_path, whole / "text"]
