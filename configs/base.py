@@ -61,6 +61,9 @@ def get_config() -> ConfigDict:
     # tokens choose, rounded up to a multiple of 128 on TPU. What does not fit is dropped and
     # counted; 0 is room for the worst case.
     e.exchange_buffer = 0.0
+    # Parts of a device's groups that cross the expert axis one after the other, so that experts
+    # compute one while another is under way; at most as many as divide the groups.
+    e.exchange_parts = 1
     e.input_scale = 1.0  # multiplies the experts' input, not the router's (the authors' option: K)
     # How tokens choose experts: a rule of moepp_jax/moe/rules with its options, see there; those of
     # the other rules stand in configs/routing/.

@@ -29,6 +29,7 @@ COSMETIC = (
     "model.attention",
     "model.remat",
     "model.loss_chunk",
+    "moe.exchange_parts",
     "train.log_every",
     "train.eval_every",
     "train.save_every",

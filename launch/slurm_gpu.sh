@@ -45,7 +45,8 @@ srun --kill-on-bad-exit=0 --gpu-bind=none \
   "$python" -m moepp_jax.main train --config=moepp_7b \
   --workdir="$SHARED/runs/moepp_7b" --distributed=on \
   --config.data.sources.text.path="$SHARED/corpus" --config.data.dir="$SHARED/prepared" \
-  --config.mesh.data=1 --config.mesh.fsdp=8 --config.mesh.expert=8 "$@" || status=$?
+  --config.mesh.data=1 --config.mesh.fsdp=8 --config.mesh.expert=8 \
+  --config.model.remat=exchanged "$@" || status=$?
 
 if ((status == 143)); then
   # A preempted job is requeued by SLURM itself; one at its time limit has to ask.

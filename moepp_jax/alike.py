@@ -32,6 +32,7 @@ _FREE = {
     "moe.dispatch",
     "moe.eval_dispatch",
     "moe.exchange_buffer",
+    "moe.exchange_parts",
 }
 
 

@@ -68,6 +68,7 @@ class MoEConfig:
     dispatch: str
     eval_dispatch: str
     exchange_buffer: float
+    exchange_parts: int
     input_scale: float
 
     @property
@@ -352,6 +353,7 @@ _AT_LEAST = {
     "moe.ffn_size": 1,
     "moe.group_size": 1,
     "moe.exchange_buffer": 0,
+    "moe.exchange_parts": 1,
     "data.seq_len": 2,
     "data.worker_processes": 0,
     "optim.initial_lr": 0,

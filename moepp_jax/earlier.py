@@ -22,6 +22,7 @@ _LATER = {
     "model.const_std": 1.0,
     "model.attention": "auto",
     "moe.exchange_buffer": 0.0,
+    "moe.exchange_parts": 1,
     "data.tfds_dir": "",
     "data.worker_processes": 0,
     "optim.schedule": "cosine",

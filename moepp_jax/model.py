@@ -140,6 +140,15 @@ class LanguageModel:
         with jax.named_scope("loss"):
             return out, vocabulary.token_losses(out.matrix, out.hidden, batch["targets"], chunk)
 
+    def loss_of_batch(
+        self, params: dict[str, Any], batch: dict[str, Array], weights_BL: Float[Array, "B L"]
+    ) -> tuple[Output, Float[Array, ""]]:
+        """As `of_batch`, with the weighted sum of the losses, which can be differentiated."""
+        out = self(params, batch["tokens"], batch["positions"], batch["segments"])
+        given = (out.matrix, out.hidden, batch["targets"], weights_BL, self.config.loss_chunk)
+        with jax.named_scope("loss"):
+            return out, vocabulary.weighted_loss(*given)
+
     def whole(self, described: Any, params: Any) -> Any:
         """A subtree of the parameters as arithmetic wants it: whole, in the types of its use."""
         dtype = jnp.dtype(self.config.dtype)
@@ -171,7 +180,9 @@ def moe_of(config: Config, dispatch: str, platform: str, mesh: Mesh | None = Non
     """The layer that a configuration asks for, with the kernels and exchange of the platform."""
     c, sequences = config.moe, 1
     if dispatch == "capacity":
-        path = moe_lib.with_capacity(c.gamma, exchanged=kernels.exchanged(platform))
+        path = moe_lib.with_capacity(
+            c.gamma, kernels.experts_function(platform), kernels.exchanged(platform)
+        )
         sequences = max(1, c.group_size // config.data.seq_len)
     else:
         path = moe_lib.dropless(
@@ -180,7 +191,7 @@ def moe_of(config: Config, dispatch: str, platform: str, mesh: Mesh | None = Non
             c.exchange_buffer or None,
             kernels.tile(platform),
         )
-    return moe_lib.MoE(c.rule, path, c.input_scale, sequences)
+    return moe_lib.MoE(c.rule, moe_lib.in_parts(path, c.exchange_parts), c.input_scale, sequences)
 
 
 def build(config: Config, mesh: Mesh | None = None, dispatch: str | None = None) -> LanguageModel:

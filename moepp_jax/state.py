@@ -151,8 +151,8 @@ def loss_function(parts: Assembly) -> Callable:
     rule, num_parts = parts.model.rule, parts.config.train.accumulate
 
     def loss(params, batch: Batch, total):
-        out, nll = parts.model.of_batch(params, batch)
-        cross_entropy = jax.lax.psum(jnp.sum(nll * batch["loss_mask"]), AXES) / total
+        out, summed = parts.model.loss_of_batch(params, batch, batch["loss_mask"] / total)
+        cross_entropy = jax.lax.psum(summed, AXES)
         stats = jax.tree.map(lambda a: jax.lax.pmean(a.mean(axis=1), AXES), out.statistics)
         state = jax.lax.stop_gradient(parts.model.rule_state(params))
         auxiliary = rule.losses(stats, state)

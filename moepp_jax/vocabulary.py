@@ -5,6 +5,7 @@ Shapes: B sequences, L tokens, D width, V vocabulary. The matrices are whole.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -15,7 +16,7 @@ from moepp_jax.moe.products import tokens_first
 
 
 def logits(w_VD: Float[Array, "V D"], hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
-    """Float32 logits. For many tokens use `token_losses`, which never holds them all."""
+    """Float32 logits. Of many tokens: `token_losses`, which never holds them all."""
     return tokens_first(hidden, w_VD.astype(hidden.dtype), jnp.float32)
 
 
@@ -27,67 +28,92 @@ def token_losses(
 ) -> Float[Array, "B L"]:
     """Cross-entropy of every target in nats, `chunk` tokens of each sequence at a time.
 
-    A chunk's logits are recomputed in the gradient, so (B, chunk, V) of them exist at most.
+    For evaluation: what is trained on is `weighted_loss`.
     """
-    B, L, D = hidden_BLD.shape
-    size = min(chunk, L)
-    w_VD = _summing_in_float32(w_VD, hidden_BLD.dtype)
+    B = len(hidden_BLD)
 
-    @jax.checkpoint
-    def of_chunk(hidden, targets):
-        z = _logits_of_training(w_VD, hidden)
-        at_target = jnp.take_along_axis(z, targets[..., None], axis=-1)[..., 0]
-        return jax.nn.logsumexp(z, axis=-1) - at_target
+    def of_chunk(_, of):
+        z, normaliser = _normalised(w_VD, of["hidden"])
+        return None, normaliser - _at(z, of["targets"])
 
-    chunks = (
-        hidden_BLD.reshape(B, L // size, size, D).swapaxes(0, 1),
-        targets_BL.reshape(B, L // size, size).swapaxes(0, 1),
-    )
-    _, by_chunk = jax.lax.scan(lambda _, c: (None, of_chunk(*c)), None, chunks)
-    return by_chunk.swapaxes(0, 1).reshape(B, L)
+    parts = _chunks({"hidden": hidden_BLD, "targets": targets_BL}, chunk)
+    _, by_chunk = jax.lax.scan(of_chunk, None, parts)
+    return by_chunk.swapaxes(0, 1).reshape(B, -1)
 
 
-@jax.custom_vjp
-def _logits_of_training(
-    w_VD: Float[Array, "V D"], hidden_BLD: Float[Array, "B L D"]
-) -> Float[Array, "B L V"]:
-    """`logits`, whose gradients too are products in the type of `hidden`, summed in float32.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def weighted_loss(
+    w_VD: Float[Array, "V D"],
+    hidden_BLD: Float[Array, "B L D"],
+    targets_BL: Int[Array, "B L"],
+    weights_BL: Float[Array, "B L"],
+    chunk: int,
+) -> Float[Array, ""]:
+    """The sum of `token_losses` times their weights, which have no gradient.
 
-    Left to itself, JAX multiplies the logits' gradient, which is float32, as it is: on GPUs in half
-    the speed of bfloat16 or less, and with operands of twice the size.
+    What the gradients are is known with the logits, up to a number that comes later: so they are
+    made at once, and neither are logits computed again in backward nor do more of them exist than
+    (B, chunk, V). Their products are of the type of `hidden`, summed in float32.
     """
-    return logits(w_VD, hidden_BLD)
+    return jnp.sum(weights_BL * token_losses(w_VD, hidden_BLD, targets_BL, chunk))
 
 
-def _forward(w_VD, hidden_BLD):
-    return logits(w_VD, hidden_BLD), (w_VD, hidden_BLD)
+def _weighted_loss_fwd(w_VD, hidden_BLD, targets_BL, weights_BL, chunk):
+    V, D = w_VD.shape
+    w = w_VD.astype(hidden_BLD.dtype)
+
+    def of_chunk(d_w_VD, of):
+        z, normaliser = _normalised(w, of["hidden"])
+        nll = normaliser - _at(z, of["targets"])
+        p = jnp.exp(z - normaliser[..., None])
+        d_z = jnp.where(jnp.arange(V) == of["targets"][..., None], p - 1, p)
+        d_z = (of["weights"][..., None] * d_z).astype(w.dtype).reshape(-1, V)
+        of_w = ("tv,td->vd", d_z, of["hidden"].reshape(-1, D))
+        d_w_VD += jnp.einsum(*of_w, preferred_element_type=d_w_VD.dtype)
+        d_hidden = jnp.einsum("tv,vd->td", d_z, w, preferred_element_type=d_w_VD.dtype)
+        return d_w_VD, (nll, d_hidden.astype(w.dtype).reshape(of["hidden"].shape))
+
+    given = {"hidden": hidden_BLD, "targets": targets_BL, "weights": weights_BL}
+    # Varying over the mesh as the targets do: shard_map asks that of what a scan carries.
+    zeros = jnp.zeros((V, D), jnp.promote_types(jnp.float32, w.dtype)) + 0 * targets_BL[0, 0]
+    d_w_VD, by_chunk = jax.lax.scan(of_chunk, zeros, _chunks(given, chunk))
+    nll, d_hidden = (a.swapaxes(0, 1).reshape(*targets_BL.shape, *a.shape[3:]) for a in by_chunk)
+    return jnp.sum(weights_BL * nll), (d_w_VD, d_hidden, w_VD[:0])
 
 
-def _backward(kept, d_logits):
-    w_VD, hidden_BLD = kept
-    dtype, D = hidden_BLD.dtype, hidden_BLD.shape[-1]
-    d_TV = d_logits.astype(dtype).reshape(-1, len(w_VD))
-    hidden_TD = hidden_BLD.reshape(-1, D)
-    d_w_VD = jnp.einsum("tv,td->vd", d_TV, hidden_TD, preferred_element_type=jnp.float32)
-    d_hidden_TD = jnp.einsum(
-        "tv,vd->td", d_TV, w_VD.astype(dtype), preferred_element_type=jnp.float32
-    )
-    return d_w_VD.astype(w_VD.dtype), d_hidden_TD.astype(dtype).reshape(hidden_BLD.shape)
+def _weighted_loss_bwd(chunk, kept, d_loss):
+    d_w_VD, d_hidden, like_w = kept
+    d_hidden = (d_loss * d_hidden).astype(d_hidden.dtype)
+    return (d_loss * d_w_VD).astype(like_w.dtype), d_hidden, None, None
 
 
-_logits_of_training.defvjp(_forward, _backward)
+weighted_loss.defvjp(_weighted_loss_fwd, _weighted_loss_bwd)
+
+
+def _chunks(arrays: dict[str, Array], chunk: int) -> dict[str, Array]:
+    """(B, L, ...) as (L / chunk, B, chunk, ...); a shorter sequence is one chunk."""
+
+    def split(a):
+        B, L, *rest = a.shape
+        size = min(chunk, L)
+        return a.reshape(B, L // size, size, *rest).swapaxes(0, 1)
+
+    return jax.tree.map(split, arrays)
+
+
+def _normalised(w_VD, hidden_BCD):
+    """The logits of a chunk, and the logarithm of the sum of their exponentials."""
+    z = logits(w_VD, hidden_BCD)
+    return z, jax.nn.logsumexp(z, axis=-1)
+
+
+def _at(z_BCV, targets_BC):
+    return jnp.take_along_axis(z_BCV, targets_BC[..., None], axis=-1)[..., 0]
 
 
 def look_up(
     embedding_VD: Float[Array, "V D"], tokens_BL: Int[Array, "B L"], dtype: Any
 ) -> Float[Array, "B L D"]:
     """The embedding of every token, in `dtype`."""
-    return _summing_in_float32(embedding_VD, dtype)[tokens_BL].astype(dtype)
-
-
-def _summing_in_float32(matrix_VD, dtype):
-    """The matrix with the values of `dtype`, whose gradient is summed in float32.
-
-    It is a sum over all chunks of tokens, or all places of a frequent token.
-    """
-    return matrix_VD.astype(dtype).astype(jnp.float32)
+    # Float32 in between: the gradient is a sum over all places of a frequent token.
+    return embedding_VD.astype(dtype).astype(jnp.float32)[tokens_BL].astype(dtype)

@@ -44,6 +44,7 @@ _FREE = (
     "mesh.",
     "generate.",
     "model.attention",
+    "moe.exchange_parts",
     "data.dir",
     "data.tfds_dir",
     "data.worker_processes",

@@ -137,7 +137,9 @@ def test_all_launch_the_same_run(stage, tmp_path):
     )
     for name, (arguments, _) in launched(stage, tmp_path).items():
         rest = [argument for argument in arguments if not argument.startswith(place)]
-        assert rest == ["train", "--config=moepp_7b", "--distributed=on"], name
+        # A card has less memory than the chips of the recipe.
+        keeps = ["--config.model.remat=exchanged"] if "gpu" in name else []
+        assert rest == ["train", "--config=moepp_7b", "--distributed=on", *keeps], name
         assert len(arguments) - len(rest) == 6
 
 

@@ -138,10 +138,17 @@ def test_losses_of_chunks_are_the_cross_entropy():
         return value, *grads
 
     expected = of(plain)
+    given = (params["output"], hidden, targets)
     for chunk in (1, 8, 32, 256):
-        losses = functools.partial(vocabulary.token_losses, targets_BL=targets, chunk=chunk)
-        for a, b in zip(of(losses), expected, strict=True):
-            close(a, b, 1e-6)
+        close(vocabulary.token_losses(*given, chunk), expected[0], 1e-6)
+        loss = functools.partial(vocabulary.weighted_loss, chunk=chunk)
+        close(loss(*given, weights), jnp.sum(expected[0] * weights), 1e-6)
+        # A factor that the loss has later is one of the gradients.
+        both = jax.jit(jax.value_and_grad(lambda *of, loss=loss: 3 * loss(*of), argnums=(0, 1)))
+        value, grads = both(*given, weights)
+        close(value, 3 * jnp.sum(expected[0] * weights), 1e-6)
+        for got, wanted in zip(grads, expected[1:], strict=True):
+            close(got, 3 * wanted, 1e-6)
 
 
 def losses_at_random(dtype):
@@ -152,7 +159,7 @@ def losses_at_random(dtype):
     targets = jnp.asarray(rng.integers(0, 512, (2, 32)))
 
     def summed(output, hidden):
-        return vocabulary.token_losses(output, hidden, targets, chunk=8).sum()
+        return vocabulary.weighted_loss(output, hidden, targets, jnp.ones(targets.shape), 8)
 
     return summed, (output, hidden)
 
@@ -175,24 +182,17 @@ def test_the_vocabularys_products_are_all_in_the_models_type_and_sum_in_float32(
     summed, arguments = losses_at_random(jnp.bfloat16)
     traced = jax.make_jaxpr(jax.grad(summed, (0, 1)))(*arguments)
     found = products(traced.jaxpr)
-    # Forward, again for the gradient, and the gradients of both factors.
-    assert found == 4 * [["bfloat16", "bfloat16", "float32"]]
+    # The logits, once, and the gradients of both factors.
+    assert found == 3 * [["bfloat16", "bfloat16", "float32"]]
 
 
-def test_the_vocabularys_gradients_are_as_exact_as_the_models_type(monkeypatch):
+def test_the_vocabularys_gradients_are_as_exact_as_the_models_type():
     summed, (output, hidden) = losses_at_random(jnp.bfloat16)
     rounded = output.astype(jnp.bfloat16).astype(jnp.float32)
     exact = jax.grad(summed, (0, 1))(rounded, hidden.astype(jnp.float32))
     for got, wanted in zip(jax.grad(summed, (0, 1))(output, hidden), exact, strict=True):
         error = jnp.linalg.norm(got.astype(jnp.float32) - wanted) / jnp.linalg.norm(wanted)
         assert error < 2**-8  # half of a bfloat16's last digit
-    # In float32 they are JAX's own, to the last digit.
-    summed, arguments = losses_at_random(jnp.float32)
-    own = jax.jit(jax.grad(summed, (0, 1)))(*arguments)
-    monkeypatch.setattr(vocabulary, "_logits_of_training", vocabulary.logits)
-    summed, arguments = losses_at_random(jnp.float32)
-    for got, wanted in zip(own, jax.jit(jax.grad(summed, (0, 1)))(*arguments), strict=True):
-        np.testing.assert_array_equal(got, wanted)
 
 
 def test_logits_of_the_whole_vocabulary_are_never_held():

@@ -124,6 +124,7 @@ def on(scale: Scale, size: Size) -> Config:
     """The recipe on a mesh."""
     config = scale.variant(size.model, of=scale.sizes[_MODELS[size.model]]).config
     config = config.replace("mesh", data=size.data, fsdp=size.fsdp, expert=size.expert)
+    config = config.replace("model", remat="exchanged")
     return config.replace("train", accumulate=size.accumulate)
 
 

@@ -130,6 +130,8 @@ The compiler of TPUs has to be there (`make pods` puts it beside the environment
 def on(config: Config, size: Size) -> Config:
     """The recipe on a mesh."""
     config = config.replace("mesh", data=size.data, fsdp=size.fsdp, expert=size.expert)
+    if size.accumulate > 1:  # where each chip holds more of the model, less is kept
+        config = config.replace("model", remat="exchanged")
     batch = max(config.train.batch_size, size.chips)
     return config.replace("train", batch_size=batch, accumulate=size.accumulate)
 

@@ -29,7 +29,7 @@ from moepp_jax.moe.grouped import Blocked, ragged_swiglu
 from moepp_jax.moe.layer import MoE, Routed, describe, local, routed, sharded
 from moepp_jax.moe.losses import Statistics, heterogeneous_balance, summarise
 from moepp_jax.moe.param import Param, init
-from moepp_jax.moe.paths import dropless, with_capacity
+from moepp_jax.moe.paths import dropless, in_parts, with_capacity
 from moepp_jax.moe.rule import Loss, Routing, Rule, RuleError
 
 __all__ = [
@@ -47,6 +47,7 @@ __all__ = [
     "describe",
     "dropless",
     "heterogeneous_balance",
+    "in_parts",
     "init",
     "local",
     "ragged_swiglu",

@@ -156,7 +156,7 @@ def gather(x_TD: Float[Array, "T D"], rows: Rows) -> Float[Array, "R D"]:
 
     The gradient is a gather too: each token sums the rows that its assignments have.
     """
-    return _by_row(lambda at: x_TD[_token(rows, at)], x_TD, rows)
+    return _by_row(lambda at: x_TD[_token(rows, at)], rows)
 
 
 def _gather_fwd(x_TD, rows):
@@ -191,16 +191,18 @@ def _combine_bwd(saved, d_TD):
     filled = rows.assignment < gates_TK.size
     gate_R = gates_TK.reshape(-1)[jnp.where(filled, rows.assignment, 0)]
     gate_R = jnp.where(filled, gate_R, 0.0)
-    d_y = _by_row(lambda at: gate_R[at][:, None] * d_TD[_token(rows, at)], y_RD, rows)
-    has_row = rows.row < y_RD.shape[0]
-
-    def with_product(k, products):
-        product = jnp.sum(d_TD.astype(jnp.float32) * y_RD[_clip(rows.row[:, k], y_RD)], axis=-1)
-        return jax.lax.dynamic_update_index_in_dim(products, product, k, axis=1)
-
     wide = jnp.promote_types(jnp.float32, y_RD.dtype)
-    products = _over_choices(with_product, jnp.zeros(gates_TK.shape, wide), rows)
-    return d_y, jnp.where(has_row, products, 0.0).astype(gates_TK.dtype), None
+
+    # Both gradients while the token's is at hand: to fetch its rows of y again, for the gates,
+    # would take as long as to fetch it.
+    def of_row(at):
+        d = d_TD[_token(rows, at)]
+        d_y = gate_R[at][:, None] * d
+        return d_y.astype(y_RD.dtype), jnp.sum(d.astype(wide) * y_RD[at], axis=-1)
+
+    d_y, product_R = _by_row(of_row, rows)
+    d_gates = jnp.where(rows.row < len(product_R), product_R[_clip(rows.row, product_R)], 0.0)
+    return d_y, d_gates.astype(gates_TK.dtype), None
 
 
 combine.defvjp(_combine_fwd, _combine_bwd)
@@ -235,20 +237,24 @@ def _over_choices(step: Callable, start: Array, rows: Rows) -> Array:
 _BLOCK = 1024
 
 
-def _by_row(value: Callable, like_BD: Array, rows: Rows) -> Float[Array, "R D"]:
-    """value(row numbers) of all rows, in the type of `like`; of few, block by block, else 0."""
+def _by_row(value: Callable, rows: Rows):
+    """value(row numbers) of all rows, or its arrays; of few, block by block, else 0."""
     R = len(rows.assignment)
     if rows.few is None:
-        return value(slice(None)).astype(like_BD.dtype)
+        return value(slice(None))
     block = min(_BLOCK, R)
 
     def put(b, done):
         start = jnp.minimum(b * block, R - block)
-        made = value(start + jnp.arange(block)).astype(like_BD.dtype)
-        return jax.lax.dynamic_update_slice_in_dim(done, made, start, axis=0)
+        made = value(start + jnp.arange(block))
+        return jax.tree.map(
+            lambda d, m: jax.lax.dynamic_update_slice_in_dim(d, m, start, axis=0), done, made
+        )
 
-    zeros = _varying(jnp.zeros((R, like_BD.shape[1]), like_BD.dtype), rows)
-    return jax.lax.fori_loop(0, (rows.few + block - 1) // block, put, zeros)
+    made = jax.eval_shape(value, jnp.arange(block))
+    zeros = jax.tree.map(lambda m: jnp.zeros((R, *m.shape[1:]), m.dtype), made)
+    start = jax.tree.map(lambda z: _varying(z, rows), zeros)
+    return jax.lax.fori_loop(0, (rows.few + block - 1) // block, put, start)
 
 
 def _varying(zeros: Array, rows: Rows) -> Array:

@@ -1,6 +1,7 @@
 """The experts: the pool, FFN experts over stacked parameters, and the three that cost nothing."""
 
-from collections.abc import Callable, Mapping
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import jax
@@ -63,39 +64,71 @@ def one_swiglu(product: Callable) -> Callable:
     return expert
 
 
-@jax.custom_vjp
+def _swiglu(matrices: Callable, joined: Callable) -> Callable:
+    """`swiglu` that makes the products of x as these say.
+
+    Args:
+      matrices: w_in (E, 2, F, D) -> what x is multiplied with, (E, H, D) each.
+      joined: their gradients -> that of w_in, in any shape.
+    """
+
+    @jax.custom_vjp
+    def swiglu(params, x_EBD):
+        return forward(params, x_EBD)[0]
+
+    def forward(params, x_EBD):
+        h = [jnp.einsum("...ebd,ehd->...ebh", x_EBD, w) for w in matrices(params["w_in"])]
+        h = [checkpoint_name(product, "w_in") for product in h]
+        return jnp.einsum("...ebf,edf->...ebd", _activated(h), params["w_out"]), (params, x_EBD, h)
+
+    def backward(saved, d_y):
+        params, x_EBD, h = saved
+        w_in, w_out = params["w_in"], params["w_out"]
+        a, pullback = jax.vjp(_activated, h)
+        (d_h,) = pullback(jnp.einsum("...ebd,edf->...ebf", d_y, w_out).astype(a.dtype))
+        d_in = joined([jnp.einsum("...ebh,...ebd->ehd", d, x_EBD) for d in d_h])
+        d_out = jnp.einsum("...ebd,...ebf->edf", d_y, a)
+        d_x = [
+            jnp.einsum("...ebh,ehd->...ebd", d, w) for d, w in zip(d_h, matrices(w_in), strict=True)
+        ]
+        d_params = {
+            "w_in": d_in.reshape(w_in.shape).astype(w_in.dtype),
+            "w_out": d_out.astype(w_out.dtype),
+        }
+        return d_params, functools.reduce(jnp.add, d_x).astype(x_EBD.dtype)
+
+    swiglu.defvjp(forward, backward)
+    return swiglu
+
+
+def _activated(h: Sequence[Float[Array, "..."]]) -> Float[Array, "..."]:
+    """`activate` of both halves in one array, or apart."""
+    return activate(h[0]) if len(h) == 1 else jax.nn.silu(h[0]) * h[1]
+
+
 def swiglu(
     params: Mapping[str, Float[Array, "..."]], x_EBD: Float[Array, "*n E B D"]
 ) -> Float[Array, "*n E B D"]:
     """W_out (SiLU(W_gate x) * W_up x), every expert on its own rows, whatever axes come before.
 
-    The gradient keeps the two products of x and computes the activation from them again. In
-    checkpoint policies their name is "w_in".
+    The gradient keeps the products of x and computes the activation from them again. In checkpoint
+    policies their name is "w_in".
 
     Args:
       params: "w_in" (E, 2, F, D), the gate's matrix and then the linear one, and "w_out" (E, D, F).
     """
-    return _swiglu_fwd(params, x_EBD)[0]
+    return _AS_ONE(params, x_EBD)
 
 
-def _swiglu_fwd(params, x_EBD):
-    h = jnp.einsum("...ebd,ehd->...ebh", x_EBD, as_one(params["w_in"]))
-    h = checkpoint_name(h, "w_in")
-    return jnp.einsum("...ebf,edf->...ebd", activate(h), params["w_out"]), (params, x_EBD, h)
+def swiglu_apart(
+    params: Mapping[str, Float[Array, "..."]], x_EBD: Float[Array, "*n E B D"]
+) -> Float[Array, "*n E B D"]:
+    """`swiglu`, whose two products of x are two."""
+    return _APART(params, x_EBD)
 
 
-def _swiglu_bwd(saved, d_y):
-    params, x_EBD, h = saved
-    w_in, w_out = params["w_in"], params["w_out"]
-    a, pullback = jax.vjp(activate, h)
-    (d_h,) = pullback(jnp.einsum("...ebd,edf->...ebf", d_y, w_out).astype(a.dtype))
-    d_in = jnp.einsum("...ebh,...ebd->ehd", d_h, x_EBD).reshape(w_in.shape)
-    d_out = jnp.einsum("...ebd,...ebf->edf", d_y, a)
-    d_x = jnp.einsum("...ebh,ehd->...ebd", d_h, as_one(w_in)).astype(x_EBD.dtype)
-    return {"w_in": d_in.astype(w_in.dtype), "w_out": d_out.astype(w_out.dtype)}, d_x
-
-
-swiglu.defvjp(_swiglu_fwd, _swiglu_bwd)
+_AS_ONE = _swiglu(lambda w_in: [as_one(w_in)], lambda d: d[0])
+_APART = _swiglu(lambda w_in: [w_in[:, 0], w_in[:, 1]], lambda d: jnp.stack(d, axis=1))
 
 
 @jax.named_scope("zero_computation")

@@ -55,6 +55,30 @@ def with_capacity(
     return path
 
 
+def in_parts(path: Path, parts: int) -> Path:
+    """The path, taken by one part of the groups after the other.
+
+    Parts do not depend on each other, so that experts can compute one while the rows of another
+    cross the expert axis. Where there is no such axis nothing is split. Each part reads the
+    experts' parameters anew, and has its own room if `dropless` is given a buffer.
+
+    Args:
+      parts: at most; the groups are split evenly.
+    """
+
+    def each(x_GSD, routing: Routing, params, rule: Rule, axis: str | None, sequences: int = 1):
+        G = len(x_GSD)
+        size = G if axis is None else G // max(n for n in range(1, parts + 1) if G % n == 0)
+        done = []
+        for start in range(0, G, size):
+            x, of_part = jax.tree.map(lambda a, s=start: a[s : s + size], (x_GSD, routing))
+            done.append(path(x, of_part, params, rule, axis, sequences))
+        y, kept = zip(*done, strict=True)
+        return jnp.concatenate(y), jnp.concatenate(kept)
+
+    return path if parts == 1 else each
+
+
 def dropless(
     grouped: Callable | None = None,
     moved: transfer.Move = transfer.dense,

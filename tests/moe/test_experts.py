@@ -111,7 +111,9 @@ def test_swiglu():
 
         return jax.jit(expert)(params, x), jax.jit(jax.grad(total, (0, 1), has_aux=True))(params, x)
 
-    cases.trees_close(values_and_gradients(moe.swiglu), values_and_gradients(plain_swiglu), 1e-6)
+    expected = values_and_gradients(plain_swiglu)
+    for own in (moe.swiglu, experts.swiglu_apart):
+        cases.trees_close(values_and_gradients(own), expected, 1e-6)
 
 
 EXPERTS_IN_PATHS = {
@@ -123,8 +125,8 @@ EXPERTS_IN_PATHS = {
 @pytest.mark.parametrize("path", EXPERTS_IN_PATHS)
 @pytest.mark.parametrize(
     "expert",
-    [moe.swiglu, plain_swiglu],
-    ids=["swiglu", "own"],
+    [moe.swiglu, experts.swiglu_apart, plain_swiglu],
+    ids=["swiglu", "apart", "own"],
 )
 @pytest.mark.parametrize("finer", ["tokens", "parameters"])
 def test_types_may_differ(path, expert, finer):
