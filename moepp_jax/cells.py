@@ -94,7 +94,7 @@ class Cells:
 def _bytes(part: jax.Array) -> np.ndarray:
     """A device's array in the host's memory."""
     # On CPU NumPy would be shown the device's own memory, in which the next step writes.
-    on_cpu = part.devices().pop().platform == "cpu"
+    on_cpu = next(iter(part.devices())).platform == "cpu"
     return np.array(part, copy=True if on_cpu else None).reshape(-1).view(np.uint8)
 
 
