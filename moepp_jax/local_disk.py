@@ -10,6 +10,7 @@ change from start to start.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import shutil
@@ -32,7 +33,7 @@ class Copy(NamedTuple):
     """What one process has left of a step.
 
     Attributes:
-      note: of what it is, as it was given to `write`; empty if that cannot be read.
+      note: of what it is, as it was given to `write`; empty if that is damaged.
     """
 
     folder: Path
@@ -89,7 +90,7 @@ class Disk:
             with ThreadPoolExecutor() as pool:
                 list(pool.map(lambda of: _write(half / str(of[0]), of[1]), cells.items()))
             checksums.write(half, map(str, cells))
-            (half / _NOTE).write_text(json.dumps(note), encoding="utf-8")
+            (half / _NOTE).write_text(_summed(note), encoding="utf-8")
             for path in (*half.iterdir(), half):
                 _sync(path)
             half.rename(whole)
@@ -101,7 +102,7 @@ class Disk:
     def keep_only(self, kept: Collection[Copy], **noted: Any) -> None:
         """Notes something of these copies; all others, and what is left of half ones, go."""
         for copy in kept:
-            write_atomic(copy.folder / _NOTE, json.dumps(dict(copy.note) | noted))
+            write_atomic(copy.folder / _NOTE, _summed(dict(copy.note) | noted))
         folders = {copy.folder for copy in kept}
         for folder in (*(copy.folder for copy in self.copies()), *self._own.glob(".*.tmp")):
             if folder not in folders:
@@ -136,10 +137,21 @@ def _entries(folder: Path) -> list[Path]:
         return []
 
 
+def _summed(note: Mapping[str, Any]) -> str:
+    """A note with its sum, as JSON."""
+    return json.dumps({"note": note, "sum": _sum(note)})
+
+
+def _sum(note: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(note, sort_keys=True).encode()).hexdigest()
+
+
 def _note(file: Path) -> dict[str, Any]:
+    """What a file says; nothing if it does not say what it was given."""
     try:
-        return dict(regular.read_json(file))
-    except (OSError, ValueError, TypeError):
+        read = regular.read_json(file)
+        return dict(read["note"]) if _sum(read["note"]) == read["sum"] else {}
+    except (OSError, ValueError, LookupError, TypeError):
         return {}
 
 

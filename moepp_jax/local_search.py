@@ -35,8 +35,8 @@ class Sought(NamedTuple):
     def objection(self, copy: Copy, layout: Mapping[str, Any]) -> str | None:
         """Why a copy is not it."""
         note = copy.note
-        if not {"starts", "after", "layout"} <= note.keys():
-            return "is damaged: its copy.json cannot be read"
+        if not note:
+            return "is damaged: its copy.json is not as it was written"
         if self.start not in note["starts"]:
             return "is of another run, or of a past that this one has discarded"
         if note["after"] > self.newest:

@@ -169,6 +169,12 @@ def cut(folder: Path) -> None:
     file.write_bytes(file.read_bytes()[:-1])
 
 
+def replace(file: Path, before: str, after: str) -> None:
+    text = file.read_text()
+    assert before in text
+    file.write_text(text.replace(before, after))
+
+
 DAMAGES = {
     "a flipped bit": (flip, "the local copy of step 6 is not used: .*2/arrays is not as it was"),
     "a short file": (cut, "the local copy of step 6 is not used: .*2/arrays is not as it was"),
@@ -180,9 +186,13 @@ DAMAGES = {
         lambda folder: (folder / "checksums.json").unlink(),
         r"the local copy of step 6 is not used: .* it has no checksums.json",
     ),
-    "no note": (
+    "half a note": (
         lambda folder: (folder / "copy.json").write_text("{"),
-        "no local copy is used: .*/6 is damaged: its copy.json cannot be read",
+        "no local copy is used: .*/6 is damaged: its copy.json is not as it was written",
+    ),
+    "another note": (
+        lambda folder: replace(folder / "copy.json", '"after": ', '"after": 1'),
+        "no local copy is used: .*/6 is damaged: its copy.json is not as it was written",
     ),
     "no copy": (shutil.rmtree, "no local copy is used: no host has one"),
 }
