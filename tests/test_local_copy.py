@@ -137,6 +137,19 @@ def test_a_killed_run_goes_on_from_its_local_copy_and_ends_with_the_same_bits(
     assert not list(local.iterdir()) and not (run / "local.json").exists()
 
 
+def test_no_copy_outlives_the_rows_before_it(data, tmp_path):
+    run, seen = tmp_path / "run", []
+
+    def save(copies, step, state, real=LocalCopies.save):
+        seen.append((step, read_metrics(run)[-1]["step"]))
+        real(copies, step, state)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(LocalCopies, "save", save)
+        killed(config(data, tmp_path / "local", **CUBE), run, 7)
+    assert seen == [(3, 3), (6, 6)]
+
+
 def test_a_replica_writes_what_another_one_holds_once(of_seven):
     (folder,) = (of_seven / "local").glob("*/process-0/6")
     assert sorted(f.name for f in folder.iterdir() if f.is_dir()) == ["0", "1", "2", "3"]
