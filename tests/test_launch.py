@@ -137,7 +137,8 @@ def test_all_launch_the_same_run(stage, tmp_path):
     )
     for name, (arguments, _) in launched(stage, tmp_path).items():
         rest = [argument for argument in arguments if not argument.startswith(place)]
-        assert rest == ["train", "--config=moepp_7b", "--distributed=on"], name
+        local = ["--config.train.local_dir=/local"] * name.startswith("jobset_v5p")
+        assert rest == ["train", "--config=moepp_7b", "--distributed=on", *local], name
         assert len(arguments) - len(rest) == 6
 
 
