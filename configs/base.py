@@ -117,6 +117,10 @@ def get_config() -> ConfigDict:
     t.eval_batches = 16  # batches of held-out text in such an evaluation; 0 is all of it
     t.save_every = 1000  # steps
     t.keep = 2  # newest checkpoints kept, beside the best
+    # A second copy of the state, on each host's own disk, for the steps between two checkpoints:
+    # docs/PODS.md says when it is of use. {process} in it is the process's number; empty: none.
+    t.local_dir = ""
+    t.local_every = 100  # steps between two local copies; the newest two are kept
     # A loss or a gradient that is not finite: "stop" ends the run, "skip" leaves the update out.
     t.on_nonfinite = "stop"
     t.max_skipped = 10  # updates left out in a row that end the run

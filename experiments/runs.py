@@ -34,6 +34,8 @@ COSMETIC = (
     "train.eval_every",
     "train.save_every",
     "train.keep",
+    "train.local_dir",
+    "train.local_every",
 )
 
 

@@ -137,6 +137,8 @@ class TrainConfig:
     eval_batches: int
     save_every: int
     keep: int
+    local_dir: str
+    local_every: int
     on_nonfinite: str
     max_skipped: int
     skip_above: float
@@ -207,12 +209,13 @@ class Config:
 
 def _require_no_credentials(config: Config) -> None:
     data = config.data
-    paths = {"dir": data.dir, "tfds_dir": data.tfds_dir, "tokenizer": data.tokenizer}
-    paths |= {f"sources.{name}.path": source.path for name, source in data.sources.items()}
+    paths = {f"data.{name}": getattr(data, name) for name in ("dir", "tfds_dir", "tokenizer")}
+    paths |= {f"data.sources.{name}.path": source.path for name, source in data.sources.items()}
+    paths["train.local_dir"] = config.train.local_dir
     for name, path in paths.items():
         if holds_credentials(path):
             raise ConfigError(
-                f"config.data.{name} holds credentials, which would be written to config.json: "
+                f"config.{name} holds credentials, which would be written to config.json: "
                 "give the path without what stands before @, and the key in the environment"
             )
 
@@ -369,6 +372,7 @@ _AT_LEAST = {
     "train.eval_batches": 0,
     "train.save_every": 1,
     "train.keep": 1,
+    "train.local_every": 1,
     "train.max_skipped": 1,
     "train.skip_above": 0,
     "generate.max_new_tokens": 1,
@@ -482,6 +486,11 @@ def _check(c: Config) -> None:
         t.skip_above == 0 or t.skip_above > 1,
         "train.skip_above",
         "must be 0 (off) or greater than 1: it is a multiple of the usual norm",
+    )
+    require(
+        "://" not in t.local_dir,
+        "train.local_dir",
+        "must be a folder on each host's own disk: a store that all hosts share is for --workdir",
     )
     for name, source in c.data.sources.items():
         field = f"config.data.sources.{name}.weight"

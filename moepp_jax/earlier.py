@@ -28,6 +28,8 @@ _LATER = {
     "optim.schedule": "cosine",
     "optim.decay_steps": 0,
     "train.first_batch": 0,
+    "train.local_dir": "",
+    "train.local_every": 100,
     "train.on_nonfinite": "stop",
     "train.max_skipped": 10,
     "train.skip_above": 0.0,

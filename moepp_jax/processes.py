@@ -19,6 +19,9 @@ T = TypeVar("T")
 # Bytes of an error's text that the other processes are told.
 _MESSAGE = 2000
 
+# Bytes that one process sends all others at a time.
+_PIECE = 64 * 2**20
+
 # Seconds of a process's work after which the others hear that it goes on.
 _PATIENCE = 10.0
 
@@ -122,6 +125,31 @@ def of_first(number: int | None) -> int | None:
     with jax.transfer_guard("allow"):
         told = multihost_utils.broadcast_one_to_all(np.int32(-1 if number is None else number))
     return None if told < 0 else int(told)
+
+
+def of_all(numbers: np.ndarray) -> np.ndarray:
+    """An array of each process, stacked: [process, ...]."""
+    if jax.process_count() == 1:
+        return numbers[None]
+    with jax.transfer_guard("allow"):
+        return multihost_utils.process_allgather(numbers)
+
+
+def from_one(content: np.ndarray | None, nbytes: int, source: int) -> np.ndarray:
+    """The bytes (uint8) that one process has, in all of them; the others give None."""
+    taken = np.empty(nbytes, np.uint8)
+    for start in range(0, nbytes, _PIECE):
+        end = min(start + _PIECE, nbytes)
+        # Sums of zeros and one number: exact for integers, where floats would lose the sign of 0.
+        piece = np.zeros(min(_PIECE, -(-nbytes // 4) * 4), np.uint8)
+        if content is not None:
+            piece[: end - start] = content[start:end]
+        with jax.transfer_guard("allow"):
+            told = multihost_utils.broadcast_one_to_all(
+                piece.view(np.uint32), is_source=jax.process_index() == source
+            )
+        taken[start:end] = np.asarray(told).view(np.uint8)[: end - start]
+    return taken
 
 
 class Rows:

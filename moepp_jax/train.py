@@ -14,12 +14,13 @@ from moepp_jax import evaluate as evaluate_lib
 from moepp_jax import mesh as mesh_lib
 from moepp_jax import parent as parent_lib
 from moepp_jax import state as state_lib
-from moepp_jax.checkpoint import Checkpoints
+from moepp_jax.checkpoint import CheckpointError, Checkpoints
 from moepp_jax.config import Config
 from moepp_jax.data import Dataset, describe
 from moepp_jax.errors import ConfigError
 from moepp_jax.guard import require_sound
 from moepp_jax.interrupt import Stopped, StopRequest
+from moepp_jax.local_copy import LocalCopies
 from moepp_jax.log import Log
 from moepp_jax.metrics import DivergedError, MetricsWriter, require_finite
 from moepp_jax.moe import rules
@@ -40,6 +41,8 @@ def train(
     debug: bool = False,
 ) -> state_lib.State:
     """Trains until config.train.steps, from the newest checkpoint of the work directory if any.
+
+    Or from a newer copy on the hosts' own disks, if config.train.local_dir names a place for some.
 
     Writes config.json, tokenizer.model, data.json, metrics.jsonl, TensorBoard events and
     checkpoints there. A run that was stopped and started again ends with the same bits as one that
@@ -87,15 +90,18 @@ def train(
         if parent and not checkpoints.steps():
             parent = parent_lib.located(parent, config, workdir)
         dataset = _open_data(config, workdir, parent, report)
-        state, step = _beginning(parts, checkpoints, parent, report)
+        copies = LocalCopies(parts, workdir)
+        state, step = _beginning(parts, checkpoints, copies, parent, report)
         processes.on_first(lambda: _make(config, workdir, dataset, parent, step, report))
         processes.on_first(hold)  # once more is as good as once
         report(describe(dataset, config.train.steps))
         report(f"{_headline(config, mesh, step)}; {_next(config, workdir, step)}")
         if step >= config.train.steps:
+            copies.close()
             if first and wandb:
                 wandb_log.send(wandb, workdir, report)
             return state
+        copies.begin()
         with contextlib.ExitStack() as stack:
             tracer = stack.enter_context(Profile(workdir, profile, config.train.steps - step))
             writer = progress = None
@@ -110,7 +116,7 @@ def train(
             try:
                 train_step = (debugging.explained if debug else state_lib.make_train_step)(parts)
                 state, step = _loop(
-                    parts, train_step, dataset, state, step, checkpoints, log, tracer, stop
+                    parts, train_step, dataset, state, step, checkpoints, copies, log, tracer, stop
                 )
             except DivergedError as error:
                 checkpoints.wait()  # in all processes: each has seen the same numbers
@@ -143,9 +149,18 @@ def _open_data(config: Config, workdir: str | os.PathLike, parent, report) -> Da
     return processes.agree(lambda: made or run_data.open_data(config, workdir))
 
 
-def _beginning(parts, checkpoints, parent, report) -> tuple[state_lib.State, int]:
+def _beginning(parts, checkpoints, copies, parent, report) -> tuple[state_lib.State, int]:
     """The state that the run goes on from or starts in, and its step."""
-    step = checkpoints.latest_intact_step(report)
+    damaged = step = None
+    try:
+        step = checkpoints.latest_intact_step(report)
+    except CheckpointError as error:
+        damaged = error
+    found = copies.newest(step, report)
+    if found:
+        return found
+    if damaged:
+        raise damaged
     if step is None and parent is None:
         return state_lib.init_state(parts), 0
     if step is None:
@@ -171,7 +186,7 @@ def _in_silence(line: str) -> None:
     """What another process reports already."""
 
 
-def _loop(parts, train_step, dataset: Dataset, state, step, checkpoints, log, tracer, stop):
+def _loop(parts, train_step, dataset: Dataset, state, step, checkpoints, copies, log, tracer, stop):
     t = parts.config.train
     evaluate = evaluate_lib.make_evaluate(parts)
     rows = processes.Rows(mesh_lib.batch_sharding(parts.mesh), t.batch_size)
@@ -196,17 +211,22 @@ def _loop(parts, train_step, dataset: Dataset, state, step, checkpoints, log, tr
                 )
                 log.held_out(step, held_out)
                 require_finite(step, held_out)
-        if step % t.save_every == 0 or last:
+        saved, copied = step % t.save_every == 0 or last, copies.is_due(step) and not last
+        if saved or copied:
             log.flush()
             with log.paused(state):
                 values = jax.device_get(metrics)
                 require_sound(t, step, values, values["guard"])
                 log.keep()
-                loss = {k: v for k, v in held_out.items() if k == "eval_loss"}
-                checkpoints.save(step, state, loss)
+                if copied:
+                    copies.save(step, state)
+                if saved:
+                    loss = {k: v for k, v in held_out.items() if k == "eval_loss"}
+                    checkpoints.save(step, state, loss)
         if last:
             break
     checkpoints.wait()
+    copies.close()
     return state, step
 
 

@@ -53,6 +53,8 @@ _FREE = (
     "train.eval_batches",
     "train.save_every",
     "train.keep",
+    "train.local_dir",
+    "train.local_every",
     "train.on_nonfinite",  # a run that has diverged may go on without the batch that it was
     "train.max_skipped",
     "train.skip_above",

@@ -33,6 +33,7 @@ _POD = {
             "name": str,
             "csi": {"driver": str, "readOnly": bool, "volumeAttributes": {str: str}},
             "persistentVolumeClaim": {"claimName": str},
+            "hostPath": {"path": str, "type": str},
         }
     ],
 }

@@ -124,6 +124,8 @@ WRONG = [
     ("train.steps", 0, "must be at least 1"),
     ("train.first_batch", -1, "must be at least 0"),
     ("train.keep", 0, "must be at least 1"),
+    ("train.local_every", 0, "must be at least 1"),
+    ("train.local_dir", "gs://bucket/local", "must be a folder on each host's own disk"),
     ("generate.temperature", -1.0, "must be at least 0"),
     ("generate.top_p", 0.0, "must be greater than 0 and at most 1"),
     ("generate.min_p", 1.0, "must be at least 0 and less than 1"),
@@ -183,7 +185,7 @@ def test_one_expert_has_no_deviation_to_divide_by():
 def test_every_number_has_a_bound_and_every_text_that_is_a_choice_its_choices():
     """A field added without a check would let nonsense through to the compiler."""
     free = {"data.sources", "data.dir", "data.tfds_dir", "data.tokenizer"}
-    free |= {"model.tied_embeddings"}
+    free |= {"model.tied_embeddings", "train.local_dir"}
     free |= {"moe.rule", "moe.n_ffn", "moe.n_const", "moe.n_copy", "moe.n_zero"}  # see `_rule`
     by_hand = {"mesh.data", "mesh.fsdp", "mesh.expert", "optim.beta1", "optim.beta2"}
     by_hand |= {"optim.final_lr_ratio", "generate.min_p", "seed", "generate.seed"}

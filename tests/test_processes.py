@@ -198,6 +198,7 @@ def test_what_the_first_process_refuses_ends_all(folder):
 AGREE = """
 import time
 import jax
+import numpy as np
 from moepp_jax import distributed, processes
 from moepp_jax.errors import ConfigError
 
@@ -215,6 +216,11 @@ for work in (lambda: processes.agree(refuse), lambda: processes.require_alike(st
         work()
     except ConfigError as error:
         print("error:", error)
+
+processes._PIECE = 16  # of 45 bytes
+content = np.arange(45, dtype=np.uint8) if jax.process_index() == 1 else None
+print("sent:", processes.from_one(content, 45, source=1).tolist() == list(range(45)))
+print("all:", processes.of_all(np.array([jax.process_index(), 7])).tolist())
 """
 
 
@@ -226,6 +232,7 @@ def test_processes_wait_for_slow_work_and_learn_of_each_others_errors():
     assert said[0][:3] == ["first: done", "each: 0", "error: process 1: not here"]
     assert said[1][:3] == ["first: None", "each: 1", "error: not here"]
     assert said[0][3].startswith(unlike) and said[0][3] == said[1][3]
+    assert said[0][4:] == said[1][4:] == ["sent: True", "all: [[0, 7], [1, 7]]"]
 
 
 # A mixture, four processes, and what kills them: minutes.

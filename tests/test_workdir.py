@@ -63,6 +63,7 @@ def test_the_same_configuration_continues_the_run(tmp_path, config):
             "train",
             {"log_every": 1, "eval_every": 2, "eval_batches": 3, "save_every": 4, "keep": 5},
         ),
+        ("train", {"local_dir": "/local", "local_every": 6}),
     ],
 )
 def test_fields_that_change_no_number_may_change(tmp_path, config, group, fields):
