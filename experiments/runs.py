@@ -33,6 +33,8 @@ COSMETIC = (
     "train.eval_every",
     "train.save_every",
     "train.keep",
+    "train.hang_factor",
+    "train.hang_seconds",
 )
 
 

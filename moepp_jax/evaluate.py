@@ -124,7 +124,7 @@ def evaluate_mixture(
     dataset: Dataset,
     num_batches: int,
     rows: np.ndarray,
-    done: Callable[[], Any] = lambda: None,
+    through: Callable[[Iterable], Iterable] = iter,
 ) -> dict[str, Any]:
     """What `make_evaluate` says of held-out text that is mixed as training text is.
 
@@ -135,7 +135,7 @@ def evaluate_mixture(
     Args:
       num_batches: of all sources together; 0 is all of their text.
       rows: of each batch that this process reads.
-      done: called after each batch.
+      through: what batches pass through on their way, to be counted or watched.
 
     Returns:
       The average, with eval_bits_per_byte, which is comparable between tokenizers; eval_tokens is a
@@ -144,7 +144,7 @@ def evaluate_mixture(
     each = {}
     for name, part in _parts(dataset, num_batches).items():
         source = dataset.sources[name]
-        each[name] = evaluate(params, _counted(source.eval_batches(part, rows), done))
+        each[name] = evaluate(params, through(source.eval_batches(part, rows)))
         each[name]["eval_bits_per_byte"] = _bits(each[name]["eval_loss"]) / source.bytes_per_target
     mixed = {
         metric: sum(share * each[name][metric] for name, share in dataset.shares.items())
@@ -172,7 +172,7 @@ def _perplexity(nats: float) -> float:
     return math.inf if nats > _MOST_NATS else math.exp(nats)
 
 
-def _counted(batches: Iterable, done: Callable[[], Any]) -> Iterator:
+def _counted(done: Callable[[], Any], batches: Iterable) -> Iterator:
     for batch in batches:
         yield batch
         done()
@@ -221,7 +221,12 @@ def evaluate_run(
     total = sum(dataset.sources[name].count_eval_batches(part) for name, part in each)
     evaluate = make_evaluate(assemble(config, mesh))
     metrics = evaluate_mixture(
-        evaluate, params, dataset, num_batches, rows, lambda: progress(1, total)
+        evaluate,
+        params,
+        dataset,
+        num_batches,
+        rows,
+        functools.partial(_counted, lambda: progress(1, total)),
     )
     as_json = {name: finite(np.asarray(value).tolist()) for name, value in metrics.items()}
     return {"step": run.step} | as_json

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 
 import jax
 
-from moepp_jax import debugging, flops, optim, processes, run_data, wandb_log
+from moepp_jax import debugging, flops, optim, processes, run_data, wandb_log, watch
 from moepp_jax import evaluate as evaluate_lib
 from moepp_jax import mesh as mesh_lib
 from moepp_jax import parent as parent_lib
@@ -52,6 +52,8 @@ def train(
       wandb: where the first process sends what is measured, too; also of a run that has ended.
       debug: the run ends at the first step with numbers that are not finite, and the error names
         the operation that made the first of them; it takes the memory of a second state.
+
+    A run that hangs ends the process: see `watch`.
 
     Raises:
       ConfigError: the configuration does not fit the devices, the data, the work directory or the
@@ -106,14 +108,17 @@ def train(
             stop = stack.enter_context(StopRequest())
             if first:
                 progress = stack.enter_context(Progress(config.train.steps, step))
-            log = Log(config, mesh, dataset, writer, progress, step, int(state.guard.unsound))
+            watched = stack.enter_context(watch.over(config.train, step, debug))
+            unsound = int(state.guard.unsound)
+            log = Log(config, mesh, dataset, writer, progress, watched, step, unsound)
             try:
                 train_step = (debugging.explained if debug else state_lib.make_train_step)(parts)
                 state, step = _loop(
-                    parts, train_step, dataset, state, step, checkpoints, log, tracer, stop
+                    parts, train_step, dataset, state, step, checkpoints, log, tracer, stop, watched
                 )
             except DivergedError as error:
-                checkpoints.wait()  # in all processes: each has seen the same numbers
+                with watched.phase("save"):
+                    checkpoints.wait()  # in all processes: each has seen the same numbers
                 raise DivergedError(_diverged(error, checkpoints.latest_step())) from None
     if step < config.train.steps:
         raise Stopped(stop.signal, step)
@@ -171,17 +176,20 @@ def _in_silence(line: str) -> None:
     """What another process reports already."""
 
 
-def _loop(parts, train_step, dataset: Dataset, state, step, checkpoints, log, tracer, stop):
+def _loop(
+    parts, train_step, dataset: Dataset, state, step, checkpoints, log, tracer, stop, watched
+):
     t = parts.config.train
     evaluate = evaluate_lib.make_evaluate(parts)
     rows = processes.Rows(mesh_lib.batch_sharding(parts.mesh), t.batch_size)
     batches = itertools.islice(dataset.train_batches(step, rows.indices), t.steps - step)
-    for batch in log.waited_for(_one_ahead(map(rows.place, batches))):
+    for batch in watched.waited_for(log.waited_for(_one_ahead(map(rows.place, batches)))):
         tracer.before_step()
         with jax.transfer_guard("disallow"):
             state, metrics = train_step(state, batch)
         tracer.after_step(state)
         step += 1
+        watched.began(step, metrics["loss"])
         # The device is busy with this step: now there is time for the one before.
         log.flush()
         last = stop.after(step) or step == t.steps
@@ -190,15 +198,20 @@ def _loop(parts, train_step, dataset: Dataset, state, step, checkpoints, log, tr
         held_out = {}
         if step % t.eval_every == 0 or step == t.steps:
             log.flush()
-            with log.paused(state):
+            with log.paused(state), watched.phase("evaluation"):
                 held_out = evaluate_lib.evaluate_mixture(
-                    evaluate, state.params, dataset, t.eval_batches, rows.indices
+                    evaluate,
+                    state.params,
+                    dataset,
+                    t.eval_batches,
+                    rows.indices,
+                    watched.waited_for,
                 )
                 log.held_out(step, held_out)
                 require_finite(step, held_out)
         if step % t.save_every == 0 or last:
             log.flush()
-            with log.paused(state):
+            with log.paused(state), watched.phase("save"):
                 values = jax.device_get(metrics)
                 require_sound(t, step, values, values["guard"])
                 log.keep()
@@ -206,7 +219,8 @@ def _loop(parts, train_step, dataset: Dataset, state, step, checkpoints, log, tr
                 checkpoints.save(step, state, loss)
         if last:
             break
-    checkpoints.wait()
+    with watched.phase("save"):
+        checkpoints.wait()
     return state, step
 
 
