@@ -7,7 +7,7 @@ import statistics
 from moepp_jax.heartbeat import PHASES, Heartbeats
 
 # Beats that a process misses before it is called silent.
-_MISSED = 5
+MISSED = 5
 
 # Processes that are named.
 _MOST = 3
@@ -16,7 +16,7 @@ _MOST = 3
 def silence(beats: Heartbeats, number: int) -> float:
     """Seconds since a process was last heard; 0 if it is not silent, as this one never is."""
     seconds = beats.clock() - beats.peers[number].heard
-    return seconds if number != beats.process and seconds >= _MISSED * beats.every else 0.0
+    return seconds if number != beats.process and seconds >= MISSED * beats.every else 0.0
 
 
 def found(beats: Heartbeats) -> list[int]:

@@ -29,6 +29,8 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from moepp_jax import ending, heartbeat, late
 from moepp_jax.config import TrainConfig
 from moepp_jax.heartbeat import PHASES, Beat, Heartbeats
@@ -48,7 +50,7 @@ _RECENT = 50
 
 # Seconds of silence that are told even where nothing takes too long: before JAX ends the others
 # (`distributed.HEARTBEAT_TIMEOUT`), which names a number and no host.
-_SILENT = 15.0
+_SILENT = 10.0
 
 # Seconds that process 0 outlives the others: where it ends first, JAX aborts them.
 _LAST = 5.0
@@ -106,13 +108,26 @@ class Watch:
         return self
 
     def __exit__(self, kind: type | None, error: object, trace: object) -> None:
+        hangs = self._told and self._seen == self._moves
+        if isinstance(error, jax.errors.JaxRuntimeError) and not hangs:
+            self._name_the_dead()
         self._stop.set()
         if self._on:
             self._thread.join()
-        self._beats.close()
         # A collective breaks when the first of them ends: it is the hang that ends the others too.
-        if isinstance(error, Exception) and self._told and self._seen == self._moves:
+        if isinstance(error, Exception) and hangs:
             self._end()
+        self._beats.close()
+
+    def _name_the_dead(self) -> None:
+        """A collective that broke does not say who is gone: that is heard some seconds later."""
+        others = range(len(self._beats.peers) if self._on else 0)
+        until = self._clock() + 2 * late.MISSED * self._beats.every
+        while self._clock() < until and len(others) > 1:
+            if any(late.silence(self._beats, number) for number in others):
+                self._tell_of_silent(0.0)
+                return
+            time.sleep(0.1)
 
     # What the loop calls, in the main thread.
 
@@ -179,7 +194,7 @@ class Watch:
             self._say(
                 f"{self._hangs()}. The process ends in {limit:.0f} s more, with status {STATUS}"
             )
-        self._tell_of_silent()
+        self._tell_of_silent(_SILENT)
 
     def _ended(self, now: float) -> int:
         """How many steps have ended on the devices since the last look."""
@@ -201,12 +216,13 @@ class Watch:
             return _PATIENT * self._train.hang_seconds
         return max(self._train.hang_seconds, self._train.hang_factor * median)
 
-    def _tell_of_silent(self) -> None:
-        """Of each other process once, when it falls silent."""
+    def _tell_of_silent(self, seconds: float) -> None:
+        """Of each other process once, when it is silent for so long."""
         for number, peer in enumerate(self._beats.peers):
-            if late.silence(self._beats, number) < _SILENT:
+            silent = late.silence(self._beats, number)
+            if not silent:
                 self._silent.discard(number)
-            elif number not in self._silent and peer.beat:
+            elif silent >= seconds and number not in self._silent and peer.beat:
                 self._silent.add(number)
                 self._say(
                     f"{self._name()}: no sign of life of {late.describe(self._beats, number)}"

@@ -257,7 +257,7 @@ def test_silence_is_told_once_before_anything_hangs():
         run.step(number, 1)
     (said,) = run.said
     assert said == (
-        "process 0 of 3: no sign of life of process 1 on host-1, silent for 15 s, last heard at "
+        "process 0 of 3: no sign of life of process 1 on host-1, silent for 10 s, last heard at "
         "step 4, in the step"
     )
 
@@ -375,7 +375,7 @@ def test_beats_are_not_told_more_often_than_they_should(pair):
             break
     assert len(heard) == 3
     many = Heartbeats(0, [("", "", 0)] * 1000, TOKEN, None)
-    assert many.every == 10.0
+    assert many.every == 5.0
 
 
 def test_what_is_not_of_this_start_of_the_run_is_not_heard(pair):
