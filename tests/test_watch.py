@@ -137,7 +137,7 @@ def test_what_compiles_has_ten_times_as_long_and_is_not_the_usual():
     run = Run()
     run.step(1, 150)
     assert run.said == []
-    run.steps(4)
+    run.step(2, 2)
     assert run.watch._usual["step"].median() == 2.0
     with run.watch.phase("evaluation"):
         for _ in run.watch.waited_for(range(1)):
@@ -161,8 +161,15 @@ def test_batches_of_an_evaluation_are_watched_one_by_one():
         for _ in run.watch.waited_for(range(1)):
             run.passes(21)  # the first look sees that the batch is another one
             assert "no batch of the evaluation has ended for 20 s (usually 1 s)" in run.said[0]
-    run.step(4, 2)
-    assert run.watch._usual["step"].median() == 2.0  # not with the evaluation before it
+
+
+def test_a_step_is_timed_without_the_evaluation_before_it():
+    run = Run()
+    run.step(1, 2)
+    with run.watch.phase("evaluation"):
+        run.passes(60)
+    run.step(2, 2)
+    assert run.watch._usual["step"].median() == 2.0
 
 
 def test_a_save_has_ten_times_as_long():
