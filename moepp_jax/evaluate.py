@@ -69,10 +69,11 @@ def make_sums(parts: Assembly) -> Callable[[dict[str, Any], Batch], dict[str, An
 @functools.lru_cache(maxsize=2)
 def make_evaluate(
     parts: Assembly,
-) -> Callable[[dict[str, Any], Iterable[dict[str, np.ndarray]]], dict[str, Any]]:
+) -> Callable[..., dict[str, Any]]:
     """A function (params, batches) -> metrics of all the batches' text together.
 
     The batches hold the rows of this process; the metrics are of all, and alike in all processes.
+    Where `through` is given, batches pass through it on their way from the host to the devices.
 
     The metrics: eval_loss (nats a target), eval_perplexity, eval_tokens (targets),
     eval_ffn_experts_per_token, eval_drop_rate, and that by eighth of the sequences and by kind of
@@ -85,10 +86,10 @@ def make_evaluate(
     pool = rule.pool
     rows = Rows(mesh_lib.batch_sharding(parts.mesh), parts.config.train.batch_size)
 
-    def evaluate(params, batches):
+    def evaluate(params, batches, through=iter):
         total = None
-        for batch in batches:
-            part = jax.device_get(sums(params, rows.place(batch)))
+        for batch in through(map(rows.place, batches)):
+            part = jax.device_get(sums(params, batch))
             # Float32 counts targets exactly up to 2^24 of them: enough for one batch.
             part = jax.tree.map(np.float64, part)
             total = part if total is None else jax.tree.map(np.add, total, part)
@@ -124,7 +125,7 @@ def evaluate_mixture(
     dataset: Dataset,
     num_batches: int,
     rows: np.ndarray,
-    through: Callable[[Iterable], Iterable] = iter,
+    done: Callable[[], Any] = lambda: None,
 ) -> dict[str, Any]:
     """What `make_evaluate` says of held-out text that is mixed as training text is.
 
@@ -135,7 +136,7 @@ def evaluate_mixture(
     Args:
       num_batches: of all sources together; 0 is all of their text.
       rows: of each batch that this process reads.
-      through: what batches pass through on their way, to be counted or watched.
+      done: called after each batch.
 
     Returns:
       The average, with eval_bits_per_byte, which is comparable between tokenizers; eval_tokens is a
@@ -144,7 +145,7 @@ def evaluate_mixture(
     each = {}
     for name, part in _parts(dataset, num_batches).items():
         source = dataset.sources[name]
-        each[name] = evaluate(params, through(source.eval_batches(part, rows)))
+        each[name] = evaluate(params, _counted(source.eval_batches(part, rows), done))
         each[name]["eval_bits_per_byte"] = _bits(each[name]["eval_loss"]) / source.bytes_per_target
     mixed = {
         metric: sum(share * each[name][metric] for name, share in dataset.shares.items())
@@ -172,7 +173,7 @@ def _perplexity(nats: float) -> float:
     return math.inf if nats > _MOST_NATS else math.exp(nats)
 
 
-def _counted(done: Callable[[], Any], batches: Iterable) -> Iterator:
+def _counted(batches: Iterable, done: Callable[[], Any]) -> Iterator:
     for batch in batches:
         yield batch
         done()
@@ -221,12 +222,7 @@ def evaluate_run(
     total = sum(dataset.sources[name].count_eval_batches(part) for name, part in each)
     evaluate = make_evaluate(assemble(config, mesh))
     metrics = evaluate_mixture(
-        evaluate,
-        params,
-        dataset,
-        num_batches,
-        rows,
-        functools.partial(_counted, lambda: progress(1, total)),
+        evaluate, params, dataset, num_batches, rows, lambda: progress(1, total)
     )
     as_json = {name: finite(np.asarray(value).tolist()) for name, value in metrics.items()}
     return {"step": run.step} | as_json

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import os
 from collections.abc import Callable, Iterator
@@ -181,6 +182,7 @@ def _loop(
 ):
     t = parts.config.train
     evaluate = evaluate_lib.make_evaluate(parts)
+    evaluate = functools.partial(evaluate, through=watched.waited_for)
     rows = processes.Rows(mesh_lib.batch_sharding(parts.mesh), t.batch_size)
     batches = itertools.islice(dataset.train_batches(step, rows.indices), t.steps - step)
     for batch in watched.waited_for(log.waited_for(_one_ahead(map(rows.place, batches)))):
@@ -200,12 +202,7 @@ def _loop(
             log.flush()
             with log.paused(state), watched.phase("evaluation"):
                 held_out = evaluate_lib.evaluate_mixture(
-                    evaluate,
-                    state.params,
-                    dataset,
-                    t.eval_batches,
-                    rows.indices,
-                    watched.waited_for,
+                    evaluate, state.params, dataset, t.eval_batches, rows.indices
                 )
                 log.held_out(step, held_out)
                 require_finite(step, held_out)

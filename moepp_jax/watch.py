@@ -252,6 +252,8 @@ class Watch:
 
     def _place(self) -> str:
         """Where in the code the main thread is: the innermost of this package's own lines."""
+        if threading.get_ident() == self._main:  # it has left already, by an error
+            return ""
         frame = sys._current_frames().get(self._main)
         ours = Path(__file__).parent
         for line in reversed(traceback.extract_stack(frame) if frame else []):
