@@ -125,6 +125,11 @@ def get_config() -> ConfigDict:
     t.on_nonfinite = "stop"
     t.max_skipped = 10  # updates left out in a row that end the run
     t.skip_above = 0.0  # multiple of the gradient's usual norm above which one is skipped; 0: none
+    # A step, or a batch of an evaluation, that takes so many times what it usually does, and at
+    # least so long, is reported as hanging, with the process that is late; after as long again the
+    # run ends, with status 75. What compiles, and a save, has ten times hang_seconds.
+    t.hang_factor = 10.0
+    t.hang_seconds = 300.0  # 0: nothing is watched, and processes tell each other nothing
 
     c.mesh = h = ConfigDict()  # tokens are split over all three axes; -1 is "the rest"
     h.data = -1  # replicas

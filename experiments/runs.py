@@ -36,6 +36,8 @@ COSMETIC = (
     "train.keep",
     "train.local_dir",
     "train.local_every",
+    "train.hang_factor",
+    "train.hang_seconds",
 )
 
 

@@ -23,6 +23,7 @@
 # JAX takes the coordinator and the numbers of the processes from SLURM, and gives each task the GPU
 # of its number on the node: hence one task a GPU, all GPUs of the node visible to each.
 # SIGTERM, at preemption or 120 s before the time limit, lets the run save; it ends with status 143.
+# A run that hangs ends with status 75, and is requeued up to 20 times.
 set -euo pipefail
 
 if [[ -z "${SHARED:-}" ]]; then
@@ -50,6 +51,8 @@ srun --kill-on-bad-exit=0 --gpu-bind=none \
 
 if ((status == 143)); then
   # A preempted job is requeued by SLURM itself; one at its time limit has to ask.
+  scontrol requeue "$SLURM_JOB_ID" || echo "not requeued here (status $status)" >&2
+elif ((status == 75 && ${SLURM_RESTART_COUNT:-0} < 20)); then
   scontrol requeue "$SLURM_JOB_ID" || echo "not requeued here (status $status)" >&2
 fi
 exit "$status"

@@ -142,6 +142,8 @@ class TrainConfig:
     on_nonfinite: str
     max_skipped: int
     skip_above: float
+    hang_factor: float
+    hang_seconds: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -375,6 +377,8 @@ _AT_LEAST = {
     "train.local_every": 1,
     "train.max_skipped": 1,
     "train.skip_above": 0,
+    "train.hang_factor": 1,
+    "train.hang_seconds": 0,
     "generate.max_new_tokens": 1,
     "generate.temperature": 0,
     "generate.top_k": 0,

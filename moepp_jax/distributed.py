@@ -2,9 +2,10 @@
 
 Every process runs the same program on its own devices; arrays span the devices of all.
 
-A process that dies ends the others: at once where the connection of a collective breaks, with an
-`error: ...` and status 1; else JAX aborts them with a message of its own, at once if it was process
-0 that died and at the latest HEARTBEAT_TIMEOUT seconds after another one fell silent.
+A process that dies ends the others: where the connection of a collective breaks, with an
+`error: ...` and status 1, once `watch` has said who is gone; else JAX aborts them with a message of
+its own, at once if it was process 0 that died and at the latest HEARTBEAT_TIMEOUT seconds after
+another one fell silent. One that lives, and does nothing any more, is found by `watch`.
 """
 
 from __future__ import annotations

@@ -33,6 +33,8 @@ _LATER = {
     "train.on_nonfinite": "stop",
     "train.max_skipped": 10,
     "train.skip_above": 0.0,
+    "train.hang_factor": 10.0,
+    "train.hang_seconds": 300.0,
     "generate.min_p": 0.0,
     "generate.repetition_penalty": 1.0,
 }

@@ -69,10 +69,11 @@ def make_sums(parts: Assembly) -> Callable[[dict[str, Any], Batch], dict[str, An
 @functools.lru_cache(maxsize=2)
 def make_evaluate(
     parts: Assembly,
-) -> Callable[[dict[str, Any], Iterable[dict[str, np.ndarray]]], dict[str, Any]]:
+) -> Callable[..., dict[str, Any]]:
     """A function (params, batches) -> metrics of all the batches' text together.
 
     The batches hold the rows of this process; the metrics are of all, and alike in all processes.
+    Where `through` is given, batches pass through it on their way from the host to the devices.
 
     The metrics: eval_loss (nats a target), eval_perplexity, eval_tokens (targets),
     eval_ffn_experts_per_token, eval_drop_rate, and that by eighth of the sequences and by kind of
@@ -85,10 +86,10 @@ def make_evaluate(
     pool = rule.pool
     rows = Rows(mesh_lib.batch_sharding(parts.mesh), parts.config.train.batch_size)
 
-    def evaluate(params, batches):
+    def evaluate(params, batches, through=iter):
         total = None
-        for batch in batches:
-            part = jax.device_get(sums(params, rows.place(batch)))
+        for batch in through(map(rows.place, batches)):
+            part = jax.device_get(sums(params, batch))
             # Float32 counts targets exactly up to 2^24 of them: enough for one batch.
             part = jax.tree.map(np.float64, part)
             total = part if total is None else jax.tree.map(np.add, total, part)

@@ -17,6 +17,7 @@ from moepp_jax.config import Config
 from moepp_jax.data import Dataset
 from moepp_jax.metrics import MetricsWriter
 from moepp_jax.progress import Progress
+from moepp_jax.watch import Watch
 
 
 class Log:
@@ -24,6 +25,7 @@ class Log:
 
     Args:
       writer: None, like progress, in a process that is not the first: it only keeps pace.
+      watch: is told of what is not waiting for devices, and tells how the hosts compare.
       skipped: updates that were left out before.
     """
 
@@ -34,6 +36,7 @@ class Log:
         dataset: Dataset,
         writer: MetricsWriter | None,
         progress: Progress | None,
+        watch: Watch,
         step: int,
         skipped: int = 0,
     ):
@@ -42,6 +45,7 @@ class Log:
         self._dataset = dataset
         self._writer = writer
         self._progress = progress
+        self._watch = watch
         self._pending: tuple[int, Any] | None = None
         self._seconds = writer.seconds_so_far if writer else 0.0
         self._step = step
@@ -49,7 +53,7 @@ class Log:
         self._waited = 0.0
         self._warned = False
         rule = config.moe.rule
-        self._watch = health.Watch(rule.pool.n_ffn, rule.load)
+        self._health = health.Watch(rule.pool.n_ffn, rule.load)
         self._spikes = health.Spikes()
         self._skipped = skipped
 
@@ -79,7 +83,8 @@ class Log:
         values = dict(jax.device_get(metrics))
         guard = values.pop("guard")
         values = {name: np.asarray(v).tolist() for name, v in values.items()}
-        self._write(step, values, guard)
+        with self._watch.phase("log"):
+            self._write(step, values, guard)
         guard_lib.require_sound(self._config.train, step, values, guard)
 
     def _write(self, step: int, values: dict[str, Any], guard: guard_lib.Guard) -> None:
@@ -96,7 +101,7 @@ class Log:
         device = self._mesh.devices.flat[0].device_kind
         mfu = flops.utilisation(per_token.train * rate, device, self._mesh.size)
         values |= {"tokens": step * tokens, "tokens_per_s": rate, "seconds": self._seconds}
-        values["data_wait"] = data_wait
+        values |= {"data_wait": data_wait} | self._watch.hosts.row()
         for name, taken in self._dataset.taken(step).items():
             values |= {f"tokens/{name}": taken.tokens, f"epochs/{name}": taken.epochs}
         if mfu is not None:
@@ -111,7 +116,7 @@ class Log:
         if said and not self._warned:
             self._progress.message(f"step {step}: {said}")
             self._warned = True
-        for said in (*self._watch.look(load), *self._spikes.look(values["loss"])):
+        for said in (*self._health.look(load), *self._spikes.look(values["loss"])):
             self._progress.message(f"step {step}: {said}")
         if self._config.train.on_nonfinite == "skip":
             self._tell_of_skipped(step, guard)

@@ -6,7 +6,10 @@ each eighth of the sequences, and drop_rate_by_kind, of FFN, constant, copy and 
 router_entropy, of each MoE layer router_entropy_by_layer, load_largest_by_layer,
 load_smallest_by_layer and dead_experts_by_layer (see `analysis.health`), where updates may be left
 out the number that were, skipped (see `guard`), seconds, data_wait (the share of the time since the
-row before in which the loop waited for batches) and, of each source of text, tokens/NAME and
+row before in which the loop waited for batches), of several processes host_seconds_smallest,
+host_seconds_median, host_seconds_largest and slowest_process (seconds a step in which a process's
+host waited for data or wrote rows while it waited for no device and no other process, and the
+number of the process where these are most) and, of each source of text, tokens/NAME and
 epochs/NAME so far; a row of an evaluation has step, eval_loss and what else was measured. A rule
 may have other losses than these.
 Numbers that are not finite have no form in JSON: they stand as null in metrics.jsonl (and as they

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import os
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import jax
 
-from moepp_jax import debugging, flops, optim, processes, run_data, wandb_log
+from moepp_jax import debugging, flops, optim, processes, run_data, wandb_log, watch
 from moepp_jax import evaluate as evaluate_lib
 from moepp_jax import mesh as mesh_lib
 from moepp_jax import parent as parent_lib
@@ -55,6 +57,8 @@ def train(
       wandb: where the first process sends what is measured, too; also of a run that has ended.
       debug: the run ends at the first step with numbers that are not finite, and the error names
         the operation that made the first of them; it takes the memory of a second state.
+
+    A run that hangs ends the process: see `watch`.
 
     Raises:
       ConfigError: the configuration does not fit the devices, the data, the work directory or the
@@ -112,14 +116,22 @@ def train(
             stop = stack.enter_context(StopRequest())
             if first:
                 progress = stack.enter_context(Progress(config.train.steps, step))
-            log = Log(config, mesh, dataset, writer, progress, step, int(state.guard.unsound))
+            watched = stack.enter_context(watch.over(config.train, step, debug))
+            unsound = int(state.guard.unsound)
+            log = Log(config, mesh, dataset, writer, progress, watched, step, unsound)
             try:
                 train_step = (debugging.explained if debug else state_lib.make_train_step)(parts)
                 state, step = _loop(
-                    parts, train_step, dataset, state, step, checkpoints, copies, log, tracer, stop
+                    parts,
+                    train_step,
+                    dataset,
+                    state,
+                    step,
+                    _Beside(checkpoints, copies, log, tracer, stop, watched),
                 )
             except DivergedError as error:
-                checkpoints.wait()  # in all processes: each has seen the same numbers
+                with watched.phase("save"):
+                    checkpoints.wait()  # in all processes: each has seen the same numbers
                 raise DivergedError(_diverged(error, checkpoints.latest_step())) from None
     if step < config.train.steps:
         raise Stopped(stop.signal, step)
@@ -186,17 +198,31 @@ def _in_silence(line: str) -> None:
     """What another process reports already."""
 
 
-def _loop(parts, train_step, dataset: Dataset, state, step, checkpoints, copies, log, tracer, stop):
+class _Beside(NamedTuple):
+    """What is looked after between the steps."""
+
+    checkpoints: Checkpoints
+    copies: LocalCopies
+    log: Log
+    tracer: Profile
+    stop: StopRequest
+    watched: watch.Watch
+
+
+def _loop(parts, train_step, dataset: Dataset, state, step, beside: _Beside):
+    checkpoints, copies, log, tracer, stop, watched = beside
     t = parts.config.train
     evaluate = evaluate_lib.make_evaluate(parts)
+    evaluate = functools.partial(evaluate, through=watched.waited_for)
     rows = processes.Rows(mesh_lib.batch_sharding(parts.mesh), t.batch_size)
     batches = itertools.islice(dataset.train_batches(step, rows.indices), t.steps - step)
-    for batch in log.waited_for(_one_ahead(map(rows.place, batches))):
+    for batch in watched.waited_for(log.waited_for(_one_ahead(map(rows.place, batches)))):
         tracer.before_step()
         with jax.transfer_guard("disallow"):
             state, metrics = train_step(state, batch)
         tracer.after_step(state)
         step += 1
+        watched.began(step, metrics["loss"])
         # The device is busy with this step: now there is time for the one before.
         log.flush()
         last = stop.after(step) or step == t.steps
@@ -205,7 +231,7 @@ def _loop(parts, train_step, dataset: Dataset, state, step, checkpoints, copies,
         held_out = {}
         if step % t.eval_every == 0 or step == t.steps:
             log.flush()
-            with log.paused(state):
+            with log.paused(state), watched.phase("evaluation"):
                 held_out = evaluate_lib.evaluate_mixture(
                     evaluate, state.params, dataset, t.eval_batches, rows.indices
                 )
@@ -214,7 +240,7 @@ def _loop(parts, train_step, dataset: Dataset, state, step, checkpoints, copies,
         saved, copied = step % t.save_every == 0 or last, copies.is_due(step) and not last
         if saved or copied:
             log.flush()
-            with log.paused(state):
+            with log.paused(state), watched.phase("save"):
                 values = jax.device_get(metrics)
                 require_sound(t, step, values, values["guard"])
                 log.keep()
@@ -225,7 +251,8 @@ def _loop(parts, train_step, dataset: Dataset, state, step, checkpoints, copies,
                     checkpoints.save(step, state, loss)
         if last:
             break
-    checkpoints.wait()
+    with watched.phase("save"):
+        checkpoints.wait()
     copies.close()
     return state, step
 

@@ -58,6 +58,8 @@ _FREE = (
     "train.on_nonfinite",  # a run that has diverged may go on without the batch that it was
     "train.max_skipped",
     "train.skip_above",
+    "train.hang_factor",
+    "train.hang_seconds",
 )
 
 # And this of a run whose data is noted by fingerprint.

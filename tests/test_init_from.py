@@ -117,7 +117,7 @@ def still(monkeypatch):
 
 def without_evaluation(monkeypatch):
     names = ("eval_loss", "eval_perplexity", "eval_ffn_experts_per_token", "eval_tokens")
-    made = lambda parts: lambda params, batches: dict.fromkeys(names, 1.0)  # noqa: E731
+    made = lambda parts: lambda params, batches, **_: dict.fromkeys(names, 1.0)  # noqa: E731
     monkeypatch.setattr(evaluate_lib, "make_evaluate", made)
 
 

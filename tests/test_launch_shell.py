@@ -5,6 +5,7 @@ import subprocess
 
 import pytest
 
+from moepp_jax.watch import STATUS
 from tests.launching import (
     EVERYWHERE,
     PLACE,
@@ -96,13 +97,20 @@ def test_xpk_is_called_as_it_asks(stage):
     assert xpk("delete") == ["cluster", "delete", *place]
 
 
-@pytest.mark.parametrize("status", [0, 1, 137, 143])
-def test_slurm_requeues_what_was_saved_and_nothing_else(status, stage, tmp_path):
+@pytest.mark.parametrize("status", [0, 1, 75, 137, 143])
+def test_slurm_requeues_what_was_saved_or_hangs_and_nothing_else(status, stage, tmp_path):
     done = slurm(stage, tmp_path, STATUS_srun=str(status))
     assert done.returncode == status
     assert stage.calls[0][:3] == ["srun", "--kill-on-bad-exit=0", "--gpu-bind=none"]
     asked = [call for call in stage.calls if call[0] == "scontrol"]
-    assert asked == ([["scontrol", "requeue", "7"]] if status == 143 else [])
+    assert asked == ([["scontrol", "requeue", "7"]] if status in (75, 143) else [])
+
+
+def test_slurm_requeues_what_hangs_in_each_start_only_so_often(stage, tmp_path):
+    for count, asked in ((19, 1), (20, 0)):
+        before = len(stage.calls)
+        slurm(stage, tmp_path, STATUS_srun=str(STATUS), SLURM_RESTART_COUNT=str(count))
+        assert len([c for c in stage.calls[before:] if c[0] == "scontrol"]) == asked
 
 
 def test_slurm_errors_are_told(stage, tmp_path):

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from moepp_jax import log, progress
+from moepp_jax import log, progress, watch
 from moepp_jax.data import prepare
 from moepp_jax.errors import ConfigError
 from moepp_jax.guard import Guard
@@ -250,7 +250,7 @@ def test_a_router_that_stops_using_an_expert_is_told_once(tmp_path):
     mesh = SimpleNamespace(devices=np.array([jax.devices()[0]]), size=1)
     with MetricsWriter(tmp_path) as writer:
         shown = Progress(9, console=Console(file=out, width=200))
-        log_of_run = log.Log(c, mesh, dataset, writer, shown, 0)
+        log_of_run = log.Log(c, mesh, dataset, writer, shown, watch.over(c.train, 0), 0)
         load = np.full((2, c.moe.num_experts), 0.2)
         for step in range(1, 7):
             if step > 2:

@@ -57,7 +57,7 @@ def fed(monkeypatch):
     monkeypatch.setattr(
         "moepp_jax.evaluate.make_evaluate",
         lambda parts: (
-            lambda params, batches: {
+            lambda params, batches, **_: {
                 "eval_loss": float(sum(batch["tokens"].sum() for batch in batches)),
                 "eval_tokens": 1,
                 "eval_ffn_experts_per_token": 1.0,

@@ -256,7 +256,7 @@ def pretended(
         return step
 
     def make_evaluate(parts):
-        def evaluate(params, batches):
+        def evaluate(params, batches, through):
             clock[0] += seconds_of_evaluation
             names = ("eval_loss", "eval_perplexity", "eval_ffn_experts_per_token", "eval_tokens")
             return dict.fromkeys(names, 1.0)
@@ -375,8 +375,8 @@ def after(monkeypatch, steps, count, name):
         def made(*args):
             work = make(*args)
 
-            def worked(*args):
-                result = work(*args)
+            def worked(*args, **kwargs):
+                result = work(*args, **kwargs)
                 numbers = result[1] if isinstance(result, tuple) else result
                 if len(steps) >= count and name in numbers:
                     numbers[name] = math.nan

@@ -8,10 +8,11 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from moepp_jax import distributed
+from moepp_jax.watch import STATUS
 from tests import jobs
 from tests.chaos.recipe import SAVE_EVERY
 from tests.chaos.room import Room
@@ -21,6 +22,9 @@ from tests.chaos.trial import Lost, Missed, Trial
 BOUND = distributed.HEARTBEAT_TIMEOUT + 60
 
 _GONE = "^error: another process of this run is gone|another task died"
+
+# Of a run that is watched closely: a stopped process is then found before JAX misses it.
+_HANG = ("--config.train.hang_seconds=5", "--config.train.hang_factor=2")
 
 # The command, but a process with --silent reads no batch any more after some steps.
 _MAIN = """
@@ -50,12 +54,15 @@ def trials(room: Room, kills: int, seed: int) -> Iterator[Trial]:
                 case = f"process {victim} of {of}"
                 fault = functools.partial(_without, room, of, victim, what)
                 yield Trial(f"one process {what}", case, fault)
+            for what in ("stopped", "silent"):
+                fault = functools.partial(_without, room, of, victim, what, watched=True)
+                yield Trial(f"one process {what}, watched", f"process {victim} of {of}", fault)
 
 
-def _job(room: Room, run: Path, of: int, silent: int = -1) -> jobs.Job:
+def _job(room: Room, run: Path, of: int, silent: int = -1, more: Sequence[str] = ()) -> jobs.Job:
     compiled = {k: v for k, v in room.environment.items() if k.startswith("JAX_")}
     mesh = [f"--config.mesh.{axis}=2" for axis in ("fsdp", "expert")]
-    arguments = room.arguments(run) + mesh + ["--config.mesh.data=-1"]
+    arguments = room.arguments(run) + mesh + ["--config.mesh.data=-1", *more]
     return jobs.Job(
         arguments,
         of=of,
@@ -65,14 +72,19 @@ def _job(room: Room, run: Path, of: int, silent: int = -1) -> jobs.Job:
     )
 
 
-def _without(room: Room, of: int, victim: int, what: str, folder: Path) -> None:
+def _without(
+    room: Room, of: int, victim: int, what: str, folder: Path, watched: bool = False
+) -> None:
     whole, run = _whole(room, of), folder / "run"
-    with _job(room, run, of, victim if what == "silent" else -1) as job:
+    more = _HANG if watched else ()
+    with _job(room, run, of, victim if what == "silent" else -1, more) as job:
         _wait_for(job, run / "checkpoints" / str(SAVE_EVERY))
         if what != "silent":
             number = signal.SIGKILL if what == "dead" else signal.SIGSTOP
             job.processes[victim].send_signal(number)
-        _require_others_end(job, victim)
+        said = _require_others_end(job, victim)
+        if watched and not any(re.search(_named(victim), err, re.M) for err in said):
+            raise Lost(f"process {victim} is not named: {said}")
     with _job(room, run, of) as job:
         _end(job)
     room.require_whole(run, whole)
@@ -88,8 +100,15 @@ def _wait_for(job: jobs.Job, path: Path) -> None:
         time.sleep(0.01)
 
 
-def _require_others_end(job: jobs.Job, victim: int) -> None:
+def _named(victim: int) -> str:
+    """What a run that is watched says before it ends."""
+    return rf"^(?:error: )?process \d+ of \d+: no .* has ended for .*late: .*process {victim} on "
+
+
+def _require_others_end(job: jobs.Job, victim: int) -> list[str]:
+    """What they say."""
     deadline = time.monotonic() + BOUND
+    said = []
     for number, process in enumerate(job.processes):
         if number == victim:
             continue
@@ -99,8 +118,12 @@ def _require_others_end(job: jobs.Job, victim: int) -> None:
             raise Lost(f"process {number} still ran {BOUND} s later") from None
         if process.returncode == 0:
             raise Missed("the run had ended")
+        said.append(err)
+        if process.returncode == STATUS and re.search(_named(victim), err, re.M):
+            continue
         if process.returncode not in (1, -signal.SIGABRT) or not re.search(_GONE, err, re.M):
             raise Lost(f"process {number} ended with {process.returncode}: {err[-400:]}")
+    return said
 
 
 def _end(job: jobs.Job) -> None:

@@ -14,7 +14,7 @@ from tests.experiments import small
 COSMETIC = {
     "mesh": {"data": 1},
     "data": {"dir": "elsewhere", "worker_processes": 3},
-    "train": {"log_every": 7, "save_every": 9, "keep": 5, "eval_every": 3, "local_every": 2},
+    "train": {"log_every": 7, "save_every": 9, "keep": 5, "local_every": 2, "hang_seconds": 0.0},
     "generate": {"seed": 3},
 }
 OF_WHAT_IS_COMPUTED = {
