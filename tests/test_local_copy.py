@@ -119,7 +119,9 @@ def seven(of_seven, tmp_path, monkeypatch):
     return tmp_path
 
 
-@pytest.mark.parametrize("mesh", MESHES, ids=str)
+@pytest.mark.parametrize(
+    "mesh", [MESHES[-1], *(pytest.param(m, marks=pytest.mark.slow) for m in MESHES[:-1])], ids=str
+)
 def test_a_killed_run_goes_on_from_its_local_copy_and_ends_with_the_same_bits(
     data, tmp_path, undisturbed, mesh
 ):
