@@ -15,7 +15,7 @@ from tests.tpu.test_pods import ENVIRONMENT, ROOT, compile_for
 
 pytestmark = pytest.mark.tpu_compile
 
-TWO_LAYERS = {"model__num_layers": 2}
+TWO_LAYERS = {"model__remat": "exchanged", "moe__exchange_parts": 1} | {"model__num_layers": 2}
 SMALL = TWO_LAYERS | {"train__batch_size": 32, "train__accumulate": 1}
 SMALL |= {"mesh__data": 1, "mesh__fsdp": 2, "mesh__expert": 2}
 
@@ -51,7 +51,13 @@ def test_a_bare_product_is_predicted_near_the_peak(n):
 @pytest.mark.parametrize("tau", [0.1, 0.75])
 def test_experts_follow_the_theory(tau, tmp_path):
     report = compile_for(
-        "v5p:4x4x4", "moepp_7b", tmp_path, "--profile", moe__rule__tau=tau, **TWO_LAYERS
+        "v5p:4x4x4",
+        "moepp_7b",
+        tmp_path,
+        "--profile",
+        moe__rule__tau=tau,
+        moe__exchange_parts=1,
+        **TWO_LAYERS,
     )
     fields = moepp_7b.get_config()
     fields.moe.rule.tau = tau
@@ -69,18 +75,20 @@ def test_experts_follow_the_theory(tau, tmp_path):
 def test_the_shape_of_mixtral_is_where_others_measured_theirs(tmp_path):
     """MaxText's README has 54.9 % MFU for its Mixtral 8x7B on v5p-128, 64 chips.
 
-    That is another program, with remat and sharding of its own: the same within 15 %, no more.
+    That is another program, with remat and sharding of its own. Of ours, which computes all again
+    in backward, the range that is predicted has that number, and its middle is within 15 %.
     """
     model = {"num_layers": 32, "hidden_size": 4096, "num_heads": 32, "num_kv_heads": 8}
-    model |= {"dense_ffn_size": 14336, "vocab_size": 32000}
-    moe = {"n_ffn": 8, "ffn_size": 14336, "gamma": 1.0, "group_size": 4096}
+    model |= {"dense_ffn_size": 14336, "vocab_size": 32000, "remat": "full"}
+    moe = {"n_ffn": 8, "ffn_size": 14336, "gamma": 1.0, "group_size": 4096, "exchange_parts": 1}
     fields = {f"model__{name}": value for name, value in model.items()}
     fields |= {f"moe__{name}": value for name, value in moe.items()}
     fields |= {"mesh__data": 1, "mesh__fsdp": 8, "mesh__expert": 8}
     fields |= {"data__seq_len": 4096, "train__batch_size": 768}
     report = compile_for("v5p:4x4x4", "moe_7b", tmp_path, "--profile", **fields)
-    for mfu in report["mfu_nominal"]:
-        assert mfu == pytest.approx(0.549, rel=0.15)
+    at_peak, at_a_quarter = report["mfu_nominal"]
+    assert at_a_quarter < 0.549 < at_peak
+    assert (at_a_quarter + at_peak) / 2 == pytest.approx(0.549, rel=0.15)
 
 
 def test_a_schedule_needs_what_the_whole_program_needs(tmp_path):
