@@ -15,7 +15,7 @@ from tests.tpu.test_pods import ENVIRONMENT, ROOT, compile_for
 
 pytestmark = pytest.mark.tpu_compile
 
-TWO_LAYERS = {"model__remat": "exchanged", "moe__exchange_parts": 1} | {"model__num_layers": 2}
+TWO_LAYERS = {"model__num_layers": 2, "model__remat": "exchanged", "moe__exchange_parts": 1}
 SMALL = TWO_LAYERS | {"train__batch_size": 32, "train__accumulate": 1}
 SMALL |= {"mesh__data": 1, "mesh__fsdp": 2, "mesh__expert": 2}
 
@@ -56,7 +56,6 @@ def test_experts_follow_the_theory(tau, tmp_path):
         tmp_path,
         "--profile",
         moe__rule__tau=tau,
-        moe__exchange_parts=1,
         **TWO_LAYERS,
     )
     fields = moepp_7b.get_config()
