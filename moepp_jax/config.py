@@ -472,6 +472,12 @@ def _check(c: Config) -> None:
         "part of a sequence, or several whole ones",
     )
     require(
+        e.exchange_parts == 1 or e.exchange_buffer == 0,
+        "moe.exchange_parts",
+        f"must be 1 with config.moe.exchange_buffer = {e.exchange_buffer}: each part would have "
+        "room of its own, and so drop other assignments",
+    )
+    require(
         c.data.seq_len % min(m.loss_chunk, c.data.seq_len) == 0,
         "model.loss_chunk",
         f"must divide config.data.seq_len = {c.data.seq_len}",

@@ -18,7 +18,7 @@ import json
 import os
 import sys
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -28,10 +28,9 @@ import orbax.checkpoint as ocp
 
 from moepp_jax import local_search, processes, regular
 from moepp_jax.cells import Cells
-from moepp_jax.errors import ConfigError
 from moepp_jax.local_disk import Copy, Disk
 from moepp_jax.state import Assembly, State
-from moepp_jax.storage import AnyPath, is_local, open_path, reason, write_atomic
+from moepp_jax.storage import AnyPath, is_local, open_path, reason, write_atomic, writing
 
 _FILE = "local.json"
 
@@ -89,7 +88,7 @@ class LocalCopies:
         before, self._start = self._start, processes.of_each(lambda: uuid.uuid4().hex)[0]
 
         def adopt() -> None:
-            with self._naming():
+            with self._writing_there():
                 self._disk.keep_only(self._taken, starts=[before, self._start])
 
         processes.agree(adopt)
@@ -144,19 +143,14 @@ class LocalCopies:
     def _opened(self) -> Disk:
         process = jax.process_index()
         folder = Path(self._dir.replace("{process}", str(process))).absolute()
-        with self._naming():
+        with self._writing_there():
             return Disk(folder / _name(self._workdir), process)
 
-    @contextlib.contextmanager
-    def _naming(self) -> Iterator[None]:
-        """An error of the system as one that names the field."""
-        try:
-            yield
-        except OSError as error:
-            raise ConfigError(
-                f"config.train.local_dir = {self._dir!r} cannot be written: {reason(error)}; give "
-                "a folder on a disk of each host, or an empty one for no local copies"
-            ) from error
+    def _writing_there(self) -> contextlib.AbstractContextManager[None]:
+        return writing(
+            f"config.train.local_dir = {self._dir!r}",
+            "give a folder on a disk of each host, or an empty one for no local copies",
+        )
 
 
 def _name(workdir: AnyPath) -> str:

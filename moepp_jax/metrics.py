@@ -30,7 +30,7 @@ import numpy as np
 
 from moepp_jax import parts, regular
 from moepp_jax.errors import ConfigError
-from moepp_jax.storage import AnyPath, Staging, open_path, write_atomic
+from moepp_jax.storage import AnyPath, Staging, open_path, write_atomic, writing
 from moepp_jax.tensorboard import Events
 
 _FILE = parts.FILE
@@ -88,7 +88,7 @@ class MetricsWriter:
         report: Callable[[str], Any] = print,
     ):
         self._name = open_path(workdir) / _FILE
-        with self._naming():
+        with self._writing():
             self.staging = Staging(workdir)
             file = fetch(self.staging, workdir)
             mended = any(row is None for _, row in _lines(file)) if file.exists() else False
@@ -107,13 +107,13 @@ class MetricsWriter:
         """One row. Values are numbers or arrays of them: of Python, numpy, or on JAX's host."""
         values = {name: np.asarray(value).tolist() for name, value in values.items()}
         row = {"step": step} | {name: finite(value) for name, value in values.items()}
-        with self._naming():
+        with self._writing():
             self._file.write(json.dumps(row, allow_nan=False) + "\n")
             self._file.flush()
         for name, value in values.items():
             for tag, number in series(name, value):
                 self._events.add(tag, number, step)
-        with self._naming():
+        with self._writing():
             self.staging.copy()
             if self.staging.copies:
                 self._begin_another(step)
@@ -129,27 +129,23 @@ class MetricsWriter:
     def flush(self) -> None:
         """Puts the rows so far where they are safe."""
         self._events.flush()
-        with self._naming():
+        with self._writing():
             self.staging.copy(now=True)
 
     def close(self) -> None:
         self._events.close()
-        with self._naming():
+        with self._writing():
             try:
                 self._file.close()  # which writes again what could not be written
             finally:
                 self.staging.close()
 
-    @contextlib.contextmanager
-    def _naming(self) -> Iterator[None]:
-        """An error of the system as one that names the file."""
-        try:
-            yield
-        except OSError as error:
-            raise ConfigError(
-                f"{self._name} cannot be written: {error.strerror or error}; the run ends here, "
-                "its checkpoints are kept, and the same command goes on when that is mended"
-            ) from error
+    def _writing(self) -> contextlib.AbstractContextManager[None]:
+        return writing(
+            str(self._name),
+            "the run ends here, its checkpoints are kept, and the same command goes on when that "
+            "is mended",
+        )
 
     def __enter__(self) -> "MetricsWriter":
         return self

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import re
@@ -128,6 +129,19 @@ def reason(error: Exception) -> str:
         return f"{error.strerror} ({error.filename})" if error.filename else error.strerror
     said = re.search(r"(\w[\w ]+) \[(?:os_error_code|OS error)", str(error))
     return said[1].strip() if said else " ".join(str(error).split())[:300]
+
+
+@contextlib.contextmanager
+def writing(what: str, remedy: str) -> Iterator[None]:
+    """Has an error of the system name what cannot be written, and what to do about it.
+
+    Raises:
+      ConfigError: there was one.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(f"{what} cannot be written: {reason(error)}; {remedy}") from error
 
 
 def size(file: AnyPath) -> int:

@@ -18,6 +18,25 @@ SET_HERE = ("XLA_FLAGS", "PJRT_NPROC", "SLURM_", "OMPI_", "TPU_", "KUBERNETES_",
 # Of one started process, for which all wait for each other.
 SECONDS = 180
 
+# For `Job.program`: the command, of which a process with --stuck, after it has placed so many
+# batches, says so and does nothing any more.
+STUCK_AFTER = """
+import sys, time
+from moepp_jax import main, processes
+if "--stuck" in sys.argv:
+    sys.argv.remove("--stuck")
+    place, placed = processes.Rows.place, []
+    def stuck(*args):
+        placed.append(1)
+        if len(placed) > {batches}:
+            print("stuck", file=sys.stderr, flush=True)
+            time.sleep(1e6)
+        return place(*args)
+    processes.Rows.place = stuck
+sys.argv[0] = "moepp"
+main.main()
+"""
+
 
 def slurm(port: int, number: int, of: int) -> dict[str, str]:
     return {

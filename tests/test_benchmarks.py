@@ -188,8 +188,11 @@ def test_summary_is_of_median_and_quartiles():
     assert np.isfinite(timing.summary([1.0])).all()
 
 
-def test_machine_is_named():
+def test_machine_is_named(monkeypatch):
     assert "jax" in timing.machine()
+    monkeypatch.setattr(timing.os, "cpu_count", lambda: 4)
+    monkeypatch.setattr(timing.os, "sched_getaffinity", lambda process: {0, 2}, raising=False)
+    assert ", 2 of 4 cores, jax" in timing.machine()
 
 
 def test_unused_choices(monkeypatch):

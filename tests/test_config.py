@@ -123,6 +123,7 @@ WRONG = [
     ("optim.decay_steps", -1, "must be at least 0"),
     ("train.steps", 0, "must be at least 1"),
     ("train.first_batch", -1, "must be at least 0"),
+    ("moe.exchange_parts", 0, "must be at least 1"),
     ("train.keep", 0, "must be at least 1"),
     ("train.local_every", 0, "must be at least 1"),
     ("train.local_dir", "gs://bucket/local", "must be a folder on each host's own disk"),
@@ -157,6 +158,15 @@ WRONG = [
 def test_a_wrong_value_is_named_with_its_remedy(name, value, remedy):
     said = refused(fields(**{name: value}))
     assert said.startswith(f"config.{name} = {value!r} ") and remedy in said
+
+
+def test_parts_that_cross_have_no_buffer_of_their_own():
+    in_parts = {"moe.exchange_parts": 4}
+    Config.parse(fields(**in_parts))
+    said = refused(fields(**in_parts, **{"moe.exchange_buffer": 0.5}))
+    assert said.startswith(
+        "config.moe.exchange_parts = 4 must be 1 with config.moe.exchange_buffer"
+    )
 
 
 def test_warm_up_and_decay_fit_into_the_steps():

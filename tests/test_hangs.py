@@ -11,7 +11,7 @@ import pytest
 
 from moepp_jax.metrics import read_metrics
 from moepp_jax.watch import STATUS
-from tests.jobs import Job
+from tests.jobs import STUCK_AFTER, Job
 from tests.test_processes import (
     CUBE,
     HOSTS,
@@ -27,23 +27,8 @@ HANG = 8.0
 # From the last sign of life: the report, and as long again, with looks, sleeps and a busy machine.
 BOUND = 2 * HANG + 30
 
-# The command; with --stuck the main thread does nothing any more after some batches.
-MAIN = """
-import sys, time
-from moepp_jax import distributed, main, processes
-distributed.HEARTBEAT_TIMEOUT = 200
-if "--stuck" in sys.argv:
-    sys.argv.remove("--stuck")
-    place, placed = processes.Rows.place, []
-    def stuck(*args):
-        placed.append(1)
-        while len(placed) > 10:
-            time.sleep(1)
-        return place(*args)
-    processes.Rows.place = stuck
-sys.argv[0] = "moepp"
-main.main()
-"""
+MAIN = "from moepp_jax import distributed; distributed.HEARTBEAT_TIMEOUT = 200\n"
+MAIN += STUCK_AFTER.format(batches=10)
 FIELDS = CUBE | {"train.eval_every": 6, "train.hang_seconds": HANG}
 FIELDS |= {"train.hang_factor": 2.0}  # a step takes seconds where machines are busy
 

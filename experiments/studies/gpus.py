@@ -124,7 +124,8 @@ def on(scale: Scale, size: Size) -> Config:
     """The recipe on a mesh."""
     config = scale.variant(size.model, of=scale.sizes[_MODELS[size.model]]).config
     config = config.replace("mesh", data=size.data, fsdp=size.fsdp, expert=size.expert)
-    config = config.replace("model", remat="exchanged")
+    if config.model.remat == "w_in":  # as launch/ has it: a card has less memory than a v5p chip
+        config = config.replace("model", remat="exchanged")
     return config.replace("train", accumulate=size.accumulate)
 
 

@@ -60,7 +60,8 @@ def in_parts(path: Path, parts: int) -> Path:
 
     Parts do not depend on each other, so that experts can compute one while the rows of another
     cross the expert axis. Where there is no such axis nothing is split. Each part reads the
-    experts' parameters anew, and has its own room if `dropless` is given a buffer.
+    experts' parameters anew, and of a `dropless` path with a buffer has its own, which drops other
+    assignments than one for all would.
 
     Args:
       parts: at most; the groups are split evenly.

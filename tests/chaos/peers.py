@@ -26,23 +26,7 @@ _GONE = "^error: another process of this run is gone|another task died"
 # Of a run that is watched closely: a stopped process is then found before JAX misses it.
 _HANG = ("--config.train.hang_seconds=5", "--config.train.hang_factor=2")
 
-# The command, but a process with --silent reads no batch any more after some steps.
-_MAIN = """
-import sys, time
-from moepp_jax import main, processes
-if "--silent" in sys.argv:
-    sys.argv.remove("--silent")
-    place, placed = processes.Rows.place, []
-    def silent(*args):
-        placed.append(1)
-        if len(placed) > 12:
-            print("silent", file=sys.stderr, flush=True)
-            time.sleep(1e6)
-        return place(*args)
-    processes.Rows.place = silent
-sys.argv[0] = "moepp"
-main.main()
-"""
+_MAIN = jobs.STUCK_AFTER.format(batches=12)
 
 _LOCK = threading.Lock()
 
@@ -68,7 +52,7 @@ def _job(room: Room, run: Path, of: int, silent: int = -1, more: Sequence[str] =
         of=of,
         environment=lambda port, number, of: jobs.slurm(port, number, of) | compiled,
         program=["-c", _MAIN],
-        flags=lambda number: ["--silent"] if number == silent else [],
+        flags=lambda number: ["--stuck"] if number == silent else [],
     )
 
 

@@ -188,6 +188,21 @@ def test_a_run_that_fails_is_named(scale, tmp_path, monkeypatch):
         list(sweep.in_child(one, folder, scale))
 
 
+def test_a_sweep_under_nice_stays_nice(scale, tmp_path, monkeypatch):
+    """A run is in the sweep's session, of whose priority it is, and of no Ctrl-C in its group."""
+    (one, *_) = run.plan([small.Twins()], scale, seeds=1)
+    program = tmp_path / "python"
+    program.write_text(
+        f"#!{sys.executable}\nimport os, sys\n"
+        "open(sys.argv[-1] + '/ids', 'w').write(f'{os.getsid(0)} {os.getpgid(0)}')\n"
+    )
+    program.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(program))
+    list(sweep.in_child(one, tmp_path, scale))
+    session, group = map(int, (tmp_path / "ids").read_text().split())
+    assert session == os.getsid(0) and group != os.getpgid(0)
+
+
 @pytest.mark.slow
 def test_killed_and_resumed_and_shared(scale, tmp_path, monkeypatch):
     """Two processes work on one sweep; one is killed with SIGKILL, a third takes its place."""
