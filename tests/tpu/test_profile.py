@@ -74,20 +74,19 @@ def test_experts_follow_the_theory(tau, tmp_path):
 def test_the_shape_of_mixtral_is_where_others_measured_theirs(tmp_path):
     """MaxText's README has 54.9 % MFU for its Mixtral 8x7B on v5p-128, 64 chips.
 
-    That is another program, with remat and sharding of its own. Of ours, which computes all again
-    in backward, the range that is predicted has that number, and its middle is within 15 %.
+    Its public configuration of the model with drops has a capacity factor of 1.25 and computes all
+    again in backward; sharding and kernels are its own: the same within 15 %, no more.
     """
     model = {"num_layers": 32, "hidden_size": 4096, "num_heads": 32, "num_kv_heads": 8}
     model |= {"dense_ffn_size": 14336, "vocab_size": 32000, "remat": "full"}
-    moe = {"n_ffn": 8, "ffn_size": 14336, "gamma": 1.0, "group_size": 4096, "exchange_parts": 1}
+    moe = {"n_ffn": 8, "ffn_size": 14336, "gamma": 1.25, "group_size": 4096}
     fields = {f"model__{name}": value for name, value in model.items()}
     fields |= {f"moe__{name}": value for name, value in moe.items()}
     fields |= {"mesh__data": 1, "mesh__fsdp": 8, "mesh__expert": 8}
     fields |= {"data__seq_len": 4096, "train__batch_size": 768}
     report = compile_for("v5p:4x4x4", "moe_7b", tmp_path, "--profile", **fields)
-    at_peak, at_a_quarter = report["mfu_nominal"]
-    assert at_a_quarter < 0.549 < at_peak
-    assert (at_a_quarter + at_peak) / 2 == pytest.approx(0.549, rel=0.15)
+    for mfu in report["mfu_nominal"]:
+        assert mfu == pytest.approx(0.549, rel=0.15)
 
 
 def test_a_schedule_needs_what_the_whole_program_needs(tmp_path):
