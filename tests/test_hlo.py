@@ -197,6 +197,49 @@ def test_a_kernel_whose_metadata_spans_lines():
     assert hlo.unknown_loops(module) == []
 
 
+def splash(name: str, blocks: str, *results: str) -> hlo.Module:
+    """Of 3 sequences with 4 heads of 64, 2,048 tokens in blocks of 256."""
+    heads = "bf16[3,4,2048,64]{3,2,1,0}"
+    target = 'custom_call_target="tpu_custom_call"'
+    made = f"({', '.join([*results, 'f32[3,256,64]{2,1,0}'])})"
+    text = f"""HloModule attention
+
+ENTRY %main (next: {blocks}, q: {heads}) -> {made} {{
+  %next = {blocks}{{2,1,0}} parameter(0)
+  %q = {heads} parameter(1)
+  %k = bf16[3,2,2048,64]{{3,2,1,0}} parameter(2)
+  ROOT %{name}.7 = {made} custom-call(%next, %next, %q, %k, %k), {target}
+}}
+"""
+    return hlo.parse(text)
+
+
+Q, Q_APART = "bf16[3,4,2048,64]{3,2,1,0}", "bf16[8,3,4,2048,64]{4,3,2,1,0}"
+FWD, DKV, DQ = (f"splash_mha_{kind}_segmented" for kind in ("fwd", "dkv", "dq"))
+
+
+@pytest.mark.parametrize(
+    ("name", "blocks", "results", "met", "products"),
+    [
+        (FWD, "s8[1,8,8]", [Q], 36, 2),
+        # A window in which three blocks are met: 1 + 2 + 6 x 3.
+        (FWD, "s8[1,8,3]", [Q], 21, 2),
+        (DKV, "s8[1,3,8]", [Q, Q], 21, 4),
+        # Queries' gradient in the same kernel, once for each block of keys.
+        (DKV, "s8[1,8,8]", [Q_APART, Q, Q], 36, 5),
+        (DQ, "s8[1,8,8]", [Q], 36, 3),
+    ],
+)
+def test_products_of_attention_in_the_blocks_that_its_kernel_computes(
+    name, blocks, results, met, products
+):
+    module = splash(name, blocks, *results)
+    assert hlo.attended(module.computations["main"], module.computations["main"].root) == (
+        3 * 4 * met * 256**2
+    )
+    assert hlo.product_flops(module) == 3 * 4 * met * 256**2 * products * 2 * 64
+
+
 # A gather in three fusions: one starts it, a product runs meanwhile, one waits for it.
 CHAIN = """HloModule chain, num_partitions=4
 

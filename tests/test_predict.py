@@ -116,9 +116,10 @@ def test_other_instructions_cost_what_they_move():
 
 
 def kernel(name: str) -> str:
-    return f"""ENTRY %main (q: bf16[32,16,2048,128]) -> bf16[32,16,2048,128] {{
+    return f"""ENTRY %main (q: bf16[32,16,2048,128], next: s8[1,2,2]) -> bf16[32,16,2048,128] {{
   %q = bf16[32,16,2048,128]{{3,2,1,0}} parameter(0)
-  ROOT %{name}.3 = bf16[32,16,2048,128]{{3,2,1,0}} custom-call(%q, %q, %q), custom_call_target="tpu_custom_call", metadata={{op_name="jit(step)/attention/attention_core/pallas_call"}}
+  %next = s8[1,2,2]{{2,1,0}} parameter(1)
+  ROOT %{name}.3 = bf16[32,16,2048,128]{{3,2,1,0}} custom-call(%next, %q, %q, %q), custom_call_target="tpu_custom_call", metadata={{op_name="jit(step)/attention/attention_core/pallas_call"}}
 }}
 """  # noqa: E501
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from dataclasses import dataclass
 
@@ -58,7 +57,8 @@ def of(
     if opcode == "custom-call":
         kernel = re.sub(r"[.\d]+$", "", instruction.name)
         if cycles := rates.block_cycles(kernel):
-            busy[MXU] = cycles * _blocks(computation, instruction) / rate.clock
+            blocks = hlo.attended(computation, instruction) / rates.BLOCK**2
+            busy[MXU] = cycles * blocks / rate.clock
             kernel = None
     else:
         rows, gathered, scattered = hlo.indexed(module, computation, instruction)
@@ -84,15 +84,3 @@ def moving(
 
 def _target(kernel: hlo.Instruction) -> str:
     return (kernel.attribute("custom_call_target") or "").strip('"')
-
-
-def _blocks(computation: hlo.Computation, kernel: hlo.Instruction) -> float:
-    """Blocks of causal attention, of all heads: half of all, and the diagonal.
-
-    The largest operand is (heads, tokens, width), whatever comes before it.
-    """
-    operands = (computation.by_name[name] for name in kernel.operands)
-    shapes = (shape for operand in operands for shape in operand.shapes if len(shape.dims) >= 3)
-    dims = max(shapes, key=lambda shape: shape.size).dims
-    side = math.ceil(dims[-2] / rates.BLOCK)
-    return math.prod(dims[:-2]) * side * (side + 1) / 2

@@ -55,10 +55,10 @@ def test_7b_moves_little_more_than_it_must(large):
     assert large["wire_ratio"] <= 1.15
 
 
-def test_7b_exchanges_tokens_four_times_a_layer_and_gathers_none(large):
+def test_7b_exchanges_tokens_four_times_a_layer_in_four_parts_and_gathers_none(large):
     [exchange] = rows_of(large, "all-to-all")
     assert exchange["axes"] == ["expert"]
-    assert exchange["count"] == exchange["asynchronous"] == 4 * 24 * large["accumulate"]
+    assert exchange["count"] == exchange["asynchronous"] == 4 * 4 * 24 * large["accumulate"]
     assert exchange["bytes"] == pytest.approx(large["least_wire_bytes"]["all-to-all"])
     # A gather's operand is a part of a layer's, or of the vocabulary's matrix: no tokens.
     parameters_a_layer = 2 * 2 * 16 * 4096 * 1536 / large["mesh"]["expert"]

@@ -16,6 +16,7 @@ from moepp_jax.compile.hlo.costs import (
     product_flops,
     traffic,
 )
+from moepp_jax.compile.hlo.custom_calls import attended
 from moepp_jax.compile.hlo.kernels import Kernel, kernels
 from moepp_jax.compile.hlo.loops import executions, rounds, unknown_loops
 from moepp_jax.compile.hlo.text import Computation, Instruction, Module, parse, scopes
@@ -27,6 +28,7 @@ __all__ = [
     "Instruction",
     "Kernel",
     "Module",
+    "attended",
     "awaited",
     "collectives",
     "executions",

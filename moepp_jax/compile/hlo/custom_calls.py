@@ -10,12 +10,13 @@ import math
 import re
 from collections.abc import Iterable
 
-from moepp_jax.compile.hlo.text import Computation, Instruction
+from moepp_jax.compile.hlo.text import Computation, Instruction, Shape
 
 _TARGET = re.compile(r'custom_call_target="([^"]+)"')
 _MATMULS = ("__cublas$gemm", "__cublas$lt$matmul", "__cublas$lt$matmul$f8")
 _ATTENTION = "__cudnn$fmha"
 _TRITON = "__gpu$xla.gpu.triton"
+_SPLASH = re.compile(r"splash_\w*?_(fwd|dkv|dq)")
 
 # They multiply no matrices: sorting, choosing the largest, memory, notes to the compiler.
 _NO_PRODUCTS = re.compile(
@@ -55,7 +56,23 @@ def product(computation: Computation, instruction: Instruction) -> int | None:
         return _of_matmul(computation, instruction)
     if name and name.startswith(_ATTENTION):
         return _of_attention(computation, instruction, backward=name.endswith("Backward"))
+    if _SPLASH.match(instruction.name):
+        return _of_splash(computation, instruction)
     return None
+
+
+def attended(computation: Computation, instruction: Instruction) -> int:
+    """Pairs of a query and a key, of all heads, in the blocks that a splash kernel computes.
+
+    Its first operand says of each block of queries (or of keys) which one it meets next: its sides
+    are all blocks of the sequence, and as many as one meets at most. Of these a causal mask leaves
+    the first i + 1 to the i-th. The largest operand is (heads, tokens, width), whatever comes
+    before it.
+    """
+    _, *sides = computation.by_name[instruction.operands[0]].shapes[0].dims
+    *heads, tokens, _ = _queries(computation, instruction).dims
+    blocks = sum(min(i + 1, min(sides)) for i in range(max(sides)))
+    return math.prod(heads) * blocks * (tokens // max(sides)) ** 2
 
 
 def precision(instruction: Instruction) -> str:
@@ -94,6 +111,20 @@ def _of_attention(computation: Computation, instruction: Instruction, backward: 
     if window := _numbers(instruction, "sliding_window_length"):
         pairs = min(pairs, rows * window[0]) if window[0] else pairs
     return (5 if backward else 2) * 2 * math.prod(heads) * pairs * queries.dims[-1]
+
+
+def _of_splash(computation: Computation, instruction: Instruction) -> int:
+    """Forward makes two products; backward the scores and theirs, and one for each gradient."""
+    queries = _queries(computation, instruction)
+    kind = _SPLASH.match(instruction.name)[1]
+    gradients = sum(shape.dims[-2:] == queries.dims[-2:] for shape in instruction.shapes)
+    products = 2 if kind == "fwd" else 2 + gradients
+    return products * 2 * attended(computation, instruction) * queries.dims[-1]
+
+
+def _queries(computation: Computation, instruction: Instruction) -> Shape:
+    operands = (computation.by_name[name] for name in instruction.operands)
+    return max((shape for operand in operands for shape in operand.shapes), key=lambda s: s.size)
 
 
 def _scores(instruction: Instruction) -> tuple[int, ...]:
