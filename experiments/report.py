@@ -102,7 +102,7 @@ def table(found: Results) -> list[str]:
         loss = found.mean(name)
         gained = ""
         if curve and _same_shape(variant.config, usual):
-            gained = _gain(gain.gain(curve, mean["eval_loss"], mean["realised_flops"]))
+            gained = str(gain.gain(curve, loss, mean["realised_flops"]))
         cells = [
             name,
             f"{loss.value:.4f}" + ("" if math.isnan(loss.error) else f" ± {loss.error:.4f}"),
@@ -148,15 +148,6 @@ def _difference(found: Results, name: str) -> str:
     return f"{d.value:+.4f} [{d.low:+.4f}, {d.high:+.4f}]{to}"
 
 
-def _gain(of: gain.Gain) -> str:
-    if not math.isfinite(of.value):
-        return "beyond the curve"
-    text = f"{of.value:.2f}"
-    if math.isfinite(of.high):
-        text += f" [{of.low:.2f}, {of.high:.2f}]"
-    return text if of.inside else f"{text} (extrapolated)"
-
-
 def _same_shape(config: Config, usual: Config) -> bool:
     """Whether the vanilla curve of the usual size is the one to compare with."""
     return config.model == usual.model and config.moe.ffn_size == usual.moe.ffn_size
@@ -178,8 +169,9 @@ def _notes(found: Results) -> list[str]:
         "training FLOPs that the",
         "vanilla MoE of the usual size would need for this loss, by its fitted curve (the "
         "experiment `scaling`), over",
-        "those used; in brackets 95 % of its fits to seeds drawn with replacement. Drops are of "
-        "the last fifth of training.",
+        "those used; in brackets 95 % of what its seeds, its distance from its own points and the "
+        "variant's seeds",
+        "leave open. Drops are of the last fifth of training.",
         "Seconds a step are of each run's own minutes, in which the machine may have had other "
         "work, and on the cores",
         "it was given: times that can be compared are those of the experiment `throughput`.",

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from moepp_jax.analysis import drawing
-from moepp_jax.experiments import gain, report, run, study
+from moepp_jax.experiments import gain, report, run, stats, study
 from moepp_jax.experiments.results import DIVERGED, file_of, write
 from moepp_jax.experiments.scale import VANILLA
 from moepp_jax.experiments.study import FAILS, HOLDS, MISSING, OPEN, Verdict
@@ -170,18 +170,33 @@ def test_compute_equivalent_gain():
     rows = curve_rows([4.0, 3.0, 2.5], seeds=(0,))
     curve = gain.curve(SCALE, rows)
     assert (curve.least, curve.most) == (1e9, 4e9)
-    of = gain.gain(curve, 3.0, 1e9)
+    assert curve.misfits == pytest.approx([1, 1, 1], rel=0.01)
+    of = gain.gain(curve, stats.mean([3.0]), 1e9)
     assert of.value == pytest.approx(2, rel=0.01) and of.inside
-    assert not gain.gain(curve, 2.1, 1e9).inside
+    assert str(of) == "2.00"  # of one seed nobody knows how far it is off
+    assert str(gain.gain(curve, stats.mean([2.1]), 1e9)).endswith(" (extrapolated)")
     assert gain.curve(SCALE, rows[:-1]) is None
     page = "\n".join(report.table(small.results([*rows, *rows_of(MOEPP, [3.0])])))
-    assert "| 2.00 [2.00, 2.00] |" in page
+    assert "| 2.00 |" in page
 
 
-def test_a_gain_has_an_interval():
+def width_of_gain(curve: gain.Curve, losses: list[float]) -> float:
+    of = gain.gain(curve, stats.mean(losses), 1e9)
+    assert of.low < of.value < of.high
+    return of.high - of.low
+
+
+def test_the_interval_of_a_gain_knows_the_seeds_of_both_and_how_far_the_curve_is_off():
     curve = gain.curve(SCALE, curve_rows([4.0, 3.0, 2.5]))
-    of = gain.gain(curve, 3.0, 1e9)
-    assert of.low < of.value < of.high < 2.1
+    alike, apart = [2.999, 3.0, 3.001], [2.9, 3.0, 3.1]
+    assert width_of_gain(curve, alike) < 0.05
+    # 0.058 of a standard error, 4.3 of them at two degrees of freedom, and a loss that falls by
+    # one nat over 2e9.
+    assert width_of_gain(curve, apart) == pytest.approx(2 * 4.3 * 0.058 * 2, rel=0.4)
+    off = gain.curve(SCALE, curve_rows([4.0, 3.0, 2.5]))._replace(misfits=[0.9, 1.0, 1.1])
+    assert width_of_gain(off, alike) == pytest.approx(2 / 0.9 - 2 / 1.1, rel=0.1)
+    seeds = gain.curve(SCALE, curve_rows([4.0, 3.0, 2.5], seeds=(0, 30, 60)))
+    assert width_of_gain(seeds, alike) > 0.05
 
 
 def test_a_length_has_its_warm_up():
