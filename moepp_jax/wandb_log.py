@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from moepp_jax import metrics, regular, worker
+from moepp_jax import metrics, regular, seal, worker
 from moepp_jax.errors import ConfigError
 from moepp_jax.storage import Staging, open_path, write_atomic
 
@@ -149,7 +149,7 @@ def following(
         "mode": wanted.mode,
         "name": os.path.basename(os.path.abspath(workdir)),
         "folder": str(file.parent.absolute()),
-        "config": json.loads(config),
+        "config": seal.opened(json.loads(config)),
         "files": [str(path.absolute()) for path in files],
     }
     try:

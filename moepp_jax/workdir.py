@@ -21,7 +21,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from moepp_jax import alike, claim, earlier, regular
+from moepp_jax import alike, claim, earlier, regular, seal
 from moepp_jax.config import Config, differences
 from moepp_jax.errors import ConfigError
 from moepp_jax.special_tokens import GENERATION, SETTINGS
@@ -139,7 +139,7 @@ def _written(config: Config, folder: AnyPath) -> str:
     """A configuration as the run's folder has it, wherever that is."""
     if config.data.tokenizer:
         config = config.replace("data", tokenizer=tokenizer_file(folder).name)
-    return config.to_json()
+    return seal.sealed(config.to_dict())
 
 
 @contextlib.contextmanager
@@ -193,8 +193,8 @@ def read_config(
       report: told, in one line, of fields that came after the run was made and change nothing.
 
     Raises:
-      ConfigError: there is no run, or its config.json cannot be read, lacks fields whose values
-        cannot be known, or has unknown ones.
+      ConfigError: there is no run, or its config.json cannot be read, is not as it was written,
+        lacks fields whose values cannot be known, or has unknown ones.
     """
     file = open_path(path) / _CONFIG
     if not file.exists():
@@ -218,6 +218,10 @@ def read_config(
         raise ConfigError(
             f"{path} is a model in Hugging Face's layout, not a run: `moepp convert` makes one"
         )
+    try:
+        fields = seal.opened(fields)
+    except ValueError as error:
+        raise ConfigError(f"{file} {error}; `--config=RECIPE` then names what differs") from error
     fields, added = earlier.completed(fields)
     _require_no_code(fields, file)
     try:

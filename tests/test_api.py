@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import moepp_jax
-from moepp_jax import api
+from moepp_jax import api, seal
 from moepp_jax import model as model_lib
 from moepp_jax.checkpoint import CheckpointError
 from moepp_jax.errors import ConfigError
@@ -190,7 +190,7 @@ def test_what_cannot_be_loaded(folder, tmp_path):
         moepp_jax.load(tmp_path)
     with pytest.raises(ConfigError, match=f"{tmp_path}/no is no folder"):
         moepp_jax.load(tmp_path / "no")
-    fields = json.loads((folder / "config.json").read_text())
+    fields = seal.opened(json.loads((folder / "config.json").read_text()))
     (tmp_path / "config.json").write_text(json.dumps(fields))
     with pytest.raises(CheckpointError, match=f"there is no checkpoint in {tmp_path}"):
         moepp_jax.load(tmp_path)

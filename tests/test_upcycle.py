@@ -12,7 +12,7 @@ from absl import flags
 from absl.testing import flagsaver
 
 import moepp_jax
-from moepp_jax import flops, interop, run_data
+from moepp_jax import flops, interop, run_data, seal
 from moepp_jax import mesh as mesh_lib
 from moepp_jax import model as model_lib
 from moepp_jax import state as state_lib
@@ -279,7 +279,7 @@ def test_a_run_that_was_moved_has_its_tokenizer_with_it(tmp_path, tokenizer):
     kept = Tokenizer.load(tokenizer).fingerprint
     assert run_data.prepare_data(config, new, **SILENT).tokenizer.fingerprint == kept
     # One of an earlier version names the place where it was.
-    fields = json.loads((new / "config.json").read_text())
+    fields = seal.opened(json.loads((new / "config.json").read_text()))
     fields["data"]["tokenizer"] = str(tmp_path / "old" / "tokenizer.model")
     (new / "config.json").write_text(json.dumps(fields))
     assert read_config(new) == config

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from moepp_jax import train, wandb_log
+from moepp_jax import seal, train, wandb_log
 from moepp_jax.errors import ConfigError
 from moepp_jax.metrics import MetricsWriter
 from moepp_jax.storage import open_path, write_atomic
@@ -309,7 +309,7 @@ def test_training_sends_what_it_measures_and_nobody_finds_a_key(tmp_path, notes)
     train.train(c, folder, said.append, wandb=ONLINE)
     assert notes("step") == [1, 2, 3] and "eval_loss" in notes("values")[1]
     assert "load_largest_by_layer/1" in notes("values")[0]
-    assert notes("config")[0] == json.loads((folder / "config.json").read_text())
+    assert notes("config")[0] == seal.opened(json.loads((folder / "config.json").read_text()))
     train.train(c.replace("train", steps=4), folder, said.append, wandb=ONLINE)
     train.train(c.replace("train", steps=4), folder, said.append, wandb=ONLINE)  # has ended
     assert notes("step") == [1, 2, 3, 4]

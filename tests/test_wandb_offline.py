@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from moepp_jax import seal
 from moepp_jax.metrics import read_metrics
 from tests.test_main import ENVIRONMENT, ROOT, flags
 
@@ -152,7 +153,7 @@ def test_stopped_killed_and_extended_a_run_has_each_step_once(tmp_path):
     assert steps(run) == [*range(1, len(steps(run)) + 1)] and sent >= len(steps(run)) > saved
 
     more = (f"--config.train.steps={sent + 5}", "--config.train.eval_every=1000000")
-    config = json.loads((run / "config.json").read_text())
+    config = seal.opened(json.loads((run / "config.json").read_text()))
     config["train"]["steps"] = saved  # as if it had been asked for so many
     (run / "config.json").write_text(json.dumps(config))
     moved = run.rename(tmp_path / "moved")

@@ -192,6 +192,21 @@ def test_a_configuration_of_another_version_names_file_and_field(tmp_path, confi
         open_workdir(tmp_path, config)
 
 
+def test_a_number_that_changed_on_disk(tmp_path, config):
+    open_workdir(tmp_path, config)
+    file = tmp_path / "config.json"
+    fields = json.loads(file.read_text())
+    fields["optim"]["lr"] *= 201
+    file.write_text(json.dumps(fields))
+    with pytest.raises(ConfigError, match=rf"{file} has changed since it was written.*'checksum'"):
+        open_workdir(tmp_path, config)
+    del fields["checksum"]  # the change is meant
+    file.write_text(json.dumps(fields))
+    assert read_config(tmp_path).optim.lr == 201 * config.optim.lr
+    with pytest.raises(ConfigError, match=r"config\.optim\.lr: "):
+        open_workdir(tmp_path, config)
+
+
 def test_a_run_of_the_first_version_is_read_and_told_of_in_one_line(tmp_path, config):
     """Its file is of that version: a field that comes without a line in `earlier` breaks this."""
     first = Path(__file__).parent / "data" / "first_version_config.json"
