@@ -10,8 +10,6 @@ change from start to start.
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import json
 import os
 import shutil
 import tempfile
@@ -22,7 +20,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from moepp_jax import checksums, regular
+from moepp_jax import checksums, regular, seal
 from moepp_jax.storage import write_atomic
 
 _NOTE = "copy.json"
@@ -90,7 +88,7 @@ class Disk:
             with ThreadPoolExecutor() as pool:
                 list(pool.map(lambda of: _write(half / str(of[0]), of[1]), cells.items()))
             checksums.write(half, map(str, cells))
-            (half / _NOTE).write_text(_summed(note), encoding="utf-8")
+            (half / _NOTE).write_text(seal.sealed(note), encoding="utf-8")
             for path in (*half.iterdir(), half):
                 _sync(path)
             half.rename(whole)
@@ -102,7 +100,7 @@ class Disk:
     def keep_only(self, kept: Collection[Copy], **noted: Any) -> None:
         """Notes something of these copies; all others, and what is left of half ones, go."""
         for copy in kept:
-            write_atomic(copy.folder / _NOTE, _summed(dict(copy.note) | noted))
+            write_atomic(copy.folder / _NOTE, seal.sealed(dict(copy.note) | noted))
         folders = {copy.folder for copy in kept}
         for folder in (*(copy.folder for copy in self.copies()), *self._own.glob(".*.tmp")):
             if folder not in folders:
@@ -137,21 +135,12 @@ def _entries(folder: Path) -> list[Path]:
         return []
 
 
-def _summed(note: Mapping[str, Any]) -> str:
-    """A note with its sum, as JSON."""
-    return json.dumps({"note": note, "sum": _sum(note)})
-
-
-def _sum(note: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(note, sort_keys=True).encode()).hexdigest()
-
-
 def _note(file: Path) -> dict[str, Any]:
     """What a file says; nothing if it does not say what it was given."""
     try:
         read = regular.read_json(file)
-        return dict(read["note"]) if _sum(read["note"]) == read["sum"] else {}
-    except (OSError, ValueError, LookupError, TypeError):
+        return seal.opened(read) if seal.CHECKSUM in read else {}
+    except (OSError, ValueError, TypeError):
         return {}
 
 

@@ -39,7 +39,7 @@ def trials(room: Room, kills: int, seed: int) -> Iterator[Trial]:
 
 
 @contextlib.contextmanager
-def _disk(folder: Path, **options: int | str) -> Iterator[Path]:
+def disk(folder: Path, **options: int | str) -> Iterator[Path]:
     """A disk in memory, mounted here.
 
     Raises:
@@ -69,18 +69,18 @@ def _size(folder: Path) -> int:
 
 def _no_bytes(room: Room, share: float, folder: Path) -> None:
     size = int(share * _size(room.whole))
-    with _disk(folder / "disk", size=size) as disk:
-        _require_stopped(room.start(disk / "run"), disk / "run")
-        _remount(disk, "size=1g")
-        room.require_resumed(disk / "run")
+    with disk(folder / "disk", size=size) as there:
+        _require_stopped(room.start(there / "run"), there / "run")
+        _remount(there, "size=1g")
+        room.require_resumed(there / "run")
 
 
 def _no_files(room: Room, share: float, folder: Path) -> None:
     files = int(share * len([*room.whole.rglob("*")])) + 2
-    with _disk(folder / "disk", size="1g", nr_inodes=files) as disk:
-        _require_stopped(room.start(disk / "run"), disk / "run")
-        _remount(disk, "nr_inodes=100000")
-        room.require_resumed(disk / "run")
+    with disk(folder / "disk", size="1g", nr_inodes=files) as there:
+        _require_stopped(room.start(there / "run"), there / "run")
+        _remount(there, "nr_inodes=100000")
+        room.require_resumed(there / "run")
 
 
 def _small_files(room: Room, share: float, folder: Path) -> None:
@@ -105,33 +105,33 @@ def _require_stopped(process: subprocess.Popen, run: Path) -> None:
 
 def _data_on_full_disk(room: Room, share: float, folder: Path) -> None:
     run = folder / "run"
-    with _disk(folder / "disk", size=int(share * _size(room.data))) as disk:
-        said = room.said(room.arguments(run, disk / "data"))
+    with disk(folder / "disk", size=int(share * _size(room.data))) as there:
+        said = room.said(room.arguments(run, there / "data"))
         require_one_line(said)
         if run.exists():
             raise Lost("there is a run without its data")
-        _remount(disk, "size=1g")
-        require_ended(room.said(room.arguments(run, disk / "data")))
+        _remount(there, "size=1g")
+        require_ended(room.said(room.arguments(run, there / "data")))
         room.require_whole(run)
 
 
 def _read_only(room: Room, what: str, folder: Path) -> None:
     run = folder / "run"
     room.interrupted(folder / "copy")
-    with _disk(run if not what else folder / "disk", size="1g") as disk:
-        shutil.copytree(folder / "copy" / what, disk, dirs_exist_ok=True)
+    with disk(run if not what else folder / "disk", size="1g") as there:
+        shutil.copytree(folder / "copy" / what, there, dirs_exist_ok=True)
         if what:
             shutil.copytree(folder / "copy", run, ignore=shutil.ignore_patterns(what))
-            (run / what).symlink_to(disk, target_is_directory=True)
-        _remount(disk, "ro")
+            (run / what).symlink_to(there, target_is_directory=True)
+        _remount(there, "ro")
         require_one_line(room.said(room.arguments(run)))
-        _remount(disk, "rw")
+        _remount(there, "rw")
         room.require_resumed(run)
 
 
 def _empty_read_only(room: Room, folder: Path) -> None:
-    with _disk(folder / "disk", size="1g") as disk:
-        _remount(disk, "ro")
-        require_one_line(room.said(room.arguments(disk / "run")))
-        _remount(disk, "rw")
-        room.require_resumed(disk / "run")
+    with disk(folder / "disk", size="1g") as there:
+        _remount(there, "ro")
+        require_one_line(room.said(room.arguments(there / "run")))
+        _remount(there, "rw")
+        room.require_resumed(there / "run")

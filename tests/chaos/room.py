@@ -90,9 +90,9 @@ class Room:
         config = f"--config={Path(recipe.__file__).relative_to(ROOT)}:{data or self.data}"
         return ["train", config, f"--workdir={run}"]
 
-    def start(self, run: Path) -> subprocess.Popen:
-        """The job, in a process to be broken."""
-        command, pipe = [*MAIN, *self.arguments(run)], subprocess.PIPE
+    def start(self, run: Path, *flags: str) -> subprocess.Popen:
+        """The job, with more flags, in a process to be broken."""
+        command, pipe = [*MAIN, *self.arguments(run), *flags], subprocess.PIPE
         return subprocess.Popen(
             command, cwd=ROOT, env=self.environment, stdout=pipe, stderr=pipe, text=True
         )
@@ -114,13 +114,13 @@ class Room:
         shutil.copytree(self.whole, run, symlinks=True)
         shutil.rmtree(run / "checkpoints" / str(recipe.STEPS))
 
-    def require_resumed(self, run: Path) -> Said:
-        """Goes on with a run, which must end as the one that nobody disturbed.
+    def require_resumed(self, run: Path, *flags: str) -> Said:
+        """Goes on with a run, with more flags; it must end as the one that nobody disturbed.
 
         Raises:
           Lost: it does not.
         """
-        said = require_ended(self.said(self.arguments(run)))
+        said = require_ended(self.said([*self.arguments(run), *flags]))
         self.require_whole(run)
         return said
 

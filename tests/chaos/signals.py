@@ -50,7 +50,7 @@ def _killed(room: Room, moment: Moment, chance: random.Random, folder: Path) -> 
 def _asked(room: Room, number: signal.Signals, when: float | random.Random, folder: Path) -> None:
     run = folder / "run"
     process = room.start(run)
-    _wait(process, lambda: _hears(process))
+    wait(process, lambda: _hears(process))
     time.sleep(when if isinstance(when, float) else when.uniform(0, room.seconds[1]))
     process.send_signal(number)
     said = ended(process)
@@ -83,7 +83,7 @@ def _hears(process: subprocess.Popen) -> bool:
     return bool(caught and int(caught[1], 16) >> (signal.SIGTERM - 1) & 1)
 
 
-def _wait(process: subprocess.Popen, until: Callable[[], bool]) -> None:
+def wait(process: subprocess.Popen, until: Callable[[], bool]) -> None:
     while not until():
         if process.poll() is not None:
             raise Missed("the run had ended")
@@ -96,19 +96,19 @@ def _at_start(room: Room, process: subprocess.Popen, run: Path, chance: random.R
 
 def _in_steps(room: Room, process: subprocess.Popen, run: Path, chance: random.Random) -> None:
     step = chance.randrange(1, STEPS)
-    _wait(process, lambda: _logged(run) >= step)
+    wait(process, lambda: _logged(run) >= step)
 
 
 def _in_save(room: Room, process: subprocess.Popen, run: Path, chance: random.Random) -> None:
     step, delay = chance.randrange(SAVE_EVERY, STEPS + 1, SAVE_EVERY), chance.uniform(0, 0.15)
     half = run / "checkpoints" / f"{step}.orbax-checkpoint-tmp"
-    _wait(process, half.exists)
+    wait(process, half.exists)
     time.sleep(delay)
 
 
 def _in_evaluation(room: Room, process: subprocess.Popen, run: Path, chance: random.Random) -> None:
     step, delay = chance.randrange(EVAL_EVERY, STEPS + 1, EVAL_EVERY), chance.uniform(0, 0.03)
-    _wait(process, lambda: _logged(run) >= step)  # that is done before the step is evaluated
+    wait(process, lambda: _logged(run) >= step)  # that is done before the step is evaluated
     time.sleep(delay)
 
 
