@@ -146,6 +146,12 @@ def test_a_kernel_that_is_not_known_is_named():
     assert spent.needs.bound == needs.HBM  # what it moves, at least
 
 
+def test_a_kernel_without_a_name_goes_by_what_it_calls():
+    assert timeline(kernel("custom-call")).unknown() == {"tpu_custom_call": 1}
+    names = kernel("custom-call").replace("tpu_custom_call", "ConcatBitcast")
+    assert not timeline(names).unknown()
+
+
 # A row of four devices exchanges 1 GB each: 0.5 GB over each link, 5 ms. A product of 3 ms runs
 # meanwhile; then a sum of all along the same row, and one along the columns.
 EXCHANGE = """%body (p: (s32[], bf16[8192,8192])) -> (s32[], bf16[8192,8192]) {

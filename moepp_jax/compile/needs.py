@@ -16,6 +16,7 @@ _NO_KERNELS = {
     "AssumeGatherIndicesInBound",
     "AsyncCollectiveDone",
     "AsyncCollectiveStart",
+    "ConcatBitcast",
     "GatherScatterIndicesBitpacked",
 }
 
@@ -55,7 +56,8 @@ def of(
     }
     kernel = None
     if opcode == "custom-call":
-        kernel = re.sub(r"[.\d]+$", "", instruction.name)
+        own = re.sub(r"[.\d]+$", "", instruction.name)
+        kernel = _target(instruction) if own == "custom-call" else own
         if cycles := rates.block_cycles(kernel):
             blocks = hlo.attended(computation, instruction) / rates.BLOCK**2
             busy[MXU] = cycles * blocks / rate.clock
