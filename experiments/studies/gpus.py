@@ -117,6 +117,9 @@ are at the published peaks of each arithmetic and overlap entirely. `not read` a
 operations the program does not tell. JAX takes 75 % of a card when it starts
 (XLA_PYTHON_CLIENT_MEM_FRACTION).
 
+Attention is XLA's here, which writes scores to memory: `make .venv/gpu` does without cuDNN, whose
+fused kernel a run on cards takes.
+
 The compiler has to be there (`make gpu-pods` puts it beside the environment)."""
 
 
@@ -124,8 +127,8 @@ def on(scale: Scale, size: Size) -> Config:
     """The recipe on a mesh."""
     config = scale.variant(size.model, of=scale.sizes[_MODELS[size.model]]).config
     config = config.replace("mesh", data=size.data, fsdp=size.fsdp, expert=size.expert)
-    if config.model.remat == "w_in":  # as launch/ has it: a card has less memory than a v5p chip
-        config = config.replace("model", remat="exchanged")
+    # As launch/ has it: a card has less memory than a v5p chip.
+    config = config.replace("model", remat="exchanged")
     return config.replace("train", accumulate=size.accumulate)
 
 
