@@ -7,6 +7,7 @@ import math
 import pytest
 from rich.console import Console
 
+from moepp_jax import seal
 from moepp_jax.config import Config
 from moepp_jax.configs import tiny as recipes
 from moepp_jax.errors import ConfigError
@@ -66,7 +67,8 @@ def test_table(job):
 
 def test_twins_differ_in_the_pool_alone(job):
     workdir, *_ = job
-    configs = {n: json.loads((workdir / n / "config.json").read_text()) for n in twins.TWINS}
+    written = {n: json.loads((workdir / n / "config.json").read_text()) for n in twins.TWINS}
+    configs = {name: seal.opened(fields) for name, fields in written.items()}
     assert configs["moepp"]["data"] == configs["moe"]["data"]
     assert configs["moepp"]["train"] == configs["moe"]["train"]
     assert configs["moepp"]["model"] == configs["moe"]["model"]

@@ -48,6 +48,8 @@ class RoutingRules(Study):
             name: (results.mean(name, "realised_flops").value, results.mean(name).value)
             for name in names
         }
+        for name, short in ((n, n + _EQUAL) for n in points if n + _EQUAL in points):
+            axes.plot(*zip(points[name], points[short], strict=True), color="C0", lw=0.8, alpha=0.5)
         for name, (x, y) in points.items():
             color = "C1" if name == "MoE++" else "C0"
             face = "none" if name.endswith(_EQUAL) else color
