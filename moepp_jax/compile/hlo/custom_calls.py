@@ -56,7 +56,7 @@ def product(computation: Computation, instruction: Instruction) -> int | None:
         return _of_matmul(computation, instruction)
     if name and name.startswith(_ATTENTION):
         return _of_attention(computation, instruction, backward=name.endswith("Backward"))
-    if _SPLASH.match(instruction.name):
+    if name and _SPLASH.match(instruction.name):
         return _of_splash(computation, instruction)
     return None
 
