@@ -205,6 +205,10 @@ DAMAGES = {
         lambda folder: (folder / "copy.json").write_text("{"),
         "no local copy is used: .*/6 is damaged: its copy.json is not as it was written",
     ),
+    "a note without its sum": (
+        lambda folder: replace(folder / "copy.json", '"checksum"', '"checksun"'),
+        "no local copy is used: .*/6 is damaged: its copy.json is not as it was written",
+    ),
     "another note": (
         lambda folder: replace(folder / "copy.json", '"after": ', '"after": 1'),
         "no local copy is used: .*/6 is damaged: its copy.json is not as it was written",
