@@ -3,6 +3,9 @@ SHELL := /bin/bash
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 PY := .venv/bin/python
 
+# Pages of 2 MiB for what computes on CPU (docs/PERFORMANCE.md); other C libraries do not read it.
+export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
+
 .PHONY: help train test chaos test-slow test-torch test-eval test-newest test-tpu-compile test-gpu-compile test-browser test-wandb test-site site pods gpu-pods gpu-report check format benchmark programs peers curves lock clean
 
 help:

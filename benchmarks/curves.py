@@ -12,6 +12,11 @@ Without --clock nothing is run but the count of dropless blocks: the compiler te
 
 from __future__ import annotations
 
+from moepp_jax import host_memory
+
+if __name__ == "__main__":
+    host_memory.keep_freed_on_cpu()  # before an import starts a thread
+
 import argparse
 import itertools
 import json
@@ -27,7 +32,6 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from moepp_jax import host_memory
 from moepp_jax.analysis import drawing
 from moepp_jax.benchmarks import layer, timing
 
@@ -174,7 +178,6 @@ def main() -> None:
     parser.add_argument("--passes", nargs="+", choices=layer.PASSES, default=layer.PASSES)
     parser.add_argument("--sizes", nargs="+", choices=VALUES, default=list(VALUES))
     given = parser.parse_args()
-    host_memory.keep_freed_on_cpu()
     rounds, values = given.rounds if given.clock else 0, {n: VALUES[n] for n in given.sizes}
     rows = [
         row

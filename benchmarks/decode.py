@@ -12,6 +12,11 @@ process, interleaved.
 
 from __future__ import annotations
 
+from moepp_jax import host_memory
+
+if __name__ == "__main__":
+    host_memory.keep_freed_on_cpu()  # before an import starts a thread
+
 import argparse
 import dataclasses
 import json

@@ -17,6 +17,11 @@ of a large product and of a large array, measured in the same run.
 
 from __future__ import annotations
 
+from moepp_jax import host_memory
+
+if __name__ == "__main__":
+    host_memory.keep_freed_on_cpu()  # before an import starts a thread
+
 import argparse
 import functools
 import json
@@ -28,7 +33,7 @@ import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 
-from moepp_jax import host_memory, moe
+from moepp_jax import moe
 from moepp_jax.benchmarks import bare, layer_table, needed, programs, timing
 from moepp_jax.moe import kernels, param
 
@@ -267,7 +272,6 @@ def main() -> None:
     parser.add_argument("--passes", nargs="+", choices=PASSES, default=PASSES)
     parser.add_argument("--models", nargs="+", choices=MODELS, default=["0.6B"])
     args = parser.parse_args()
-    host_memory.keep_freed_on_cpu()  # as `train` does, and before JAX has threads
     found = []
     for model in args.models:
         timed = functools.partial(measure, MODELS[model], rounds=args.rounds)

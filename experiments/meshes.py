@@ -16,6 +16,11 @@ The devices are virtual ones of the CPU, of one process. Writes meshes.csv and m
 
 from __future__ import annotations
 
+from moepp_jax import host_memory
+
+if __name__ == "__main__":
+    host_memory.keep_freed_on_cpu()  # before an import starts a thread
+
 import csv
 import importlib
 import os
@@ -26,7 +31,7 @@ from typing import Any
 import jax
 from absl import flags
 
-from moepp_jax import cli, evaluate, host_memory
+from moepp_jax import cli, evaluate
 from moepp_jax import mesh as mesh_lib
 from moepp_jax import state as state_lib
 from moepp_jax.benchmarks import timing
@@ -137,7 +142,6 @@ if __name__ == "__main__":
         jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_num_cpu_devices", 8)
         jax.config.update("jax_enable_compilation_cache", False)
-        host_memory.keep_freed_on_cpu()
         file = Path(_FOLDER.value) / _TABLE
         for rule in _ONLY.value or rules.names():
             config = recipe(rule)

@@ -5,6 +5,11 @@
 
 from __future__ import annotations
 
+from moepp_jax import host_memory
+
+if __name__ == "__main__":
+    host_memory.keep_freed_on_cpu()  # before an import starts a thread
+
 import re
 import shutil
 import sys
@@ -13,7 +18,7 @@ from pathlib import Path
 
 from rich.table import Table
 
-from moepp_jax import host_memory, main
+from moepp_jax import main
 from moepp_jax.benchmarks import timing
 from moepp_jax.errors import ConfigError
 from moepp_jax.experiments import (
@@ -144,7 +149,6 @@ def measure_missing(of: Sequence[study.Study], scale: Scale, folder: Path, workd
     for one in of:
         wanted, rows = one.measurements(scale), measure.file_of(scale.name, one.name, folder)
         if measure.missing(wanted, measure.read(rows)):
-            host_memory.keep_freed_on_cpu()
             lock = workdir / sweep.ROWS_LOCK
             measure.take_missing(wanted, rows, trained, lock, timing.machine())
 

@@ -6,12 +6,14 @@ at. What is stopped, or dies, loses the steps since the last checkpoint of one r
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+from moepp_jax import host_memory
 from moepp_jax.claim import is_taken
 from moepp_jax.errors import ConfigError
 from moepp_jax.experiments import results, worker
@@ -92,6 +94,7 @@ def in_child(run: Run, folder: Path, scale: Scale) -> Iterator[int]:
             stdout=out,
             stderr=subprocess.STDOUT,
             process_group=0,
+            env=host_memory.HUGE_PAGES | os.environ,
         )
         while child.poll() is None:
             if stop.signal is not None:

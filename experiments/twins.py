@@ -15,6 +15,11 @@ has a page that shows where every token of held-out text went.
 
 from __future__ import annotations
 
+from moepp_jax import host_memory
+
+if __name__ == "__main__":
+    host_memory.keep_freed_on_cpu()  # before an import starts a thread
+
 import copy
 import json
 import time
@@ -31,7 +36,7 @@ from rich.console import Console
 from rich.table import Table
 
 import moepp_jax
-from moepp_jax import cli, flops, host_memory, moe, observe
+from moepp_jax import cli, flops, moe, observe
 from moepp_jax import mesh as mesh_lib
 from moepp_jax import model as model_lib
 from moepp_jax import state as state_lib
@@ -213,7 +218,6 @@ def show(summary: dict[str, Any], workdir: Path, console: Console) -> None:
 
 
 def main(argv: list[str]) -> None:
-    host_memory.keep_freed_on_cpu()
     workdir = Path(_WORKDIR.value)
     show(twins(_CONFIG.value, workdir), workdir, Console(width=120))
 

@@ -21,6 +21,11 @@ are in it, from this source and with these settings, are kept), upcycling.png an
 
 from __future__ import annotations
 
+from moepp_jax import host_memory
+
+if __name__ == "__main__":
+    host_memory.keep_freed_on_cpu()  # before an import starts a thread
+
 import csv
 import dataclasses
 import io
@@ -32,7 +37,7 @@ import numpy as np
 from absl import flags
 from matplotlib.figure import Figure
 
-from moepp_jax import cli, host_memory, interop
+from moepp_jax import cli, interop
 from moepp_jax.config import Config
 from moepp_jax.errors import ConfigError
 from moepp_jax.experiments import rows as rows_lib
@@ -298,7 +303,6 @@ if __name__ == "__main__":
     )
 
     def main(_: Sequence[str]) -> None:
-        host_memory.keep_freed_on_cpu()
         workdir = Path(_WORKDIR.value)
         source = Path(_SOURCE.value or workdir / "moe")
         if _SOURCE.value is None:

@@ -5,6 +5,11 @@
 
 from __future__ import annotations
 
+from moepp_jax import host_memory
+
+if __name__ == "__main__":
+    host_memory.keep_freed_on_cpu()  # before an import starts a thread
+
 import dataclasses
 import json
 import math

@@ -5,7 +5,7 @@ import os
 import jax
 from absl import flags
 
-from moepp_jax import distributed, host_memory, mesh
+from moepp_jax import distributed, mesh
 from moepp_jax.config import Config
 
 _DISTRIBUTED = flags.DEFINE_string(
@@ -24,7 +24,6 @@ def start(config: Config) -> None:
     CPUs are as many devices as one says; a mesh that leaves the number open gets its fill of them,
     or one a process.
     """
-    host_memory.keep_freed_on_cpu()
     given = {name: flag.value for name, flag in _PROCESSES.items()}
     joined = distributed.initialize(_DISTRIBUTED.value, **given)
     said = "JAX_NUM_CPU_DEVICES" in os.environ or (

@@ -7,6 +7,9 @@ from pathlib import Path
 # glibc's malloc.h
 _M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8
 
+# For the environment of a process that computes on CPU: glibc then asks for pages of 2 MiB, where
+# the kernel has them for those who ask. It is read when the process starts.
+HUGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 
 # Accelerators that a process could use: NVIDIA, TPU (two ways), AMD.
 _ACCELERATORS = ("nvidia[0-9]*", "accel*", "vfio/[0-9]*", "kfd")
@@ -20,7 +23,8 @@ def keep_freed_on_cpu() -> bool:
     was needed once stays with the process. All threads share one arena, as any of them may run the
     next step: hosts that feed an accelerator are left alone.
 
-    To be called before JAX has its threads, which otherwise keep arenas of their own.
+    To be called while there is one thread: what others have allocated from by then remains an
+    arena, later threads share it too, and it gives back what is freed whatever was asked for.
 
     Returns:
       Whether it was done: other C libraries are left as they are.

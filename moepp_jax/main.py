@@ -46,10 +46,10 @@ exits with status 2 if the training step does not fit them.
 
 from __future__ import annotations
 
-from moepp_jax import ending
+from moepp_jax import beginning, ending
 
 if __name__ == "__main__":
-    ending.from_now_on()
+    beginning.begin()
 elif __name__ == "__mp_main__":
     ending.leave_to_parent()
 
@@ -83,7 +83,7 @@ _HELP = {"--help", "-help", "-h", "-?"}
 
 def main() -> None:
     """The command line, whole: what was asked for is in sys.argv."""
-    ending.from_now_on()
+    beginning.begin()
     if not {"", os.getcwd()} & set(sys.path):
         sys.path.append(os.getcwd())  # rules of one's own (module:Class), as with `python -m`
     if sys.argv[1:2] == ["help"]:

@@ -83,7 +83,6 @@ def test_models_are_the_papers():
 def test_the_layer_command(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(layer, "TAUS", (0.75,))
     monkeypatch.setitem(layer.MODELS, "1B", SHAPE)
-    monkeypatch.setattr(layer.host_memory, "keep_freed_on_cpu", lambda: None)
     out = tmp_path / "layer.json"
     given = f"layer --rounds=1 --models 1B --modes capacity --passes forward --json {out}"
     monkeypatch.setattr("sys.argv", given.split())

@@ -65,7 +65,6 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(bare, "NUMBERS", 4096)
     monkeypatch.setattr(curves, "BASE", BASE | {"D": 32})
     monkeypatch.setattr(curves, "VALUES", {"T": (256, 512)})
-    monkeypatch.setattr(curves.host_memory, "keep_freed_on_cpu", lambda: None)
     out, stem = tmp_path / "curves.json", tmp_path / "curves"
     given = f"curves --clock --rounds=1 --sizes T --modes capacity --json {out} --figure {stem}"
     monkeypatch.setattr("sys.argv", given.split())

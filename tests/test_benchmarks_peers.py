@@ -73,7 +73,6 @@ def test_unequal_layers_are_not_timed():
 def test_the_command(tmp_path, monkeypatch, capsys):
     """Without PyTorch one line says so, and the others are measured."""
     monkeypatch.setattr(torch_layers.importlib.util, "find_spec", lambda name: None)
-    monkeypatch.setattr(peers.host_memory, "keep_freed_on_cpu", lambda: None)
     out, stem = tmp_path / "peers.json", tmp_path / "peers"
     given = "--tokens=64 --width=16 --ffn_size=24 --n_ffn=4 --rounds=1"
     monkeypatch.setattr("sys.argv", f"peers {given} --json {out} --figure {stem}".split())

@@ -472,7 +472,7 @@ def spoil(folder: Path) -> None:
 def test_help_is_of_the_command_and_no_error(words, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["main", *words])
     monkeypatch.setattr(signal, "signal", lambda *handler: None)  # pytest's own handler stays
-    monkeypatch.setattr(main.ending, "from_now_on", lambda: None)
+    monkeypatch.setattr(main.beginning, "begin", lambda: None)
     with pytest.raises(SystemExit) as end:
         main.main()
     assert not end.value.code

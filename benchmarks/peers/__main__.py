@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from moepp_jax import host_memory
+
+if __name__ == "__main__":
+    host_memory.keep_freed_on_cpu()  # before an import starts a thread
+
 import argparse
 import json
 import os
@@ -13,7 +18,6 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from moepp_jax import host_memory
 from moepp_jax.benchmarks import timing
 from moepp_jax.benchmarks.peers import inputs, jax_layers, torch_layers, writing
 
@@ -114,7 +118,6 @@ def main() -> None:
     given = parser.parse_args()
     if line := torch_layers.missing():
         print(line, file=sys.stderr)
-    host_memory.keep_freed_on_cpu()
     sizes = default._replace(
         tokens=given.tokens, width=given.width, ffn_size=given.ffn_size, n_ffn=given.n_ffn
     )
