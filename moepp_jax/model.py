@@ -206,6 +206,10 @@ def build(config: Config, mesh: Mesh | None = None, dispatch: str | None = None)
       ConfigError: the routing rule breaks what every layer relies on; or the attention kernel that
         is asked for cannot be had here (`attend.kernel`).
     """
+    try:
+        _require_sound(config.moe.rule)
+    except RuleError as error:
+        raise ConfigError(f"config.moe.rule: {error}") from error
     dispatch = dispatch or config.moe.dispatch
     platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
     block = _block(config, dispatch, platform, mesh)
@@ -214,10 +218,6 @@ def build(config: Config, mesh: Mesh | None = None, dispatch: str | None = None)
 
 
 def _block(config: Config, dispatch: str, platform: str, mesh: Mesh | None = None) -> Block:
-    try:
-        _require_sound(config.moe.rule)
-    except RuleError as error:
-        raise ConfigError(f"config.moe.rule: {error}") from error
     return Block(
         config.model,
         moe_of(config, dispatch, platform, mesh),

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, get_type_hints
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 from moepp_jax.moe.experts import Pool
@@ -203,15 +204,15 @@ def require_sound(rule: Rule, width: int = 8) -> None:
 
 def _routed(rule: Rule, width: int, N: int):
     """Experts and gates of a few random tokens, computed at once, whatever is being traced."""
+    rng = np.random.default_rng(0)
+
+    def normal(*shape: int, mean: float = 0.0, std: float = 1.0) -> np.ndarray:
+        return rng.normal(mean, std, shape).astype(np.float32)
+
+    described = rule.params(width, 0.5) | rule.state()
+    params = {name: normal(*p.shape, mean=p.mean, std=p.std) for name, p in described.items()}
     with jax.ensure_compile_time_eval():
-        keys = jax.random.split(jax.random.key(0), 2 + len(rule.params(width, 0.5)))
-        arrays = {
-            n: p.mean + p.std * jax.random.normal(k, p.shape)
-            for k, (n, p) in zip(keys[2:], rule.params(width, 0.5).items(), strict=True)
-        }
-        arrays |= {n: jnp.full(p.shape, p.mean, jnp.float32) for n, p in rule.state().items()}
-        x = jax.random.normal(keys[0], (2, 8, width))
-        routing = rule.route(x, jax.random.normal(keys[1], (2, 8, N)), arrays)
+        routing = jax.jit(rule.route)(normal(2, 8, width), normal(2, 8, N), params)
         return jax.device_get((routing.experts, routing.gates))
 
 
