@@ -273,14 +273,19 @@ def load(
     run = open_run(workdir, step)
     if zero_offset is not None:
         run = run._replace(config=run.config.replace("moe.rule", zero_offset=zero_offset))
-    mesh = _over_all_devices(run.config) if all_devices else None
+    mesh = over_all_devices(run.config) if all_devices else None
     params = run.params(mesh, as_used=only_generate)
     name, at = Path(run.workdir).name, run.step or 0
     return Model(run.config, params, run.tokenizer(), mesh, only_generate, name, at, run.ends())
 
 
-def _over_all_devices(config: Config) -> Mesh:
-    """A mesh that cuts every parameter, whatever the run was trained on."""
-    sequences = {"batch_size": jax.device_count(), "accumulate": 1}
-    cut = config.replace("mesh", data=1, fsdp=-1, expert=1).replace("train", **sequences)
-    return mesh_lib.make_mesh(cut)
+def over_all_devices(config: Config, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A mesh that cuts every parameter, whatever the run was trained on.
+
+    Args:
+      devices: by default all that there are.
+    """
+    devices = jax.devices() if devices is None else devices
+    alone = config.replace("train", batch_size=len(devices), accumulate=1)
+    cut = alone.replace("mesh", data=1, fsdp=-1, expert=1).replace("moe", dispatch="dropless")
+    return mesh_lib.make_mesh(cut, devices)

@@ -194,13 +194,19 @@ def moe_of(config: Config, dispatch: str, platform: str, mesh: Mesh | None = Non
     return moe_lib.MoE(c.rule, moe_lib.in_parts(path, c.exchange_parts), c.input_scale, sequences)
 
 
-def build(config: Config, mesh: Mesh | None = None, dispatch: str | None = None) -> LanguageModel:
+def build(
+    config: Config,
+    mesh: Mesh | None = None,
+    dispatch: str | None = None,
+    platform: str | None = None,
+) -> LanguageModel:
     """The model of a configuration.
 
     Args:
       mesh: the model is to run on a device's part of its parameters and of the batch, inside a
         shard_map on this mesh; None is one device that has all.
       dispatch: "capacity" or "dropless"; by default that of training.
+      platform: of the device where there is no mesh; by default JAX's first.
 
     Raises:
       ConfigError: the routing rule breaks what every layer relies on; or the attention kernel that
@@ -211,7 +217,9 @@ def build(config: Config, mesh: Mesh | None = None, dispatch: str | None = None)
     except RuleError as error:
         raise ConfigError(f"config.moe.rule: {error}") from error
     dispatch = dispatch or config.moe.dispatch
-    platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
+    if mesh is not None:
+        platform = mesh.devices.flat[0].platform
+    platform = platform or jax.default_backend()
     block = _block(config, dispatch, platform, mesh)
     axes = () if mesh is None else mesh_lib.AXES
     return LanguageModel(block, attend.kernel(config.model, platform, axes), mesh is not None)

@@ -156,6 +156,11 @@ def test_a_model_over_all_devices_is_the_same(model, folder):
     close(cut.logits(tokens), model.logits(tokens))
 
 
+def test_all_devices_are_enough_where_a_group_is_several_sequences():
+    config = tiny.config(**{"moe.dispatch": "capacity", "moe.group_size": 2 * 32})
+    assert api.over_all_devices(config).size == jax.device_count()
+
+
 @pytest.mark.parametrize(
     ("prompts", "settings", "said"),
     [

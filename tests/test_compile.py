@@ -15,12 +15,14 @@ from rich.console import Console
 
 from moepp_jax import compiler, flops, state
 from moepp_jax import mesh as mesh_lib
+from moepp_jax import model as model_lib
 from moepp_jax.chips import CHIPS, GB, of_kind
-from moepp_jax.compile import evaluation, findings, hlo, remedies, tables, traffic
+from moepp_jax.compile import evaluation, findings, generation, hlo, remedies, tables, traffic
 from moepp_jax.compile import step as compile_lib
 from moepp_jax.compile.roofline import Interconnect
 from moepp_jax.compile.topology import Topology, devices
 from moepp_jax.errors import ConfigError
+from moepp_jax.generation import layers as generation_layers
 from tests import tiny
 
 SIZES = {"mesh.data": 2, "mesh.fsdp": 2, "mesh.expert": 2}
@@ -67,6 +69,10 @@ def test_exchanges_are_the_least_there_are(config, report):
     assert row["bytes"] == report["least_wire_bytes"]["all-to-all"]
 
 
+def refused(*arguments):
+    raise jax.errors.JaxRuntimeError("INTERNAL: not supported here\nand more")
+
+
 def test_the_evaluation_is_compiled_too(config, report, monkeypatch):
     found = report["evaluation"]
     assert found["fits"] and found["hbm_bytes"] > report["state_bytes"] - 8
@@ -75,19 +81,48 @@ def test_the_evaluation_is_compiled_too(config, report, monkeypatch):
     told = report | {"evaluation": {"fits": False, "hbm_bytes": 7}, "hbm_limit_bytes": 6}
     assert "Its evaluation does not fit: 0.00 GiB" in tables.of_evaluation(told)
 
-    def refused(*args):
-        raise jax.errors.JaxRuntimeError("INTERNAL: not supported here\nand more")
-
-    mesh = mesh_lib.make_mesh(config)
-    monkeypatch.setattr(
-        evaluation.evaluate,
-        "make_sums",
-        lambda parts: SimpleNamespace(lower=lambda *args: SimpleNamespace(compile=refused)),
-    )
-    found = evaluation.examine(config, mesh, None)
+    monkeypatch.setattr(jax.stages.Lowered, "compile", refused)
+    found = evaluation.examine(config, mesh_lib.make_mesh(config), None)
     assert found == {"fits": False, "error": "INTERNAL: not supported here"}
     said = tables.of_evaluation(report | {"evaluation": found})
     assert "cannot be compiled: INTERNAL: not supported here" in said
+
+
+def test_generation_on_one_device_and_on_all_of_a_host(config, capsys, tmp_path):
+    """Two sequences a group, of which a device may have one alone: nothing is dropped there."""
+    config = config.replace("moe", group_size=2 * config.data.seq_len)
+    config = config.replace("train", batch_size=16)
+    file = tmp_path / "report.json"
+    assert compile_lib.run(config, "cpu:8", str(file), generates=True)
+    m, alone, cut = config.model, *json.loads(file.read_text())["generation"]
+    assert (alone["devices"], cut["devices"]) == (1, 8)
+    cache = 2 * m.num_layers * 16 * m.num_kv_heads * config.data.seq_len * m.head_width * 4
+    assert (alone["texts"], alone["cache_bytes"], 8 * cut["cache_bytes"]) == (16, cache, cache)
+    assert alone["parameter_bytes"] == 4 * flops.parameters(config).total
+    for way in (alone, cut):
+        held = way["parameter_bytes"] + way["cache_bytes"]
+        assert way["decode"]["hbm_bytes"] > held and way["prefill"]["hbm_bytes"] > held
+    assert "8 of a host, --all_devices" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("experts", (False, True))
+def test_generation_is_compiled_for_the_parameters_that_it_runs_with(config, experts):
+    model = model_lib.build(config, dispatch="dropless")
+    params = model.init(jax.random.key(0))
+    apart = generation_layers.taken_apart(params, model, experts)
+    said = jax.tree.map(lambda p: p.shape, generation_layers.described(model, experts))
+    assert said == jax.tree.map(lambda a: a.shape, apart)
+
+
+def test_generation_that_fits_nowhere_or_cannot_be_compiled(config, monkeypatch):
+    small = generation.examine(config, jax.devices(), 1000)
+    assert not any(way["fits"] for way in small)
+    assert "Generation does not fit" in tables.of_generation({"generation": small})
+
+    monkeypatch.setattr(jax.stages.Lowered, "compile", refused)
+    report = {"generation": generation.examine(config, jax.devices()[:1], None)}
+    said = tables.of_generation(report)
+    assert said == "Generation cannot be compiled: INTERNAL: not supported here"
 
 
 def test_collectives_add_up(report):

@@ -6,6 +6,8 @@ step time. Exits with status 2 if it does not fit.
 compile ... --profile predicts the step's time by part, for TPUs: compiled as far as its schedule,
 within seconds. --profile=full compiles to the end and tells the compiler's own numbers beside.
 With --figure=FILE.png, or beside the file of --json, it draws them next to the vanilla twin's.
+
+compile ... --generation compiles what `generate` runs too, for one device and for all of a host.
 """
 
 import sys
@@ -17,7 +19,7 @@ from moepp_jax.commands import options
 from moepp_jax.compile import topology
 from moepp_jax.errors import ConfigError
 
-for _name in ("config", "topology", "json", "profile", "figure"):
+for _name in ("config", "topology", "json", "profile", "figure", "generation"):
     flags.declare_key_flag(_name)
 
 _PROFILES = {None: None, "false": None, "true": "fast", "fast": "fast", "full": "full"}
@@ -33,6 +35,7 @@ def run(arguments: list[str]) -> None:
         options.JSON.value,
         profiled(options.PROFILE.value),
         options.FIGURE.value,
+        options.GENERATION.value,
     ):
         sys.exit(2)
 

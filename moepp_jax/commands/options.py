@@ -37,6 +37,9 @@ PROFILE = cli.define_with_optional_value(
     "train: START:STOP, steps to trace, counted from where this command starts; compile: predict "
     "the time of a step by part, from its schedule, or with =full from what is compiled to the end",
 )
+GENERATION = flags.DEFINE_bool(
+    "generation", False, "compile generation too: on one device, and on all of a host"
+)
 FIGURE = cli.define_path(
     "figure",
     None,

@@ -9,6 +9,8 @@ roofline  bounds of a step's time from a chip's published peak figures; `switche
 findings  all of these as one report, which `tables` prints
 remedies  what to change where it does not fit
 
+evaluation, generation  whether those fit there as well; `memory` asks the compiler
+
 With --profile, the time of a step by part:
 
 scheduled  compiles it as far as its schedule, in the process `child`, which is then ended

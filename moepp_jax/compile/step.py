@@ -18,7 +18,17 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from moepp_jax import mesh as mesh_lib
 from moepp_jax import state, storage
-from moepp_jax.compile import evaluation, findings, gpu, hlo, profile, remedies, scheduled, tables
+from moepp_jax.compile import (
+    evaluation,
+    findings,
+    generation,
+    gpu,
+    hlo,
+    profile,
+    remedies,
+    scheduled,
+    tables,
+)
 from moepp_jax.compile.abstract import abstract_batch
 from moepp_jax.compile.topology import Topology, devices
 from moepp_jax.config import Config
@@ -44,6 +54,7 @@ def run(
     json_file: str | None = None,
     profiled: str | None = None,
     figure_file: str | None = None,
+    generates: bool = False,
 ) -> bool:
     """Compiles, prints what was found, writes it to a file if one is named; does all of it fit?
 
@@ -53,6 +64,7 @@ def run(
       profiled: as in `examine`.
       figure_file: a PNG of what is predicted of the step and of its vanilla twin's; by default it
         goes beside the JSON.
+      generates: generation is compiled too, and is to fit one of the ways that it can be run.
 
     Raises:
       ConfigError: see `topology.devices` and `mesh.mesh_shape`; or a file's folder is missing.
@@ -80,6 +92,9 @@ def run(
             spinner.say(f"compiling the evaluation for {topology.text}")
             mesh = mesh_lib.make_mesh(config, there)
             report["evaluation"] = evaluation.examine(config, mesh, report["hbm_limit_bytes"])
+        if generates:
+            spinner.say(f"compiling generation for {topology.text}")
+            report["generation"] = generation.examine(config, there, report["hbm_limit_bytes"])
         if not report["fits"]:
             report["remedy"] = remedies.find(
                 config,
@@ -90,7 +105,8 @@ def run(
     tables.show(report, console)
     if file:
         storage.write_atomic(file, json.dumps(report, indent=2) + "\n")
-    return report["fits"] and report.get("evaluation", report)["fits"]
+    generated = any(way["fits"] for way in report.get("generation", [report]))
+    return report["fits"] and report.get("evaluation", report)["fits"] and generated
 
 
 def _place(flag: str, name: str | None) -> storage.AnyPath | None:

@@ -29,7 +29,9 @@ def show(report: dict[str, Any], console: Console) -> None:
         if loops := report["loops_counted_once"]:
             said = f"{len(loops)} loops depend on data and are counted as one round: what is in"
             console.print(f"{said} them runs more often than the tables say.", soft_wrap=True)
-    for said in (verdict(report), of_evaluation(report)):
+    if "generation" in report:
+        console.print(_generation(report))
+    for said in (verdict(report), of_evaluation(report), of_generation(report)):
         if said:
             console.print(said, highlight=False, soft_wrap=True, markup=False)
 
@@ -123,6 +125,17 @@ def of_evaluation(report: dict[str, Any]) -> str:
     )
 
 
+def of_generation(report: dict[str, Any]) -> str:
+    """What kept generation from being compiled, if something did, or that it fits nowhere."""
+    ways = report.get("generation", [])
+    if not ways or any(way["fits"] for way in ways):
+        return ""
+    errors = (way[name].get("error") for way in ways for name in ("prefill", "decode"))
+    if error := next(filter(None, errors), None):
+        return f"Generation cannot be compiled: {error}"
+    return "Generation does not fit: give more chips a host, or make fewer texts at once."
+
+
 def _preallocated(report: dict[str, Any]) -> list[str]:
     """On GPUs: whether it fits what JAX takes of a card when it starts."""
     taken = report.get("preallocated_bytes")
@@ -176,6 +189,25 @@ def _memory(r: dict[str, Any]) -> Table:
         for name, key in (("temporaries", "temporary_bytes"), ("all", "hbm_bytes")):
             share = f"{evaluation[key] / limit:.1%}" if limit else ""
             table.add_row(f"evaluation: {name}", _number(evaluation[key] / GIB), share)
+    return table
+
+
+def _generation(r: dict[str, Any]) -> Table:
+    first = r["generation"][0]
+    title = f"Generation of texts of {first['places']:,} tokens, half of them the prompt: GiB"
+    peaks = {"prefill": "peak, prompt", "decode": "peak, new tokens"}
+    table = _table(title, "", "texts at once", "parameters", "cache", *peaks.values(), "fits")
+    for way in r["generation"]:
+        alone = way["devices"] == 1
+        needed = [way[name].get("hbm_bytes") for name in peaks]
+        table.add_row(
+            "one device" if alone else f"{way['devices']} of a host, --all_devices",
+            str(way["texts"]),
+            _number(way["parameter_bytes"] / GIB),
+            _number(way["cache_bytes"] / GIB),
+            *("-" if size is None else _number(size / GIB) for size in needed),
+            "yes" if way["fits"] else "no",
+        )
     return table
 
 

@@ -41,6 +41,18 @@ class Cache(NamedTuple):
     values: Float[Array, "B*KV M W"]
 
 
+def described(model: LanguageModel, experts: bool) -> dict[str, Any]:
+    """What `taken_apart` gives, as a tree of Param."""
+    layer = model.block.describe()
+    if experts:  # on one device, which they are not cut over
+        one = {
+            name: replace(p, shape=p.shape[1:], cut=None, expert=None)
+            for name, p in layer["moe"]["ffn"].items()
+        }
+        layer["moe"] = layer["moe"] | {"ffn": [one] * model.rule.pool.n_ffn}
+    return model.outside | {"layers": [layer] * model.num_blocks}
+
+
 def taken_apart(
     params: Params,
     model: LanguageModel,

@@ -6,9 +6,9 @@ import functools
 import math
 import operator
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import astuple, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 
 from moepp_jax import mesh as mesh_lib
 from moepp_jax.generation import decode as device
-from moepp_jax.generation.layers import Layers, Params, taken_apart
+from moepp_jax.generation.layers import Layers, Params, described, taken_apart
 
 
 @dataclass
@@ -67,6 +67,56 @@ def _rate(tokens: int, seconds: float) -> str:
     return f"{per_second} tokens/s ({tokens:,} in {seconds:.2f} s)"
 
 
+# How arguments lie on a mesh: as the parameters do, or cut along their first axis, the sequences.
+_PARAMS = "as the parameters"
+_ROWS = mesh_lib.BATCH
+
+
+class Program(NamedTuple):
+    """One of `decode`'s functions for one model.
+
+    Attributes:
+      takes, gives: how arguments and results lie on a mesh.
+      uses_up: numbers of the arguments whose memory the results take.
+    """
+
+    function: Callable
+    takes: tuple
+    gives: Any
+    uses_up: tuple[int, ...] = ()
+
+    def lower(self, layers: Layers, mesh: Mesh | None, arguments: Sequence) -> jax.stages.Lowered:
+        """Ready to be compiled for such arguments, which may be abstract."""
+        function = self.function
+        if mesh is not None:
+            of_params = mesh_lib.specs(described(layers.model, layers.experts_apart))
+            # No gradient is taken, so nothing hangs on what is known to be replicated.
+            function = jax.shard_map(
+                function,
+                mesh=mesh,
+                in_specs=tuple(of_params if s is _PARAMS else s for s in self.takes),
+                out_specs=self.gives,
+                check_vma=False,
+            )
+        return jax.jit(function, donate_argnums=self.uses_up).lower(*arguments)
+
+
+def prefill(layers: Layers, places: int) -> Program:
+    """(params, tokens_BL, rows, ends, rules) -> state"""
+    function = functools.partial(device.prefill, layers, places)
+    return Program(function, (_PARAMS, _ROWS, _ROWS, P(), P()), state_specs())
+
+
+def decode(layers: Layers) -> Program:
+    """(params, state, rows, ends, rules, count) -> state, tokens"""
+    function = functools.partial(device.decode, layers)
+    takes = (_PARAMS, state_specs(), _ROWS, P(), P(), P())
+    return Program(function, takes, (state_specs(), _ROWS), uses_up=(1,))
+
+
+GROW = Program(device.grow, (_ROWS,), _ROWS)
+
+
 class Programs:
     """`decode`'s functions for one model's parameters, compiled when a size is first met.
 
@@ -94,61 +144,35 @@ class Programs:
     def prefill(self, places: int, tokens_BL, rows, ends, rules) -> device.State:
         """Adds the time, and no tokens, to the speed."""
         arguments = (self._own_params(), tokens_BL, rows, ends, rules)
-        function = functools.partial(device.prefill, self._layers, places)
-        specs = (_PARAMS, _ROWS, _ROWS, P(), P()), _state_specs()
         name = ("prefill", tokens_BL.shape, places, len(ends), *rules)
-        state, seconds = self._run(name, function, specs, arguments)
+        state, seconds = self._run(name, prefill(self._layers, places), arguments)
         self.speed.prefill_seconds += seconds
         return state
 
     def decode(self, state: device.State, rows, ends, rules, count: int):
         """Adds the time, and no tokens, to the speed. The state that goes in is used up."""
         arguments = (self._own_params(), state, rows, ends, rules, np.int32(count))
-        function = functools.partial(device.decode, self._layers)
-        specs = (_PARAMS, _state_specs(), _ROWS, P(), P(), P()), (_state_specs(), _ROWS)
         name = ("decode", state.caches[0].keys.shape, len(ends), *rules)
-        (state, made), seconds = self._run(name, function, specs, arguments, donate=(1,))
+        (state, made), seconds = self._run(name, decode(self._layers), arguments)
         self.speed.decode_seconds += seconds
         return state, np.asarray(made), seconds
 
     def grow(self, state: device.State) -> device.State:
         name = ("grow", state.caches[0].keys.shape)
-        specs = (_ROWS,), _ROWS
-        caches, seconds = self._run(name, device.grow, specs, (state.caches,))
+        caches, seconds = self._run(name, GROW, (state.caches,))
         self.speed.decode_seconds += seconds
         return state._replace(caches=caches)
 
-    def _run(self, name: tuple, function, specs, arguments, donate=()) -> tuple[Any, float]:
+    def _run(self, name: tuple, program: Program, arguments: Sequence) -> tuple[Any, float]:
         if name not in self.compiled:
             start = time.perf_counter()
-            if self._mesh is not None:
-                specs = jax.tree.map(
-                    lambda s: self._specs() if s is _PARAMS else s,
-                    specs,
-                    is_leaf=lambda s: s is _PARAMS or isinstance(s, P),
-                )
-                in_specs, out_specs = specs
-                # No gradient is taken, so nothing hangs on what is known to be replicated.
-                function = jax.shard_map(
-                    function,
-                    mesh=self._mesh,
-                    in_specs=in_specs,
-                    out_specs=out_specs,
-                    check_vma=False,
-                )
-            lowered = jax.jit(function, donate_argnums=donate).lower(*arguments)
+            lowered = program.lower(self._layers, self._mesh, arguments)
             self.compiled[name] = lowered.compile()
             self.speed.programs += 1
             self.speed.compile_seconds += time.perf_counter() - start
         start = time.perf_counter()
         made = jax.block_until_ready(self.compiled[name](*arguments))
         return made, time.perf_counter() - start
-
-    def _specs(self) -> Any:
-        """How the parameters that are taken apart lie on the mesh."""
-        model = self._layers.model
-        of_layer = mesh_lib.specs(model.block.describe())
-        return mesh_lib.specs(model.outside) | {"layers": [of_layer] * model.num_blocks}
 
     def _own_params(self) -> Params:
         """The parameters as `Layers` wants them, made at the first use."""
@@ -162,12 +186,8 @@ class Programs:
         return self._params
 
 
-# How arguments lie on a mesh: as the parameters do, or cut along their first axis, the sequences.
-_PARAMS = "as the parameters"
-_ROWS = mesh_lib.BATCH
-
-
-def _state_specs() -> device.State:
+def state_specs() -> device.State:
+    """How a state lies on a mesh."""
     everywhere = P()
     return device.State(
         caches=_ROWS,
