@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-from moepp_jax.moe.experts import activate, as_one
+from moepp_jax.moe.experts import activate, as_one, swiglu
 
 
 @dataclass(frozen=True)
@@ -80,6 +80,20 @@ class Apart:
         for e in range(len(params)):
             rows = worked_on_by(e, rows)
         return rows[:R]
+
+
+def all_of_few(
+    params, rows_RD: Float[Array, "R D"], counts_E: Int[Array, " E"]
+) -> Float[Array, "R D"]:
+    """`experts.swiglu` of every row with every expert, of which its own is kept.
+
+    Each expert is read once, where it lies, and its products with a few rows take no longer.
+    """
+    R, E = len(rows_RD), len(counts_E)
+    own_R = jnp.searchsorted(jnp.cumsum(counts_E), jnp.arange(R), side="right")
+    y_ERD = swiglu(params, jnp.broadcast_to(rows_RD, (E, *rows_RD.shape)))
+    own_ER1 = (own_R == jnp.arange(E)[:, None])[..., None]
+    return jnp.sum(jnp.where(own_ER1, y_ERD, 0), axis=0)
 
 
 @jax.custom_vjp

@@ -89,6 +89,25 @@ def test_other_platforms_take_a_stack(platform, experts):
     np.testing.assert_allclose(y[0], expected(x, np.array(experts), gates), rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("counts", [[1, 0, 2, 0], [6, 5, 0, 4], [0, 0, 0, 0], [40, 1, 60, 59]])
+@pytest.mark.parametrize("experts", [4, 16])
+def test_a_tpu_takes_few_rows_in_other_ways_than_many(counts, experts):
+    """A loop over few of many experts, all of few, and the kernel: rows of 3 to 160 at 4 and 16."""
+    counts = np.array([*counts, *[0] * (experts - 4)], np.int32)
+    rng = np.random.default_rng(0)
+    shapes = {"w_in": (experts, 2, 24, cases.D), "w_out": (experts, cases.D, 24)}
+    params = {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
+    there = int(counts.sum())
+    rows = rng.normal(size=(there + 1, cases.D)).astype(np.float32)  # one is nobody's
+    found = jax.jit(kernels.reading_chosen("tpu", 80))(params, rows, counts)
+    own = np.repeat(np.arange(experts), counts)
+    h = np.einsum("rd,rzfd->rzf", rows[:there], params["w_in"][own])
+    a = h[:, 0] / (1 + np.exp(-h[:, 0])) * h[:, 1]
+    wanted = np.einsum("rf,rdf->rd", a, params["w_out"][own])
+    np.testing.assert_allclose(found[:there], wanted, rtol=1e-4, atol=1e-4)
+    assert np.isfinite(found).all()
+
+
 def test_the_whole_layer_is_the_oracles():
     layer = dataclasses.replace(
         cases.layer(SPEC, "blocked"), path=moe.dropless(kernels.reading_chosen("cpu", 6))
