@@ -37,7 +37,8 @@ def differences(results: Results) -> Figure:
     axes.set_yticks(range(len(shown)), [v.name for v in shown])
     axes.set_ylim(max(len(shown), 1) - 0.5, -0.5)
     other = baselines[0] if len(baselines) == 1 else "what it is compared with"
-    axes.set_xlabel(f"held-out loss less that of {other}, nats a token")
+    # Under long names of variants the axis is shorter than its label.
+    axes.set_xlabel(f"held-out loss less that of {other}, nats a token", loc="right")
     axes.grid(axis="x", alpha=0.3)
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.tick_params(axis="y", length=0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -149,8 +150,12 @@ def _difference(found: Results, name: str) -> str:
 
 
 def _same_shape(config: Config, usual: Config) -> bool:
-    """Whether the vanilla curve of the usual size is the one to compare with."""
-    return config.model == usual.model and config.moe.ffn_size == usual.moe.ffn_size
+    """Whether the vanilla curve of the usual size is the one to compare with.
+
+    How constant experts begin does not tell: a vanilla MoE has none.
+    """
+    model = dataclasses.replace(config.model, const_std=usual.model.const_std)
+    return model == usual.model and config.moe.ffn_size == usual.moe.ffn_size
 
 
 def _notes(found: Results) -> list[str]:

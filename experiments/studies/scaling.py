@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter
 from ml_collections import ConfigDict
 
 from moepp_jax.config import Config
@@ -80,9 +81,10 @@ class Scaling(Study):
                     by_flops.annotate(
                         label,
                         (compute[-1], loss[-1]),
-                        (4, 0),
+                        (0, -7),
                         textcoords="offset points",
-                        va="center",
+                        ha="center",
+                        va="top",
                         fontsize=8,
                         color=line.get_color(),
                     )
@@ -90,6 +92,10 @@ class Scaling(Study):
         for kind, name in ((MOEPP, "MoE++"), (VANILLA, "vanilla")):
             by_tokens.plot([], [], color=COLORS[kind], marker="o", label=name)
         by_tokens.set(xscale="log", xlabel="training tokens", ylabel="held-out loss, nats a token")
+        by_tokens.set_xticks(_tokens(results.scale))
+        by_tokens.xaxis.set_major_formatter(EngFormatter(places=1))
+        by_tokens.minorticks_off()
+        by_tokens.margins(y=0.1)
         by_flops.set(xscale="log", xlabel="training FLOPs")
         by_time.set(xscale="log", xlabel="s in MoE layers, forward")
         for axes in (by_tokens, by_flops, by_time):
@@ -192,6 +198,12 @@ def _gains(results: Results) -> list[str]:
     head = ["layers x width", *(f"{steps} steps" for steps in scale.lengths)]
     said = "Compute gain of MoE++ to the vanilla MoE of its own size:"
     return [said, "", f"| {' | '.join(head)} |", "|---" * len(head) + "|", *lines, ""]
+
+
+def _tokens(scale: Scale) -> list[int]:
+    """Of each length."""
+    config = scale.variant("usual").config
+    return [n * config.train.batch_size * config.data.seq_len for n in scale.lengths]
 
 
 def _means(results: Results, size: str, kind: str) -> list[tuple[float, float, float]]:
