@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import statistics
 from collections.abc import Mapping, Sequence
@@ -137,11 +138,13 @@ def bootstrapped(
     """
     draw, seeds = np.random.default_rng(0), sorted(by_seed)
     near = power_law(*zip(*(p for seed in seeds for p in by_seed[seed]), strict=True))
-    fits = []
-    for _ in range(times):
-        points = [p for seed in draw.choice(seeds, len(seeds)) for p in by_seed[int(seed)]]
-        fits.append(power_law(*zip(*points, strict=True), near))
-    return fits
+
+    @functools.cache  # a few seeds can be drawn in a few ways only
+    def fit(*drawn: int) -> PowerLaw:
+        points = [p for seed in drawn for p in by_seed[seed]]
+        return power_law(*zip(*points, strict=True), near)
+
+    return [fit(*sorted(map(int, draw.choice(seeds, len(seeds))))) for _ in range(times)]
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:

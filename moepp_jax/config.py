@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import json
 import math
 import os
@@ -249,7 +250,7 @@ def _build(cls: type, fields: Any, prefix: str) -> Any:
     if not isinstance(fields, Mapping):
         name = f"config.{prefix}".rstrip(".")
         raise ConfigError(f"{name} = {fields!r} must be a group of fields")
-    types = get_type_hints(cls)
+    types = _types(cls)
     for name in fields:
         if name not in types:
             near = _near(str(name), types, prefix)
@@ -269,6 +270,9 @@ def _build(cls: type, fields: Any, prefix: str) -> Any:
         else:
             values[name] = _typed(f"config.{prefix}{name}", value, kind)
     return cls(**values)
+
+
+_types = functools.cache(get_type_hints)
 
 
 def _place_of_values(cls: type) -> str:
@@ -303,8 +307,8 @@ def _near(name: str, types: Mapping[str, Any], prefix: str) -> str | None:
     like = difflib.get_close_matches(name, types, n=1)
     if like:
         return f"{prefix}{like[0]}"
-    groups = {g: t for g, t in get_type_hints(Config).items() if dataclasses.is_dataclass(t)}
-    there = {field: f"{g}.{field}" for g, t in groups.items() for field in get_type_hints(t)}
+    groups = {g: t for g, t in _types(Config).items() if dataclasses.is_dataclass(t)}
+    there = {field: f"{g}.{field}" for g, t in groups.items() for field in _types(t)}
     there |= {option: f"moe.rule.{option}" for option in rules.find("moepp").options()}
     like = difflib.get_close_matches(name, there, n=1)
     return there[like[0]] if like else None

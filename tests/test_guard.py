@@ -164,9 +164,8 @@ def test_too_many_in_a_row_end_the_run(data, tmp_path, monkeypatch):
 
 
 def test_the_documents_of_a_batch(data, tmp_path):
-    c = config(data, **{"train.steps": 2, "train.save_every": 2})
-    train(c, tmp_path, report=lambda line: None)
-    dataset = run_data.open_data(c, tmp_path)
+    c = config(data)
+    dataset = run_data.open_data(c, tiny.run_folder(tmp_path, c))
     origins, batch = dataset.of_batch(1), dataset.train_batch(1)
     documents = list(dataset.sources["text"].train_documents)
     for tokens, origin in zip(batch["tokens"], origins, strict=True):

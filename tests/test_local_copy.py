@@ -33,10 +33,16 @@ def data(tmp_path_factory):
     return tmp_path_factory.mktemp("data")
 
 
-def config(data, local, **changes):
+@pytest.fixture(autouse=True)
+def here(tmp_path, monkeypatch):
+    """Each test's own disk has one name, and so all have the same step, compiled once."""
+    monkeypatch.chdir(tmp_path)
+
+
+def config(data, local="local", **changes):
     """Ten steps, checkpoints after 4 and 8, local copies after every third."""
     steps = {"train.steps": 10, "train.save_every": 4, "train.local_every": 3}
-    places = {"data.dir": str(data), "train.local_dir": str(local)}
+    places = {"data.dir": str(data), "train.local_dir": local}
     return tiny.config(**places | steps | changes)
 
 
@@ -104,7 +110,8 @@ def undisturbed(data, tmp_path_factory):
 def of_seven(data, tmp_path_factory):
     """Killed in step 7: checkpoint 4, a copy of step 6 alone. The run's folder and the disk."""
     folder = tmp_path_factory.mktemp("seven")
-    killed(config(data, folder / "local", **CUBE), folder / "run", 7)
+    with contextlib.chdir(folder):
+        killed(config(data, **CUBE), folder / "run", 7)
     shutil.rmtree(next((folder / "local").glob("*/*/3")))
     return folder
 
@@ -125,7 +132,7 @@ def seven(of_seven, tmp_path, monkeypatch):
 def test_a_killed_run_goes_on_from_its_local_copy_and_ends_with_the_same_bits(
     data, tmp_path, undisturbed, mesh
 ):
-    c, run, local = config(data, tmp_path / "local", **mesh), tmp_path / "run", tmp_path / "local"
+    c, run, local = config(data, **mesh), tmp_path / "run", tmp_path / "local"
     killed(c, run, 7)
     assert steps_there(local) == [3, 6]
     with Checkpoints(run, keep=2) as checkpoints:
@@ -148,7 +155,7 @@ def test_no_copy_outlives_the_rows_before_it(data, tmp_path):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(LocalCopies, "save", save)
-        killed(config(data, tmp_path / "local", **CUBE), run, 7)
+        killed(config(data, **CUBE), run, 7)
     assert seen == [(3, 3), (6, 6)]
 
 
@@ -160,7 +167,7 @@ def test_a_replica_writes_what_another_one_holds_once(of_seven):
 
 
 def test_a_run_that_is_killed_before_its_first_checkpoint_goes_on_too(data, tmp_path, undisturbed):
-    c, run = config(data, tmp_path / "local", **CUBE), tmp_path / "run"
+    c, run = config(data, **CUBE), tmp_path / "run"
     killed(c, run, 4)
     assert not (run / "checkpoints").exists()
     said: list[str] = []
@@ -220,7 +227,7 @@ DAMAGES = {
 @pytest.mark.parametrize("damage, line", DAMAGES.values(), ids=DAMAGES)
 def test_a_damaged_copy_is_not_used_and_the_checkpoint_is(data, seven, undisturbed, damage, line):
     damage(seven / "local" / "run" / "process-0" / "6")
-    _falls_back(config(data, seven / "local", **CUBE), seven / "run", line, undisturbed(CUBE))
+    _falls_back(config(data, **CUBE), seven / "run", line, undisturbed(CUBE))
 
 
 def _falls_back(c, run, line, expected, step=4):
@@ -236,35 +243,35 @@ def test_a_copy_of_another_run_is_not_used(data, seven, undisturbed):
     """Of one that had this folder before."""
     shutil.rmtree(seven / "run")
     line = "no local copy is used: .*/6 is of another run, or of a past that this one has discarded"
-    _falls_back(config(data, seven / "local", **CUBE), seven / "run", line, undisturbed(CUBE), 0)
+    _falls_back(config(data, **CUBE), seven / "run", line, undisturbed(CUBE), 0)
 
 
 def test_a_copy_of_another_mesh_is_not_used(data, seven):
-    c = config(data, seven / "local", **{"mesh.data": 8})
+    c = config(data, **{"mesh.data": 8})
     line = "no local copy is used: .*/6 is of mesh data 2 x fsdp 2 x expert 2 in 1 process, and "
     _falls_back(c, seven / "run", line + "this run is of mesh data 8 x fsdp 1 x expert 1", None)
 
 
 def test_a_copy_that_is_no_newer_than_the_checkpoint_is_not_used(data, tmp_path, undisturbed):
-    c = config(data, tmp_path / "local", **CUBE, **{"train.save_every": 7})
-    killed(c, tmp_path / "run", 8)
-    line = "no local copy is used: .*/6 is no newer than checkpoint 7"
-    _falls_back(c, tmp_path / "run", line, undisturbed(CUBE), 7)
+    c = config(data, **CUBE)
+    killed(c, tmp_path / "run", 5)
+    line = "no local copy is used: .*/3 is no newer than checkpoint 4"
+    _falls_back(c, tmp_path / "run", line, undisturbed(CUBE), 4)
 
 
 def test_a_copy_after_a_checkpoint_that_was_removed_is_not_used(data, tmp_path, undisturbed):
-    """Whoever removes it wants the run to go on from the one before."""
+    """Whoever removes it wants the run to go on from before."""
 
     def saved(checkpoints, *args, real=Checkpoints.save):
         real(checkpoints, *args)
         checkpoints.wait()
 
-    c = config(data, tmp_path / "local", **CUBE, **{"train.save_every": 2})
+    c = config(data, **CUBE)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Checkpoints, "save", saved)
         killed(c, tmp_path / "run", 7)
-    for step in (4, 6):
-        shutil.rmtree(tmp_path / "run" / "checkpoints" / str(step))
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "4")
+    shutil.rmtree(next((tmp_path / "local").glob("*/*/3")))  # which came before it
     line = "no local copy is used: .*/6 came after checkpoint 4, which is gone and discards it"
     _falls_back(c, tmp_path / "run", line, undisturbed(CUBE), 0)
 
@@ -273,12 +280,12 @@ def test_a_copy_of_steps_that_were_computed_again_without_copies_is_not_used(dat
     """Its steps were discarded when the run went on from the checkpoint before."""
     killed(config(data, "", **CUBE), seven / "run", 6)
     line = "no local copy is used: .*/6 is of another run, or of a past"
-    _falls_back(config(data, seven / "local", **CUBE), seven / "run", line, None)
+    _falls_back(config(data, **CUBE), seven / "run", line, None)
 
 
 def test_a_copy_is_used_where_every_checkpoint_is_damaged(data, seven, undisturbed):
     (seven / "run" / "checkpoints" / "4" / "params" / "_METADATA").write_bytes(b"")
-    state, said = ended(config(data, seven / "local", **CUBE), seven / "run")
+    state, said = ended(config(data, **CUBE), seven / "run")
     assert began(said) == 6
     assert_same_bits(state, undisturbed(CUBE))
 
@@ -286,7 +293,7 @@ def test_a_copy_is_used_where_every_checkpoint_is_damaged(data, seven, undisturb
 def test_what_a_kill_left_half_written_is_no_copy(data, seven):
     disk = seven / "local" / "run" / "process-0"
     shutil.copytree(disk / "6", disk / ".9.tmp")
-    killed(config(data, seven / "local", **CUBE), seven / "run", 7, said := [])
+    killed(config(data, **CUBE), seven / "run", 7, said := [])
     assert began(said) == 6
     assert sorted(f.name for f in disk.iterdir()) == ["6"]
 
@@ -298,7 +305,7 @@ def test_a_disk_that_is_full_costs_the_copy_and_not_the_run(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(local_disk, "_write", full)
-    state, _ = ended(config(data, tmp_path / "local", **CUBE), tmp_path / "run")
+    state, _ = ended(config(data, **CUBE), tmp_path / "run")
     assert_same_bits(state, undisturbed(CUBE))
     said = capsys.readouterr().err
     assert said.count("no local copy can be written to") == 1
@@ -308,14 +315,14 @@ def test_a_disk_that_is_full_costs_the_copy_and_not_the_run(
 
 def test_a_place_that_cannot_be_written_is_refused_before_anything_is(data, tmp_path):
     (tmp_path / "file").write_text("")
-    c = config(data, tmp_path / "file", **CUBE)
+    c = config(data, "file", **CUBE)
     with pytest.raises(ConfigError, match=r"config.train.local_dir = '.*file' cannot be written"):
         train(c, tmp_path / "run", [].append)
     assert not (tmp_path / "run").exists()
 
 
 def test_the_newest_copy_is_kept_and_other_runs_copies_too(data, tmp_path):
-    c, local = config(data, tmp_path / "local", **CUBE), tmp_path / "local"
+    c, local = config(data, **CUBE), tmp_path / "local"
     c = c.replace("train", local_every=1, save_every=100)
     killed(c, tmp_path / "a", 6)
     assert steps_there(local) == [4, 5]

@@ -18,7 +18,7 @@ from moepp_jax.evaluate import evaluate_run
 from moepp_jax.interop import ConversionError
 from moepp_jax.run import open_run
 from moepp_jax.workdir import open_workdir, read_config
-from tests import published, tiny, tokenizer_files
+from tests import hurry, published, tiny, tokenizer_files
 
 NO_POOL = {"n_const": 0, "n_copy": 0, "n_zero": 0}
 SILENT = {"report": lambda line: None}
@@ -297,7 +297,7 @@ def test_the_commands(tmp_path):
         done = subprocess.run(
             [sys.executable, "-m", "moepp_jax.main", *map(str, words)],
             cwd=Path(__file__).parents[1],
-            env=os.environ | {"XLA_FLAGS": ""},
+            env=os.environ | {"XLA_FLAGS": hurry.XLA_FLAGS},
             capture_output=True,
             text=True,
             timeout=300,
