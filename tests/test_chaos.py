@@ -92,6 +92,19 @@ def test_trials_can_be_chosen_and_without_time_none_begins(fake, tmp_path, capsy
     assert trial.read(file) == []
 
 
+def test_what_has_survived_is_not_tried_again(fake, tmp_path, capsys):
+    file = tmp_path / "results.json"
+    assert chaos.main(["--json", str(file), "--only", "a: "]) == 0
+    capsys.readouterr()
+    assert chaos.main(["--json", str(file), "--rest", "--only", "a: "]) == 0
+    assert "| a     |        0 |" in capsys.readouterr().out  # the one that had ended before
+    assert chaos.main(["--json", str(file), "--rest"]) == 1
+    assert trial.table(trial.read(file)) == TABLE
+    with pytest.raises(SystemExit):
+        chaos.main(["--rest"])
+    assert "--rest goes on from the results of --json=FILE" in capsys.readouterr().err
+
+
 def test_trials_have_names_of_their_own_and_the_same_chance_for_the_same_seed():
     room = Room(Path("nowhere"))
     names = [t.name for t in chaos.every(room, kills=8, seed=0)]

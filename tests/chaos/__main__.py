@@ -37,16 +37,15 @@ def main(arguments: list[str] | None = None) -> int:
     with tempfile.TemporaryDirectory(prefix="chaos-") as folder:
         room = Room(Path(folder))
         trials = every(room, given.kills, given.seed)
-        chosen = [t for t in trials if any(part in t.name for part in given.only or [""])]
-        if not chosen:
-            sys.exit(f"error: --only={' '.join(given.only)} is in the name of no trial")
+        earlier = trial.read(given.json) if given.json and given.json.exists() else []
+        chosen = _chosen(trials, earlier, given)
         try:
-            room.begin()
+            if chosen:
+                room.begin()
         except Lost as error:
             sys.exit(f"error: the undisturbed run is lost: {error}")
         results: list[Result] = []
         turn = {(t.fault, t.case): number for number, t in enumerate(trials)}
-        earlier = trial.read(given.json) if given.json and given.json.exists() else []
         if given.json:
             trial.write(given.json, earlier)
         for result in _results(chosen, Path(folder) / "trials", given):
@@ -72,7 +71,20 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--at_once", type=int, default=2, help="trials that run at a time")
     parser.add_argument("--json", type=Path, help="gets the results, beside others that it has")
     parser.add_argument("--page", type=Path, help="gets the table of all of these")
-    return parser.parse_args(arguments)
+    parser.add_argument("--rest", action="store_true", help="not what survived already")
+    given = parser.parse_args(arguments)
+    if given.rest and not given.json:
+        parser.error("--rest goes on from the results of --json=FILE")
+    return given
+
+
+def _chosen(trials: list[Trial], earlier: list[Result], given: argparse.Namespace) -> list[Trial]:
+    """Those that are asked for."""
+    chosen = [t for t in trials if any(part in t.name for part in given.only or [""])]
+    if not chosen:
+        sys.exit(f"error: --only={' '.join(given.only)} is in the name of no trial")
+    survived = {(r.fault, r.case) for r in earlier if given.rest and r.verdict == "survived"}
+    return [t for t in chosen if (t.fault, t.case) not in survived]
 
 
 def every(room: Room, kills: int, seed: int) -> list[Trial]:

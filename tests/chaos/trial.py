@@ -10,6 +10,8 @@ import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+from moepp_jax.storage import write_atomic
+
 
 class Lost(Exception):  # noqa: N818 (what a run is that did not survive)
     """Something that must hold does not; the message says what."""
@@ -107,7 +109,7 @@ def merged(earlier: Iterable[Result], results: Iterable[Result]) -> list[Result]
 def write(file: Path, results: Iterable[Result]) -> None:
     """As JSON, each result on a line of its own."""
     lines = ",\n".join(json.dumps(dataclasses.asdict(result)) for result in results)
-    file.write_text(f"[\n{lines}\n]\n")
+    write_atomic(file, f"[\n{lines}\n]\n")
 
 
 def read(file: Path) -> list[Result]:
