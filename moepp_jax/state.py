@@ -100,12 +100,6 @@ def _placed(leaf: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
 
 def init_state(parts: Assembly) -> State:
     """A fresh state, each part made on the devices that hold it; the same on every mesh."""
-    return _make_state(parts)(jax.random.key(parts.config.seed))
-
-
-@functools.lru_cache(maxsize=2)
-def _make_state(parts: Assembly) -> Callable[[jax.Array], State]:
-    """Jitted; whoever asks for the same one soon gets it compiled."""
 
     def make(key):
         params = parts.model.init(key)
@@ -113,7 +107,7 @@ def _make_state(parts: Assembly) -> Callable[[jax.Array], State]:
         return State(jnp.zeros((), jnp.int32), params, opt_state, guard.Guard.fresh())
 
     shardings = jax.tree.map(lambda leaf: leaf.sharding, parts.abstract)
-    return jax.jit(make, out_shardings=shardings)
+    return jax.jit(make, out_shardings=shardings)(jax.random.key(parts.config.seed))
 
 
 def state_of(params: dict[str, Any], parts: Assembly) -> State:

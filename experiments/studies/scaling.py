@@ -65,12 +65,14 @@ class Scaling(Study):
     def figure(self, results: Results) -> Figure:
         figure = figures.new(13.5, 4.6)
         by_tokens, by_flops, by_time = figure.subplots(1, 3, sharey=True)
+        lengths = set()
         for number, size in enumerate(results.scale.growing):
             for kind in (VANILLA, MOEPP):
                 means = _means(results, size, kind)
                 if not means:
                     continue
                 tokens, compute, loss = map(np.array, zip(*means, strict=True))
+                lengths |= set(tokens)
                 how = {"color": COLORS[kind], "alpha": 0.4 + 0.2 * number, "marker": "o", "ms": 4}
                 label = size if kind == MOEPP else None
                 by_tokens.plot(tokens, loss, **how)
@@ -92,13 +94,13 @@ class Scaling(Study):
         for kind, name in ((MOEPP, "MoE++"), (VANILLA, "vanilla")):
             by_tokens.plot([], [], color=COLORS[kind], marker="o", label=name)
         by_tokens.set(xscale="log", xlabel="training tokens", ylabel="held-out loss, nats a token")
-        by_tokens.set_xticks(_tokens(results.scale))
+        by_tokens.set_xticks(sorted(lengths))
         by_tokens.xaxis.set_major_formatter(EngFormatter(places=1))
         by_tokens.minorticks_off()
-        by_tokens.margins(y=0.1)
         by_flops.set(xscale="log", xlabel="training FLOPs")
         by_time.set(xscale="log", xlabel="s in MoE layers, forward")
         for axes in (by_tokens, by_flops, by_time):
+            axes.margins(y=0.1)  # the sizes stand below
             axes.grid(alpha=0.3)
         figures.legend(by_tokens)
         return figure
@@ -198,12 +200,6 @@ def _gains(results: Results) -> list[str]:
     head = ["layers x width", *(f"{steps} steps" for steps in scale.lengths)]
     said = "Compute gain of MoE++ to the vanilla MoE of its own size:"
     return [said, "", f"| {' | '.join(head)} |", "|---" * len(head) + "|", *lines, ""]
-
-
-def _tokens(scale: Scale) -> list[int]:
-    """Of each length."""
-    config = scale.variant("usual").config
-    return [n * config.train.batch_size * config.data.seq_len for n in scale.lengths]
 
 
 def _means(results: Results, size: str, kind: str) -> list[tuple[float, float, float]]:

@@ -180,6 +180,20 @@ def test_compute_equivalent_gain():
     assert "| 2.00 |" in page
 
 
+@pytest.mark.parametrize(
+    ("field", "value", "has_one"),
+    [("model.const_std", 0.01, 1), ("model.hidden_size", 64, 0), ("moe.ffn_size", 48, 0)],
+)
+def test_a_gain_is_of_models_as_large_as_the_curves(field, value, has_one):
+    class One(small.Twins):
+        def variants(self, scale):
+            return [scale.variant("changed", fields={field: value})]
+
+    made = [*curve_rows([4.0, 3.0, 2.5]), *rows_of(*One().variants(SCALE), [3.0])]
+    line = next(line for line in report.table(small.results(made, One())) if "changed" in line)
+    assert ("| 2.00 |" in line) == has_one
+
+
 def width_of_gain(curve: gain.Curve, losses: list[float]) -> float:
     of = gain.gain(curve, stats.mean(losses), 1e9)
     assert of.low < of.value < of.high
