@@ -162,7 +162,6 @@ def _notes(found: Results) -> list[str]:
     """What the table's columns are."""
     config = found.variants[0].config
     total, active = flops.parameters(config)
-    batch = config.train.batch_size * config.data.seq_len
     return [
         f"Means over seeds, with standard errors. Differences{_to(found)} are paired by seed (the "
         "same rows of text in",
@@ -182,7 +181,7 @@ def _notes(found: Results) -> list[str]:
         "it was given: times that can be compared are those of the experiment `throughput`.",
         "",
         f"{found.variants[0].name}: {total / 1e6:.3g} M parameters, {active / 1e6:.3g} M active a "
-        f"token at most; {config.train.steps:,} steps of {batch:,} tokens.",
+        f"token at most; {config.train.steps:,} steps of {config.batch_tokens:,} tokens.",
     ]
 
 

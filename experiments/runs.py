@@ -62,8 +62,7 @@ class Run:
     @functools.cached_property
     def nominal_flops(self) -> float:
         """Floating-point operations of its training, at balance."""
-        t = self.config.train
-        tokens = t.steps * t.batch_size * self.config.data.seq_len
+        tokens = self.config.train.steps * self.config.batch_tokens
         return tokens * flops.per_token(self.config).train
 
     @property

@@ -84,7 +84,7 @@ def twins(recipe: ConfigDict, workdir: Path, report: Callable[[str], None] = pri
         "time_ratio": seconds["moepp"].median / seconds["moe"].median,
         "theory": flops.cost_ratio(configs["moepp"], configs["moe"]),
         "step_seconds": {n: step_seconds[n].median for n in TWINS},
-        "tokens_per_s": {n: tokens(configs[n]) / step_seconds[n].median for n in TWINS},
+        "tokens_per_s": {n: configs[n].batch_tokens / step_seconds[n].median for n in TWINS},
         "steps": configs["moepp"].train.steps,
         "machine": timing.machine(),
         "seconds": time.perf_counter() - start,
@@ -122,7 +122,7 @@ def layer_case(config: Config, folder: Path) -> timing.Case:
     params = moepp_jax.load(folder, config.train.steps).params["layers"]["moe"]
     params = jax.tree.map(lambda p: p[0], params)
     S = config.data.seq_len
-    G = tokens(config) // S
+    G = config.batch_tokens // S
     x = jax.random.normal(jax.random.key(0), (G, S, config.model.hidden_size))
     previous = jnp.zeros((G, S, config.moe.num_experts))
     return timing.Case(jax.jit(lambda *a: moe.local(*a, layer)[0]), (x, previous, params))
@@ -153,11 +153,6 @@ def step_case(config: Config, dataset: Dataset) -> timing.Case:
         return state, metrics
 
     return timing.Case(step, ())
-
-
-def tokens(config: Config) -> int:
-    """Of a batch."""
-    return config.train.batch_size * config.data.seq_len
 
 
 def sample(folder: Path) -> str:

@@ -237,7 +237,7 @@ def page(rows: Sequence[Row], source: Config, settings: Settings) -> str:
     runs = by_run(rows)
     control = end_of(runs[_CONTROL])
     e = source.moe
-    tokens = settings.steps * source.train.batch_size * source.data.seq_len
+    tokens = settings.steps * source.batch_tokens
     lines = [
         "# Upcycling: fewer FFN experts in a model that is trained already",
         "",

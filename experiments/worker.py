@@ -84,7 +84,6 @@ def measured(
     late = [row for row in training if row["step"] > 0.8 * config.train.steps]
     in_training = _mean(row["ffn_experts_per_token"] for row in training)
     tokens = training[-1]["tokens"] if training else 0
-    batch = config.train.batch_size * config.data.seq_len
     speeds = [row["tokens_per_s"] for row in training] or [math.inf]
     eighths = [row["drop_rate_by_part"] for row in late]
     by_part = map(_mean, zip(*eighths, strict=True))
@@ -100,7 +99,7 @@ def measured(
         training_ffn_experts=in_training,
         drop_rate=_mean(row["drop_rate"] for row in late),
         worst_eighth=max(by_part, default=0.0),
-        step_seconds=batch / statistics.median(speeds),
+        step_seconds=config.batch_tokens / statistics.median(speeds),
         seconds=seconds,
         machine=machine,
         **_held_out(config, metrics if status == DONE else []),

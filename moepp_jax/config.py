@@ -176,6 +176,11 @@ class Config:
     mesh: MeshConfig
     generate: GenerateConfig
 
+    @property
+    def batch_tokens(self) -> int:
+        """Of a training batch, on all devices together."""
+        return self.train.batch_size * self.data.seq_len
+
     @classmethod
     def parse(cls, fields: ml_collections.ConfigDict | Mapping[str, Any]) -> Config:
         """The validated configuration.

@@ -94,7 +94,7 @@ class Log:
         interval, self._since = now - self._since, now
         data_wait, self._waited = self._waited / interval, 0.0
         self._seconds += interval
-        tokens = self._config.train.batch_size * self._config.data.seq_len
+        tokens = self._config.batch_tokens
         rate = (step - self._step) * tokens / interval
         self._step = step
         per_token = flops.per_token(self._config, values["ffn_experts_per_token"])

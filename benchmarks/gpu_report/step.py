@@ -36,7 +36,7 @@ def of(config: Config, rounds: int) -> dict[str, Any]:
         if number >= 2:  # the first ones set libraries up
             taken.append(time.perf_counter() - start)
     seconds = timing.summary(taken)
-    tokens = config.train.batch_size * config.data.seq_len
+    tokens = config.batch_tokens
     speed = flops.per_token(config).train * tokens / seconds.median
     return {
         "dispatch": config.moe.dispatch,

@@ -147,7 +147,7 @@ def _layer_times(folder: Path | None, recipe: Callable[[], ConfigDict]) -> Mappi
     for kind in COLORS:
         config = Config.parse(base.variant(recipe(), kind))
         moe, data = config.moe, config.data
-        tokens = config.train.batch_size * data.seq_len
+        tokens = config.batch_tokens
         groups = tokens // max(moe.group_size, data.seq_len)
         others = (moe.n_const, moe.n_copy, moe.n_zero)
         shape = layer.Shape(
@@ -167,7 +167,7 @@ def _seconds_per_token(results: Results, size: str, kind: str) -> float | None:
         return None
     config = Config.parse(base.variant(results.scale.growing[size](), kind))
     layers = config.model.num_layers // config.model.moe_every
-    return layers * found[f"{kind}_ms"] / 1e3 / (config.train.batch_size * config.data.seq_len)
+    return layers * found[f"{kind}_ms"] / 1e3 / config.batch_tokens
 
 
 def _times(results: Results) -> list[str]:

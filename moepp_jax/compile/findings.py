@@ -24,7 +24,7 @@ from moepp_jax.config import Config
 def described(config: Config, mesh: Mesh, topology: Topology) -> dict[str, Any]:
     """What is known before compiling."""
     total, active = flops.parameters(config)
-    tokens = config.train.batch_size * config.data.seq_len
+    tokens = config.batch_tokens
     held = state.assemble(config, mesh).abstract
     return {
         "topology": topology.text,
@@ -134,7 +134,7 @@ def best_case(
     config: Config, num_devices: int, peak: float, bounds: Mapping[str, float]
 ) -> dict[str, float]:
     """The bounds' consequence: no step is faster than the slowest of them."""
-    tokens = config.train.batch_size * config.data.seq_len
+    tokens = config.batch_tokens
     seconds = max(bounds.values())
     model = flops.per_token(config).train * tokens
     return {

@@ -50,7 +50,7 @@ def predict(config: Config, mesh: Mesh, chip: Chip, module: hlo.Module) -> dict[
     at = [Timeline(module, chip, network, share) for share in rates.LINKS]
     by_part = [_by_part(timeline) for timeline in at]
     steps = [sum(sum(bounds.values()) for bounds in found.values()) for found in by_part]
-    tokens = config.train.batch_size * config.data.seq_len / mesh.size
+    tokens = config.batch_tokens / mesh.size
     return {
         "parts_ms": {
             part: [1e3 * sum(found[part].values()) for found in by_part] for part in parts.ALL

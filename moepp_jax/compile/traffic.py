@@ -28,7 +28,7 @@ def collectives(config: Config, mesh_shape: Mapping[str, int]) -> list[Collectiv
     ffn = flops.count(config, lambda path, p: p.expert is not None)
     rest = flops.count(config) - ffn
     shard = (ffn + rest) / (fsdp * expert)
-    rows = config.train.batch_size * config.data.seq_len / math.prod(mesh_shape.values())
+    rows = config.batch_tokens / math.prod(mesh_shape.values())
     rows *= _rows_per_token(config)
     parts = config.train.accumulate
     operands = (
