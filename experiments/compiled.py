@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from moepp_jax import compile
+from moepp_jax import compile, markdown
 from moepp_jax import mesh as mesh_lib
 from moepp_jax.chips import GIB
 from moepp_jax.compile.topology import Topology, devices
@@ -115,7 +115,7 @@ def table(rows: Sequence[Measured], named: Mapping[str, str]) -> list[str]:
       named: fingerprint -> variant.
     """
     head = ["variant", "compiled for", "GiB a chip", "fits", "tokens a second", "hours"]
-    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    lines = []
     order = list(named)
     own = [row for row in rows if row.fingerprint in named]
     for row in sorted(own, key=lambda row: (order.index(row.fingerprint), row.name)):
@@ -125,5 +125,5 @@ def table(rows: Sequence[Measured], named: Mapping[str, str]) -> list[str]:
         cells += ["yes" if v["fits"] else "**no**"]
         bounds = ("tokens_per_second", ".3g"), ("hours", ".1f")
         cells += [format(v[name], form) if name in v else "" for name, form in bounds]
-        lines.append(f"| {' | '.join(cells)} |")
-    return lines
+        lines.append(cells)
+    return markdown.table(head, lines)

@@ -31,7 +31,7 @@ from typing import Any
 import jax
 from absl import flags
 
-from moepp_jax import cli, evaluate
+from moepp_jax import cli, evaluate, markdown
 from moepp_jax import mesh as mesh_lib
 from moepp_jax import state as state_lib
 from moepp_jax.benchmarks import timing
@@ -109,6 +109,7 @@ def page(rows: Sequence[dict[str, Any]]) -> str:
     said = "is open: no row yet of " + ", ".join(missing) if missing else "holds"
     said = "does not hold" if worst > _SAME else said
     head = ["rule", *COLUMNS[4:]]
+    cells = [[row["rule"], *(f"{float(row[name]):.1e}" for name in COLUMNS[4:])] for row in rows]
     lines = [
         "# Each routing rule on meshes of eight devices",
         "",
@@ -120,12 +121,8 @@ def page(rows: Sequence[dict[str, Any]]) -> str:
         "that on one device, and",
         "that of the held-out loss at the end:",
         "",
-        f"| {' | '.join(head)} |",
-        "|---" * len(head) + "|",
+        *markdown.table(head, cells),
     ]
-    for row in rows:
-        cells = [row["rule"], *(f"{float(row[name]):.1e}" for name in COLUMNS[4:])]
-        lines.append(f"| {' | '.join(cells)} |")
     machines = ", ".join(sorted({row["machine"] for row in rows}))
     lines += ["", f"The claim (the same to {_SAME:.1%}) {said}: {worst:.1e} at most.", ""]
     return "\n".join([*lines, f"Machine: {machines}.", ""])

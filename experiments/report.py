@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from moepp_jax import flops
+from moepp_jax import flops, markdown
 from moepp_jax.analysis import drawing
 from moepp_jax.config import Config
 from moepp_jax.experiments import compiled, gain, measure, runs, study
@@ -92,12 +92,12 @@ def table(found: Results) -> list[str]:
     usual = Config.parse(found.scale.recipe())
     head = ["variant", "held-out loss", "difference", "bits a byte", "FFN experts"]
     head += ["training FLOPs", "compute gain", "drops", "s a step", "seeds"]
-    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    lines = []
     for variant in found.variants:
         name = variant.name
         rows = found.rows(name)
         if not rows:
-            lines.append(f"| {name} |" + " |" * (len(head) - 2) + f" 0 of {variant.seeds} |")
+            lines.append([name, *[""] * (len(head) - 2), f"0 of {variant.seeds}"])
             continue
         mean = {column: found.mean(name, column).value for column in _MEANS}
         loss = found.mean(name)
@@ -116,8 +116,8 @@ def table(found: Results) -> list[str]:
             f"{mean['step_seconds']:.3g}",
             f"{len(rows)} of {variant.seeds}",
         ]
-        lines.append(f"| {' | '.join(cells)} |")
-    return [*lines, *_by_source(found)]
+        lines.append(cells)
+    return [*markdown.table(head, lines), *_by_source(found)]
 
 
 def _by_source(found: Results) -> list[str]:
@@ -131,11 +131,11 @@ def _by_source(found: Results) -> list[str]:
     if len(names) < 2:
         return []
     head = ["held-out loss of", *names]
-    lines = ["", f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    lines = []
     for variant, rows in each.items():
         means = [f"{sum(row[name] for row in rows) / len(rows):.4f}" for name in names]
-        lines.append(f"| {' | '.join([variant, *means])} |")
-    return lines
+        lines.append([variant, *means])
+    return ["", *markdown.table(head, lines)]
 
 
 def _difference(found: Results, name: str) -> str:
@@ -247,17 +247,17 @@ def in_readme(text: str, scale: Scale, rows: Sequence[Row], results: Path = RESU
     _, end, after = rest.partition(END)
     if not begin or not end:
         raise ValueError(f"there is no {BEGIN} with an {END} after it")
-    lines = [BEGIN, "", "| question | what the runs say |", "|---|---|"]
+    answers = []
     for of in study.at(scale):
         found = study.results_of(of, scale, rows, measured(of, scale, results))
         said = of.verdicts(found)
         known = [v.said for v in said if v.outcome != study.MISSING]
         if known:
             there = f"experiments/results/{scale.name}/{of.name}/REPORT.md"
-            lines.append(
-                f"| [{of.title}]({there}) | {study.outcome(said)}: {'; '.join(known[:2])} |"
-            )
+            answer = f"{study.outcome(said)}: {'; '.join(known[:2])}"
+            answers.append([f"[{of.title}]({there})", answer])
     figure = f"experiments/results/{scale.name}/{SHOWN}/figure.png"
+    lines = [BEGIN, "", *markdown.table(["question", "what the runs say"], answers)]
     lines += ["", f"![{study.find(SHOWN).title}]({figure})", "", END]
     return before + "\n".join(lines) + after
 
@@ -265,8 +265,7 @@ def in_readme(text: str, scale: Scale, rows: Sequence[Row], results: Path = RESU
 def overview(scale: Scale, rows: Sequence[Row], results: Path = RESULTS) -> str:
     """README.md of a scale's results: each experiment's verdict, and rows that are in none."""
     head = ["experiment", "question", "verdict", "runs", "measurements"]
-    lines = [f"# Experiments at scale {scale.name}", "", f"| {' | '.join(head)} |"]
-    lines += ["|---" * len(head) + "|"]
+    answers = []
     known: set[str] = set()
     for of in study.at(scale):
         found = study.results_of(of, scale, rows, measured(of, scale, results))
@@ -274,9 +273,10 @@ def overview(scale: Scale, rows: Sequence[Row], results: Path = RESULTS) -> str:
         known |= {run.key[0] for run in wanted}
         done = len(wanted) - len(runs.missing(wanted, (row.key for row in rows)))
         measured_too = f"{len(found.measured)} of {len(of.measurements(scale))}"
-        cells = [f"[{of.name}]({of.name}/REPORT.md)", of.title, study.outcome(of.verdicts(found))]
-        cells += [f"{done} of {len(wanted)}", measured_too]
-        lines.append(f"| {' | '.join(cells)} |")
+        verdict = study.outcome(of.verdicts(found))
+        told = [f"[{of.name}]({of.name}/REPORT.md)", of.title, verdict]
+        answers.append([*told, f"{done} of {len(wanted)}", measured_too])
+    lines = [f"# Experiments at scale {scale.name}", "", *markdown.table(head, answers)]
     others = [row for row in rows if row.fingerprint not in known]
     if others:
         lines += ["", "Rows of other code or configurations, which no table has:", ""]

@@ -37,7 +37,7 @@ import numpy as np
 from absl import flags
 from matplotlib.figure import Figure
 
-from moepp_jax import cli, interop
+from moepp_jax import cli, interop, markdown
 from moepp_jax.config import Config
 from moepp_jax.errors import ConfigError
 from moepp_jax.experiments import rows as rows_lib
@@ -253,10 +253,10 @@ def page(rows: Sequence[Row], source: Config, settings: Settings) -> str:
         "as much longer on the same rows. Numbers are means of the last three evaluations. What is",
         "asked, and what would refute it, stands in `experiments/upcycling.py`, which wrote this.",
         "",
-        "| | FFN experts a token | wanted | FFN work | held-out loss | to the control |",
-        "|---|---|---|---|---|---|",
-        f"| before | {e.rule.most:.2f} | | | {runs[_CONTROL][0]['eval_loss']:.3f} | |",
     ]
+    head = ["", "FFN experts a token", "wanted", "FFN work", "held-out loss", "to the control"]
+    before = f"{runs[_CONTROL][0]['eval_loss']:.3f}"
+    table = [["before", f"{e.rule.most:.2f}", "", "", before, ""]]
     for name, points in runs.items():
         end = end_of(points)
         experts = end["ffn_experts_per_token"]
@@ -268,8 +268,9 @@ def page(rows: Sequence[Row], source: Config, settings: Settings) -> str:
             f"{end['eval_loss']:.3f}",
             "" if name == _CONTROL else f"{end['eval_loss'] - control['eval_loss']:+.3f}",
         ]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join([*lines, "", verdict(runs), "", "![curves](upcycling.png)", ""])
+        table.append(cells)
+    lines += [*markdown.table(head, table), "", verdict(runs)]
+    return "\n".join([*lines, "", "![curves](upcycling.png)", ""])
 
 
 def verdict(runs: Mapping[str, Sequence[Row]]) -> str:

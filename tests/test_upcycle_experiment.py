@@ -44,7 +44,7 @@ def test_finished_runs_are_read_again(tmp_path):
 
 def test_page_and_picture():
     page = upcycling.page(ROWS, tiny.config(), SETTINGS)
-    assert "| before | 2.00 | | | 3.000 | |" in page
+    assert "| before | 2.00 |  |  | 3.000 |  |" in page
     assert "| control | 2.00 |  | 100% | 2.900 |  |" in page
     assert "| tau 0.5 | 1.04 | 1.00 | 52% | 2.950 | +0.050 |" in page
     assert "nats at tau = 1) holds: FFN experts a token are at most +4.0% from" in page

@@ -9,6 +9,8 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from moepp_jax import markdown
+
 PAGE, JSON = "REPORT.md", "report.json"
 _TITLES = {
     "equality": "Equality with the CPU",
@@ -71,10 +73,8 @@ def _part(part: Mapping[str, Any]) -> list[str]:
 def table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """Markdown, of all columns that any row has."""
     columns = list(dict.fromkeys(column for row in rows for column in row))
-    lines = [f"| {' | '.join(column.replace('_', ' ') for column in columns)} |"]
-    lines.append("|---" * len(columns) + "|")
-    lines += [f"| {' | '.join(_cell(row.get(column)) for column in columns)} |" for row in rows]
-    return lines
+    head = [column.replace("_", " ") for column in columns]
+    return markdown.table(head, ([_cell(row.get(column)) for column in columns] for row in rows))
 
 
 def _cell(value: Any) -> str:
@@ -88,7 +88,7 @@ def _cell(value: Any) -> str:
         return ", ".join(f"{name} {_cell(one)}" for name, one in value.items())
     if isinstance(value, list):
         return " to ".join(_cell(one) for one in value)
-    return f"{value:,}" if isinstance(value, int) else str(value).replace("|", "/")
+    return f"{value:,}" if isinstance(value, int) else str(value)
 
 
 def _figure(name: str, rows: Sequence[Mapping[str, Any]]) -> Figure | None:

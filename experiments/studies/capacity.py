@@ -11,6 +11,7 @@ Refuted   if the interval of one of these paired differences is above 0.
 
 from __future__ import annotations
 
+from moepp_jax import markdown
 from moepp_jax.experiments.scale import MOEPP, VANILLA, Scale, Variant
 from moepp_jax.experiments.study import Results, Study, Verdict
 
@@ -51,7 +52,7 @@ class Capacity(Study):
 
     def more(self, results: Results) -> list[str]:
         head = ["variant", "drops", "of the worst eighth of a sequence", "costs, to dropless"]
-        lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+        lines = []
         for v in results.variants:
             if not results.rows(v.name):
                 continue
@@ -59,5 +60,6 @@ class Capacity(Study):
             d = results.difference(v.name, f"{kind}, {DROPLESS}")
             drops, worst = (results.mean(v.name, c).value for c in ("drop_rate", "worst_eighth"))
             cost = "" if d is None or v.name.endswith(DROPLESS) else f"{d.value:+.4f}"
-            lines.append(f"| {v.name} | {drops:.1%} | {worst:.1%} | {cost} |")
-        return ["Drops are of the last fifth of training, costs in nats a token.", "", *lines, ""]
+            lines.append([v.name, f"{drops:.1%}", f"{worst:.1%}", cost])
+        said = "Drops are of the last fifth of training, costs in nats a token."
+        return [said, "", *markdown.table(head, lines), ""]

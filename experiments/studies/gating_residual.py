@@ -20,6 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
+from moepp_jax import markdown
 from moepp_jax.experiments import runs
 from moepp_jax.experiments.measure import Measurement
 from moepp_jax.experiments.scale import VANILLA, Scale, Variant
@@ -60,19 +61,19 @@ class GatingResidual(Study):
 
     def more(self, results: Results) -> list[str]:
         head = ["", "first, mean", "variance", "second, mean", "variance", "entropy"]
-        lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+        lines = []
         for name in _COMPARED:
             rows = list(_measured(results, name).values())
             if rows:
                 means = [sum(row[c] for row in rows) / len(rows) for c in _COLUMNS]
-                lines.append(f"| {name} | {' | '.join(format(m, '.4g') for m in means)} |")
-        if len(lines) == 2:
+                lines.append([name, *(format(m, ".4g") for m in means)])
+        if not lines:
             return []
         said = (
             f"The router's best and second-best probability over {_TOKENS:,} tokens of held-out "
             "text and all layers, and the entropy in nats; means over seeds:"
         )
-        return [said, "", *lines, ""]
+        return [said, "", *markdown.table(head, lines), ""]
 
     def _steadier(self, results: Results, which: str) -> Verdict:
         ours, theirs = (_measured(results, name) for name in _COMPARED)

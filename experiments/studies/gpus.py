@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 from matplotlib.figure import Figure
 
+from moepp_jax import markdown
 from moepp_jax.chips import GIB
 from moepp_jax.config import Config
 from moepp_jax.experiments import compiled, figures
@@ -103,8 +104,7 @@ class Gpus(Study):
         head += ["taken by JAX", "TFLOP in bfloat16", "in TF32", "in float32", "not read"]
         head += [f"{label}, ms" for label in _BOUNDS.values()]
         head += ["tokens/s at most", "MFU at most"]
-        lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
-        lines += [f"| {' | '.join(_cells(size, row))} |" for size, row in rows.items()]
+        lines = markdown.table(head, (_cells(size, row) for size, row in rows.items()))
         return [*lines, "", _NOTES, ""]
 
 

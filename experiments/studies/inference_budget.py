@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
+from moepp_jax import markdown
 from moepp_jax.experiments import figures, runs
 from moepp_jax.experiments.measure import Measured, Measurement
 from moepp_jax.experiments.scale import Scale, Variant
@@ -91,16 +92,16 @@ class InferenceBudget(Study):
         if not names:
             return []
         head = ["", "held-out loss", "FFN experts", "decoded tokens a second"]
-        lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+        lines = []
         for name in sorted(names, key=lambda name: float(name.split()[1])):
             rows = [row.values for row in results.measured if row.name == name]
             loss, experts, speed = (
                 np.mean([row[c] for row in rows])
                 for c in ("eval_loss", "ffn_experts", "decoded_per_second")
             )
-            lines.append(f"| {name} | {loss:.4f} | {experts:.3f} | {speed:,.0f} |")
+            lines.append([name, f"{loss:.4f}", f"{experts:.3f}", f"{speed:,.0f}"])
         said = f"Of {OURS}, means over seeds; {_TEXTS} texts are decoded at once:"
-        return [said, "", *lines, ""]
+        return [said, "", *markdown.table(head, lines), ""]
 
 
 def _at(folder: Path, offset: float) -> Mapping[str, float]:

@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 from matplotlib.figure import Figure
 
+from moepp_jax import markdown
 from moepp_jax.config import Config
 from moepp_jax.experiments import compiled, figures
 from moepp_jax.experiments.measure import Measurement
@@ -107,15 +108,15 @@ class Pods(Study):
         head = ["chips", "slice", "data x fsdp x expert", "accumulate", "GiB a chip"]
         head += [f"{label}, ms" for label in _BOUNDS.values()]
         head += ["bytes sent over the least", "tokens/s at most", "MFU at most"]
-        lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+        lines = []
         for name, row in rows.items():
             size = SIZES[name]
             mesh = f"{size.data} x {size.fsdp} x {size.expert}"
             cells = [f"{size.chips:,}", name, mesh, str(size.accumulate), f"{row['hbm_gib']:.1f}"]
             cells += [f"{row[f'{bound}_ms']:,.4g}" for bound in _BOUNDS]
             cells += [f"{row['wire_ratio']:.3f}", f"{row['tokens_per_second']:,.0f}"]
-            lines.append(f"| {' | '.join([*cells, format(row['mfu'], '.1%')])} |")
-        return [*lines, "", _NOTES, ""]
+            lines.append([*cells, format(row["mfu"], ".1%")])
+        return [*markdown.table(head, lines), "", _NOTES, ""]
 
 
 _NOTES = """\

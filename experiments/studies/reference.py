@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
+from moepp_jax import markdown
 from moepp_jax.experiments import figures, reference
 from moepp_jax.experiments.measure import Measurement
 from moepp_jax.experiments.scale import Scale, Variant
@@ -67,12 +68,12 @@ class Reference(Study):
         if not results.measured:
             return []
         columns = list(results.measured[0].values)
-        lines = [f"| | {' | '.join(columns)} |", "|---" * (1 + len(columns)) + "|"]
-        for row in results.measured:
-            cells = [f"{row.values[column]:.1e}" for column in columns]
-            lines.append(f"| {row.name} | {' | '.join(cells)} |")
+        lines = [
+            [row.name, *(f"{row.values[column]:.1e}" for column in columns)]
+            for row in results.measured
+        ]
         said = "Over the largest value; of tokens and choices, the share that differs:"
-        return [said, "", *lines, ""]
+        return [said, "", *markdown.table(["", *columns], lines), ""]
 
 
 def _of(folder: Path | None, checkpoint: str) -> Mapping[str, float]:

@@ -19,6 +19,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 from ml_collections import ConfigDict
 
+from moepp_jax import markdown
 from moepp_jax.config import Config
 from moepp_jax.configs import base
 from moepp_jax.errors import ConfigError
@@ -113,13 +114,12 @@ class Scaling(Study):
                 means = _means(results, size, kind)
                 if len(means) >= 3:
                     law = stats.power_law([c for _, c, _ in means], [y for _, _, y in means])
-                    cells = [name, size, f"{law.floor:.3f}", f"{law.exponent:.3f}"]
-                    lines.append(f"| {' | '.join(cells)} |")
+                    lines.append([name, size, f"{law.floor:.3f}", f"{law.exponent:.3f}"])
         if not lines:
             return times
         head = ["model", "layers x width", "floor, nats a token", "exponent"]
         said = "Fits of loss = floor + scale FLOPs^-exponent to the means over seeds:"
-        return [said, "", f"| {' | '.join(head)} |", "|---" * len(head) + "|", *lines, "", *times]
+        return [said, "", *markdown.table(head, lines), "", *times]
 
 
 def _usual(scale: Scale) -> str:
@@ -175,11 +175,13 @@ def _times(results: Results) -> list[str]:
     sizes = [size for size in results.scale.growing if _layer_of(size) in rows]
     if not sizes:
         return []
-    lines = ["| layers x width | vanilla, ms | MoE++, ms | speed-up |", "|---|---|---|---|"]
+    lines = []
     for size in sizes:
         vanilla, ours = (rows[_layer_of(size)][f"{kind}_ms"] for kind in (VANILLA, MOEPP))
-        lines.append(f"| {size} | {vanilla:.4g} | {ours:.4g} | {vanilla / ours:.2f} |")
-    return ["A MoE layer forward on a training batch, medians by turns:", "", *lines, ""]
+        lines.append([size, f"{vanilla:.4g}", f"{ours:.4g}", f"{vanilla / ours:.2f}"])
+    head = ["layers x width", "vanilla, ms", "MoE++, ms", "speed-up"]
+    said = "A MoE layer forward on a training batch, medians by turns:"
+    return [said, "", *markdown.table(head, lines), ""]
 
 
 def _gains(results: Results) -> list[str]:
@@ -194,12 +196,12 @@ def _gains(results: Results) -> list[str]:
             name = gain.of_length(scale, steps, MOEPP, size).name
             loss, realised = results.mean(name), results.mean(name, "realised_flops")
             cells.append("" if loss is None else str(gain.gain(curve, loss, realised.value)))
-        lines.append(f"| {' | '.join(cells)} |")
+        lines.append(cells)
     if not lines:
         return []
     head = ["layers x width", *(f"{steps} steps" for steps in scale.lengths)]
     said = "Compute gain of MoE++ to the vanilla MoE of its own size:"
-    return [said, "", f"| {' | '.join(head)} |", "|---" * len(head) + "|", *lines, ""]
+    return [said, "", *markdown.table(head, lines), ""]
 
 
 def _means(results: Results, size: str, kind: str) -> list[tuple[float, float, float]]:

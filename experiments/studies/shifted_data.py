@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
+from moepp_jax import markdown
 from moepp_jax.experiments import figures, runs
 from moepp_jax.experiments.measure import Measurement
 from moepp_jax.experiments.scale import VANILLA, Scale, Variant
@@ -78,7 +79,7 @@ class ShiftedData(Study):
                 if None not in means:
                     forms = (".3f", ".3f", ".3f", ".2f", ".2f")
                     cells = [format(m, form) for m, form in zip(means, forms, strict=True)]
-                    lines.append(f"| {name}, {text} | {' | '.join(cells)} |")
+                    lines.append([f"{name}, {text}", *cells])
         if not lines:
             return []
         return [
@@ -87,9 +88,7 @@ class ShiftedData(Study):
             "experts of a layer that serve less than a tenth of the mean. Loss is of the run's own "
             "tokenizer, made for English.",
             "",
-            f"| {' | '.join(head)} |",
-            "|---" * len(head) + "|",
-            *lines,
+            *markdown.table(head, lines),
             "",
         ]
 

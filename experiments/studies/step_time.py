@@ -17,7 +17,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from moepp_jax import compile, flops
+from moepp_jax import compile, flops, markdown
 from moepp_jax.chips import GIB
 from moepp_jax.compile import parts
 from moepp_jax.compile.topology import Topology, devices
@@ -123,12 +123,13 @@ class StepTime(Study):
         at = [named("7B", tau) for tau in (None, *TAUS)]
         at += [named(model, tau) for model in _OTHERS for tau in (None, _USUAL)]
         grown = [named("7B", tau, size) for size in pods.SIZES for tau in (None, _USUAL)]
+        every = [*at, *(name for name in grown if name not in at)]
         return [
             f"Each on {_AT}, ms with links at their peak:",
             "",
-            *_table(["part", *(_short(name) for name in at if name in rows)], _by_part(rows, at)),
+            *markdown.table(["part", *map(_short, filter(rows.get, at))], _by_part(rows, at)),
             "",
-            *_table(["", *_COLUMNS], _totals(rows, [*at, *(n for n in grown if n not in at)])),
+            *markdown.table(["", *_COLUMNS], _totals(rows, every)),
             "",
             _NOTES,
             "",
@@ -236,8 +237,3 @@ def _totals(rows: Mapping[str, Row], names: list[str]) -> list[list[str]]:
             ]
         )
     return lines
-
-
-def _table(head: list[str], rows: list[list[str]]) -> list[str]:
-    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
-    return [*lines, *(f"| {' | '.join(cells)} |" for cells in rows)]

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
+from moepp_jax import markdown
 from moepp_jax.experiments import figures
 from moepp_jax.experiments.measure import Measurement
 from moepp_jax.experiments.scale import Scale, Variant
@@ -88,7 +89,7 @@ class Throughput(Study):
 
     def more(self, results: Results) -> list[str]:
         head = ["pool", "", "vanilla", *(f"tau {tau:g}" for tau in TAUS)]
-        lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+        lines = []
         for pool in _POOLS:
             vanilla, *others = PAPER[pool]
             lines.append(_line(pool, "theory, speed-up", "1", [theory(pool, t) for t in TAUS]))
@@ -108,7 +109,7 @@ class Throughput(Study):
             f"A layer of width {shape.width}, FFN experts of {shape.ffn_size}, {shape.tokens:,} "
             f"tokens in {shape.groups} groups; medians of interleaved rounds, float32:",
             "",
-            *lines,
+            *markdown.table(head, lines),
             "",
             *said,
         ]
@@ -122,8 +123,8 @@ _KINDS = (
 )
 
 
-def _line(pool: str, what: str, vanilla: str, values: list[float], form: str = ".2f") -> str:
-    return f"| {' | '.join([pool, what, vanilla, *(format(v, form) for v in values)])} |"
+def _line(pool: str, what: str, vanilla: str, values: list[float], form: str = ".2f") -> list[str]:
+    return [pool, what, vanilla, *(format(v, form) for v in values)]
 
 
 def _column(tau: float) -> str:

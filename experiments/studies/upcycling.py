@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
+from moepp_jax import markdown
 from moepp_jax.experiments import figures, runs
 from moepp_jax.experiments import upcycling as steps
 from moepp_jax.experiments.measure import Measurement
@@ -70,9 +71,8 @@ class Upcycling(Study):
         if not rows:
             return []
         head = ["", "held-out loss", "to the control", "FFN experts", "wanted"]
-        lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
         before = np.mean([row["loss before"] for row in rows])
-        lines.append(f"| before | {before:.4f} | | | |")
+        lines = [["before", f"{before:.4f}", "", "", ""]]
         for name in ("control", *(f"{tau:g}" for tau in TAUS)):
             loss, experts, wanted = (
                 np.mean([row[f"{column} {name}"] for row in rows])
@@ -81,13 +81,13 @@ class Upcycling(Study):
             above = loss - np.mean([row["loss control"] for row in rows])
             label = name if name == "control" else f"tau {name}"
             cells = [label, f"{loss:.4f}", f"{above:+.4f}", f"{experts:.3f}", f"{wanted:.3f}"]
-            lines.append(f"| {' | '.join(cells)} |")
+            lines.append(cells)
         said = (
             "The trained vanilla model as MoE++ with 2 constant, 1 copy and 1 zero expert, trained "
             "on for as many steps\nat its last learning rate; control: the same without them. "
             "Means over seeds, of the last three evaluations:"
         )
-        return [said, "", *lines, ""]
+        return [said, "", *markdown.table(head, lines), ""]
 
 
 def _upcycled(folder: Path, scale: Scale) -> Mapping[str, float]:
