@@ -22,6 +22,9 @@ from moepp_jax.experiments import measure
 from moepp_jax.experiments.measure import Measured, Measurement
 from moepp_jax.experiments.runs import Run
 
+# The bounds of a step's time: as rows name them (`..._ms`), and as reports do.
+BOUNDS = {"arithmetic": "arithmetic", "hbm": "main memory", "interconnect": "interconnect"}
+
 _HOUR = 3600.0
 
 

@@ -45,6 +45,13 @@ def differences(results: Results) -> Figure:
     return figure
 
 
+def by_chips(axes: Axes, chips: Sequence[int]) -> None:
+    """Numbers of chips on a logarithmic axis, each with its own tick."""
+    axes.set(xscale="log", xlabel="TPU v5p chips")
+    axes.set_xticks(chips, [f"{n:,}" for n in chips], rotation=45)
+    axes.minorticks_off()
+
+
 def legend(axes: Axes) -> None:
     """Where there is something to name."""
     if axes.get_legend_handles_labels()[0]:

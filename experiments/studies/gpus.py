@@ -28,7 +28,6 @@ from moepp_jax.experiments.study import FAILS, HOLDS, MISSING, Results, Study, V
 
 _MODELS = {"0.6B": "8+4", "7B": "16+4, larger"}  # of the scale's sizes
 _CLAIMED = "h100:"
-_BOUNDS = {"arithmetic": "arithmetic", "hbm": "main memory", "interconnect": "interconnect"}
 
 
 class Size(NamedTuple):
@@ -84,8 +83,8 @@ class Gpus(Study):
             memory.plot([row["limit_gib"]] * 2, ends, color="C3", label="" if at else "the card's")
             taken = [row["preallocated_gib"]] * 2
             memory.plot(taken, ends, ":", color="C3", label="" if at else "taken by JAX")
-        height = 0.8 / len(_BOUNDS)
-        for number, (name, label) in enumerate(_BOUNDS.items()):
+        height = 0.8 / len(compiled.BOUNDS)
+        for number, (name, label) in enumerate(compiled.BOUNDS.items()):
             places = [at + height * (number - 1) for at in range(len(rows))]
             bounds.barh(places, [row[f"{name}_ms"] for row in rows.values()], height, label=label)
         memory.set(title="Memory of a GPU", xlabel="GiB")
@@ -102,7 +101,7 @@ class Gpus(Study):
             return []
         head = ["model", "GPUs", "data x fsdp x expert", "accumulate", "GiB a GPU", "of the card's"]
         head += ["taken by JAX", "TFLOP in bfloat16", "in TF32", "in float32", "not read"]
-        head += [f"{label}, ms" for label in _BOUNDS.values()]
+        head += [f"{label}, ms" for label in compiled.BOUNDS.values()]
         head += ["tokens/s at most", "MFU at most"]
         lines = markdown.table(head, (_cells(size, row) for size, row in rows.items()))
         return [*lines, "", _NOTES, ""]
@@ -165,6 +164,6 @@ def _cells(size: Size, row: Mapping[str, float]) -> list[str]:
     cells += [f"{row[f'{name}_tflop']:,.2f}" for name in ("bf16", "tf32", "f32")]
     cells.append(f"{row['unread']:.0f}")
     if not row["fits"]:
-        return [*cells, *["does not fit"] * (len(_BOUNDS) + 2)]
-    cells += [f"{row[f'{bound}_ms']:,.4g}" for bound in _BOUNDS]
+        return [*cells, *["does not fit"] * (len(compiled.BOUNDS) + 2)]
+    cells += [f"{row[f'{bound}_ms']:,.4g}" for bound in compiled.BOUNDS]
     return [*cells, f"{row['tokens_per_second']:,.0f}", f"{row['mfu']:.1%}"]

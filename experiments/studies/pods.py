@@ -26,7 +26,6 @@ from moepp_jax.experiments.study import FAILS, HOLDS, MISSING, Results, Study, V
 
 _MODEL = "16+4, larger"  # of the scale's sizes: the 7B
 _AT = "v5p:8x16x16"
-_BOUNDS = {"arithmetic": "arithmetic", "hbm": "main memory", "interconnect": "interconnect"}
 
 
 class Size(NamedTuple):
@@ -73,11 +72,11 @@ class Pods(Study):
         found = _rows(results).get(_AT)
         if found is None:
             return [Verdict(MISSING, f"{_AT} is not compiled yet")]
-        bounds = {label: found[f"{name}_ms"] for name, label in _BOUNDS.items()}
+        bounds = {label: found[f"{name}_ms"] for name, label in compiled.BOUNDS.items()}
         largest = max(bounds, key=bounds.get)
         each = ", ".join(f"{label} {ms:.3g}" for label, ms in bounds.items())
         said = f"at {SIZES[_AT].chips:,} chips a step takes, in ms at least: {each}"
-        return [Verdict(FAILS if largest == _BOUNDS["interconnect"] else HOLDS, said)]
+        return [Verdict(FAILS if largest == compiled.BOUNDS["interconnect"] else HOLDS, said)]
 
     def figure(self, results: Results) -> Figure:
         rows = _rows(results)
@@ -88,15 +87,14 @@ class Pods(Study):
         linear = [speeds[0] * n / chips[0] for n in chips]
         speed.plot(chips, linear, "--", color=figures.GREY, label="linear")
         speed.plot(chips, speeds, "o-", color="C0", label="bound")
-        for name, label in _BOUNDS.items():
+        for name, label in compiled.BOUNDS.items():
             times = [row[f"{name}_ms"] for row in rows.values()]
             bounds.plot(chips, times, "o-", markersize=4, label=label)
         speed.set(title="Upper bound of the training speed", ylabel="tokens/s")
         bounds.set(title="Bounds of a step", ylabel="ms at least")
         for axes in (speed, bounds):
-            axes.set(xscale="log", yscale="log", xlabel="TPU v5p chips")
-            axes.set_xticks(chips, [f"{n:,}" for n in chips], rotation=45)
-            axes.minorticks_off()
+            axes.set(yscale="log")
+            figures.by_chips(axes, chips)
             axes.grid(alpha=0.3)
             figures.legend(axes)
         return figure
@@ -106,14 +104,14 @@ class Pods(Study):
         if not rows:
             return []
         head = ["chips", "slice", "data x fsdp x expert", "accumulate", "GiB a chip"]
-        head += [f"{label}, ms" for label in _BOUNDS.values()]
+        head += [f"{label}, ms" for label in compiled.BOUNDS.values()]
         head += ["bytes sent over the least", "tokens/s at most", "MFU at most"]
         lines = []
         for name, row in rows.items():
             size = SIZES[name]
             mesh = f"{size.data} x {size.fsdp} x {size.expert}"
             cells = [f"{size.chips:,}", name, mesh, str(size.accumulate), f"{row['hbm_gib']:.1f}"]
-            cells += [f"{row[f'{bound}_ms']:,.4g}" for bound in _BOUNDS]
+            cells += [f"{row[f'{bound}_ms']:,.4g}" for bound in compiled.BOUNDS]
             cells += [f"{row['wire_ratio']:.3f}", f"{row['tokens_per_second']:,.0f}"]
             lines.append([*cells, format(row["mfu"], ".1%")])
         return [*markdown.table(head, lines), "", _NOTES, ""]

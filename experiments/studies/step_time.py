@@ -107,11 +107,8 @@ class StepTime(Study):
             grown.plot(
                 chips, ends[1], "o-", markersize=4, label=f"{label}, tau {tau:g}" if tau else label
             )
-        grown.set(title="The 7B, by chips", ylabel="MFU, predicted", xlabel="TPU v5p chips")
-        grown.set(xscale="log", ylim=(0, None))
-        ticks = [size.chips for size in pods.SIZES.values()]
-        grown.set_xticks(ticks, [f"{n:,}" for n in ticks], rotation=45)
-        grown.minorticks_off()
+        grown.set(title="The 7B, by chips", ylabel="MFU, predicted", ylim=(0, None))
+        figures.by_chips(grown, [size.chips for size in pods.SIZES.values()])
         grown.grid(alpha=0.3)
         figures.legend(grown)
         return figure
