@@ -10,7 +10,7 @@ from collections.abc import Callable
 from jax.sharding import Mesh
 
 from moepp_jax.moe import exchange, transfer
-from moepp_jax.moe.experts import KEEPING_SWIGLU, one_swiglu, swiglu, swiglu_apart
+from moepp_jax.moe.experts import one_swiglu, swiglu, swiglu_apart
 from moepp_jax.moe.grouped import Apart, Blocked, all_of_few, ragged_swiglu
 from moepp_jax.moe.products import few_weights_first, tokens_first
 
@@ -28,11 +28,8 @@ def grouped_function(platform: str) -> Callable:
     """For `paths.dropless`: (params, rows (R, D) sorted by expert, counts (E,)) -> rows.
 
     `jax.lax.ragged_dot` is a kernel on TPU; elsewhere it multiplies every row with every expert.
-    A GPU has less memory than a host: its backward computes the products of x again.
     """
-    if platform == "tpu":
-        return ragged_swiglu
-    return Blocked(KEEPING_SWIGLU if platform == "cpu" else swiglu)
+    return ragged_swiglu if platform == "tpu" else Blocked(swiglu)
 
 
 def tile(platform: str) -> int:
