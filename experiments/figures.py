@@ -46,7 +46,7 @@ def differences(results: Results) -> Figure:
 
 
 def by_chips(axes: Axes, chips: Sequence[int]) -> None:
-    """Numbers of chips on a logarithmic axis, each with its own tick."""
+    """Numbers of TPU v5p chips on a logarithmic axis, each with its own tick."""
     axes.set(xscale="log", xlabel="TPU v5p chips")
     axes.set_xticks(chips, [f"{n:,}" for n in chips], rotation=45)
     axes.minorticks_off()
