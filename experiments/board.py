@@ -52,6 +52,9 @@ class Board:
         self._rows = {row.key: row for row in rows}
         self._running: tuple[Run, int, float] | None = None
         self._others: set[tuple[str, int]] = set()
+        # Seconds of the runs that ended here, and those that their estimates gave: rows may be of
+        # slower machines, or of busier ones.
+        self._took = self._expected = 0.0
         self._live = None
         left = self._left()
         self._say(
@@ -77,9 +80,12 @@ class Board:
     def ended(self, run: Run, rows: Sequence[Row]) -> None:
         """The run is over; these are all rows now, others' too."""
         self._running = None
+        expected = seconds_of(run, list(self._rows.values()))
         self._rows = {row.key: row for row in rows}
         row = self._rows.get(run.key)
         if row is not None:
+            self._took += row.seconds
+            self._expected += row.seconds if expected is None else expected
             loss = f"held-out loss {row.eval_loss:.4f}" if row.done else row.status
             left = len(self._left())
             self._say(
@@ -116,7 +122,8 @@ class Board:
         if None in each:
             return None
         begun = time.monotonic() - self._running[2] if self._running else 0.0
-        return max(sum(each) - begun, 0.0)
+        pace = self._took / self._expected if self._expected else 1.0
+        return max(pace * sum(each) - begun, 0.0)
 
     def _table(self) -> Group:
         table = Table(box=None, padding=(0, 2, 0, 0))

@@ -1,5 +1,7 @@
 """Every experiment at every scale; and what is committed of them is up to date."""
 
+import re
+
 import pytest
 
 from moepp_jax.configs import tiny as tiny_recipe
@@ -136,3 +138,22 @@ def test_what_is_committed_is_up_to_date(scale, tmp_path):
     for file in sorted(tmp_path.rglob("*.md")):
         committed = there / file.relative_to(tmp_path / scale)
         assert file.read_text() == committed.read_text(), f"{committed} is stale"
+    for file in sorted(tmp_path.rglob("*.svg")):
+        committed = there / file.relative_to(tmp_path / scale)
+        assert same_drawing(file.read_text(), committed.read_text()), f"{committed} is stale"
+
+
+def same_drawing(one: str, other: str, points: float = 0.01) -> bool:
+    """Whether two SVG files draw the same; a fit on another CPU differs in the last digits."""
+    number = re.compile(r"-?\d+\.\d+")
+    if number.sub("", one) != number.sub("", other):
+        return False
+    pairs = zip(number.findall(one), number.findall(other), strict=True)
+    return all(abs(float(a) - float(b)) < points for a, b in pairs)
+
+
+def test_a_figure_of_other_rows_is_noticed():
+    line = '<path d="M 463.16815 33.356973 L 465.306411 37.871134">'
+    assert same_drawing(line, line.replace("37.871134", "37.871135"))
+    assert not same_drawing(line, line.replace("37.871134", "38.071134"))
+    assert not same_drawing(line, line.replace("L", "M"))

@@ -303,6 +303,22 @@ def test_the_board(scale, terminal):
         assert "3/4" in text and "2 of 3 done, ETA" in text
 
 
+def test_the_rest_is_estimated_at_the_pace_of_what_ended_here(scale):
+    """Rows may be of a slower machine: here the one run took a tenth of what they say."""
+    of = small.Twins()
+    planned = run.plan([of], scale)
+    others = [small.row(v, seed=1, seconds=6000.0) for v in of.variants(scale)]
+    mine = small.row(of.variants(scale)[0], seconds=600.0)
+
+    def show(console):
+        with board.Board(planned, others, console) as shown:
+            shown.started(planned[0])
+            shown.ended(planned[0], [*others, mine])
+
+    assert "the other 3 take about 5 h 00 min" in said(show)
+    assert re.search(r"600 s; left \d+ min", said(show))
+
+
 def test_times():
     assert [board.clock(s) for s in (None, 29, 61, 3600, 3660 * 2)] == [
         "?",
