@@ -22,6 +22,7 @@ def seconds_of(run: Run, rows: Sequence[Row]) -> float | None:
     own = [row.seconds for row in rows if row.fingerprint == run.key[0] and row.done]
     if own:
         return sum(own) / len(own)
+    rows = [row for row in rows if row.nominal_flops]  # one may have diverged before its first log
     if not rows:
         return None
     # Of the others those count that are nearest in work: what a step costs beside it stays alike.

@@ -9,6 +9,9 @@ from typing import TYPE_CHECKING
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from moepp_jax.experiments import stats
+from moepp_jax.experiments.stats import Mean
+
 if TYPE_CHECKING:
     from moepp_jax.experiments.study import Results
 
@@ -52,16 +55,67 @@ def by_chips(axes: Axes, chips: Sequence[int]) -> None:
     axes.minorticks_off()
 
 
-def legend(axes: Axes) -> None:
+def legend(axes: Axes, place: str = "best") -> None:
     """Where there is something to name."""
     if axes.get_legend_handles_labels()[0]:
-        axes.legend()
+        axes.legend(loc=place)
 
 
-def with_errors(axes: Axes, x: Sequence[float], means: Sequence, color: str, label: str) -> None:
-    """A line through means over seeds, with their standard errors."""
-    y, errors = [m.value for m in means], [0 if math.isnan(m.error) else m.error for m in means]
+def with_errors(
+    axes: Axes,
+    x: Sequence[float],
+    means: Sequence[Mean],
+    color: str,
+    label: str,
+    each: Sequence[Sequence[float]] = (),
+) -> None:
+    """A line through means over seeds, with their standard errors.
+
+    Args:
+      each: what the means are of, drawn too, beside the bars.
+    """
+    beside = 0.015 * (max(x) - min(x)) if each else 0.0
+    for at, values in zip(x, each, strict=False):
+        dots(axes, [at + beside] * len(values), values, color)
+    y, errors = [m.value for m in means], [_error(m) for m in means]
     axes.errorbar(x, y, errors, color=color, marker="o", ms=5, capsize=3, label=label)
+
+
+def point(
+    axes: Axes, pairs: Sequence[tuple[float, float]], color: str, marker: str, label: str = ""
+) -> tuple[Mean, Mean]:
+    """The mean of (x, y) over seeds with its standard errors, and every seed; the two means."""
+    x, y = (stats.mean(values) for values in zip(*pairs, strict=True))
+    dots(axes, *zip(*pairs, strict=True), color, marker)
+    bars = {"xerr": _error(x), "yerr": _error(y)}
+    axes.errorbar(x.value, y.value, **bars, color=color, fmt=marker, ms=6, lw=1.2, label=label)
+    return x, y
+
+
+def level(axes: Axes, mean: Mean, color: str, label: str) -> None:
+    """A mean that does not depend on x, in a band of its standard error."""
+    axes.axhline(mean.value, color=color, ls="--", label=label)
+    axes.axhspan(
+        mean.value - _error(mean), mean.value + _error(mean), color=color, alpha=0.15, lw=0
+    )
+
+
+def dots(axes: Axes, x: Sequence[float], y: Sequence[float], color: str, marker: str = "o") -> None:
+    """Of single seeds, small and faint."""
+    axes.plot(x, y, marker, color=color, ms=3.5, alpha=0.5, mew=0)
+
+
+def averaged(means: Sequence[Mean]) -> str:
+    """What points and their bars are: for the label of an axis."""
+    counts = sorted({m.count for m in means})
+    if counts in ([], [1]):
+        return "one seed"
+    return f"mean and standard error of {' or '.join(map(str, counts))} seeds (dots)"
+
+
+def _error(mean: Mean) -> float:
+    """None is drawn of one seed."""
+    return 0.0 if math.isnan(mean.error) else mean.error
 
 
 def labelled(axes: Axes, points: Mapping[str, tuple[float, float]]) -> None:

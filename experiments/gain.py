@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -12,45 +12,66 @@ from moepp_jax.experiments import runs, stats
 from moepp_jax.experiments.results import Row
 from moepp_jax.experiments.scale import VANILLA, Scale, Variant
 
-# What is drawn for each fit of a curve when a gain's interval is asked for.
-_DRAWS = 10
-
 
 class Curve(NamedTuple):
-    """A vanilla MoE, trained for the scale's several lengths.
+    """A vanilla MoE, trained for several lengths.
 
     Attributes:
-      fits: to seeds drawn with replacement.
-      misfits: of each length, the compute that the law gives its mean loss over that it took.
-      least, most: realised training FLOPs of its points.
+      seeds: seed -> (realised training FLOPs, held-out loss) of each length, shortest first.
     """
 
-    law: stats.PowerLaw
-    fits: Sequence[stats.PowerLaw]
-    misfits: Sequence[float]
-    least: float
-    most: float
+    seeds: Mapping[int, Sequence[tuple[float, float]]]
+
+    def needed(self, seed: int, loss: float) -> float:
+        """Training FLOPs for a loss, between the seed's runs on a line of logarithms.
+
+        Of a loss that none of them has, those of the nearest.
+        """
+        compute, losses = np.array(self.seeds[seed]).T
+        # The least compute for it, should a longer run have ended worse.
+        falling = -np.log(np.minimum.accumulate(losses))
+        return math.exp(np.interp(-math.log(loss), falling, np.log(compute)))
+
+    def ends(self, seed: int) -> tuple[float, float]:
+        """The lowest and the highest loss of a seed's runs."""
+        losses = [loss for _, loss in self.seeds[seed]]
+        return min(losses), max(losses)
 
 
 class Gain(NamedTuple):
     """
     Attributes:
-      low, high: the interval of confidence; not a number where one seed alone is known.
-      inside: whether the curve has points on both sides.
+      logs: of the seeds' gains, their natural logarithms.
+      bound: AT_LEAST or AT_MOST, if the loss of a seed is beyond its curve's runs, on that side;
+        BEYOND if on both; else empty.
     """
 
-    value: float
-    low: float
-    high: float
-    inside: bool
+    logs: stats.Mean
+    bound: str
+
+    @property
+    def value(self) -> float:
+        return math.exp(self.logs.value)
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """Of 95 %; all positive numbers where one seed alone is known."""
+        return math.exp(self.logs.low), math.exp(self.logs.high)
 
     def __str__(self) -> str:
-        if not math.isfinite(self.value):
-            return "beyond the curve"
-        text = f"{self.value:.2f}"
-        if math.isfinite(self.high):
-            text += f" [{self.low:.2f}, {self.high:.2f}]"
-        return text if self.inside else f"{text} (extrapolated)"
+        if self.bound == BEYOND:
+            return self.bound
+        text = f"{self.bound} {self.value:.2f}".lstrip()
+        return text if self.logs.count == 1 else "{} [{:.2f}, {:.2f}]".format(text, *self.interval)
+
+
+AT_LEAST, AT_MOST, BEYOND = "at least", "at most", "beyond the curve"
+
+
+def lengths(scale: Scale) -> tuple[int, ...]:
+    """Of a vanilla curve, in steps: half the shortest too, as MoE++'s shortest run may end above
+    that of the vanilla MoE."""
+    return (max(1, scale.lengths[0] // 2), *scale.lengths)
 
 
 def of_length(scale: Scale, steps: int, kind: str, size: str = "") -> Variant:
@@ -75,55 +96,35 @@ def of_length(scale: Scale, steps: int, kind: str, size: str = "") -> Variant:
 
 
 def curve(scale: Scale, rows: Sequence[Row], size: str = "") -> Curve | None:
-    """The vanilla curve of a size; None as long as a length has no row.
+    """The vanilla curve of a size, of seeds that have all lengths; None if there is no such seed.
 
     Args:
       size: of `scale.growing`; by default the usual one.
     """
-    lengths = [runs.fingerprint(of_length(scale, n, VANILLA, size).config) for n in scale.lengths]
-    points = [row for row in rows if row.fingerprint in lengths and row.done]
-    if {row.fingerprint for row in points} != set(lengths):
-        return None
-    seeds: dict[int, list[Row]] = {}
-    for row in points:
-        seeds.setdefault(row.seed, []).append(row)
-    # A seed that has not all lengths yet would bend what is drawn of it alone.
-    whole = {seed: found for seed, found in seeds.items() if len(found) == len(lengths)}
-    if whole:
-        points = [row for found in whole.values() for row in found]
-    law = stats.power_law(*zip(*map(_point, points), strict=True))
-    by_seed = {seed: [_point(row) for row in found] for seed, found in whole.items()}
-    compute = [row.realised_flops for row in points]
-    return Curve(
-        law,
-        stats.bootstrapped(by_seed) if by_seed else [],
-        [_misfit(law, [row for row in points if row.fingerprint == of]) for of in lengths],
-        min(compute),
-        max(compute),
-    )
+    known = [runs.fingerprint(of_length(scale, n, VANILLA, size).config) for n in lengths(scale)]
+    done = {row.key: (row.realised_flops, row.eval_loss) for row in rows if row.done}
+    seeds = sorted({seed for fingerprint, seed in done if fingerprint == known[0]})
+    points = {seed: [done.get((fingerprint, seed)) for fingerprint in known] for seed in seeds}
+    whole = {seed: found for seed, found in points.items() if None not in found}
+    return Curve(whole) if whole else None
 
 
-def gain(known: Curve, loss: stats.Mean, realised: float) -> Gain:
-    """How many times `realised` the vanilla MoE would need for `loss`.
+def gain(known: Curve, rows: Sequence[Row]) -> Gain | None:
+    """How many times a variant's compute the vanilla MoE would need for its loss.
 
-    The interval has three sources: the curve's seeds (its fits), how far the law is off (at one of
-    its own points, drawn at random), and the loss's own seeds (Student's t).
+    Seed by seed, as the same seed trains both on the same text; their mean and its interval
+    (Student's t) are of logarithms. None if they share no seed.
+
+    Args:
+      rows: of the variant, those that did not diverge.
     """
-    needed = known.law.compute(loss.value)
-    inside = known.least <= needed <= known.most
-    if not known.fits or loss.count < 2 or not all(map(math.isfinite, known.misfits)):
-        return Gain(needed / realised, math.nan, math.nan, inside)
-    draw, fits = np.random.default_rng(0), list(known.fits) * _DRAWS
-    losses = loss.value + loss.error * draw.standard_t(loss.count - 1, len(fits))
-    off = draw.choice(known.misfits, len(fits)).tolist()
-    each = [fit.compute(y) / (realised * o) for fit, y, o in zip(fits, losses, off, strict=True)]
-    return Gain(needed / realised, *stats.interval(each), inside)
-
-
-def _point(row: Row) -> tuple[float, float]:
-    return row.realised_flops, row.eval_loss
-
-
-def _misfit(law: stats.PowerLaw, rows: Sequence[Row]) -> float:
-    compute, loss = (stats.mean(column).value for column in zip(*map(_point, rows), strict=True))
-    return law.compute(loss) / compute
+    logs, beyond = [], set()
+    for row in rows:
+        if row.seed in known.seeds:
+            logs.append(math.log(known.needed(row.seed, row.eval_loss) / row.realised_flops))
+            lowest, highest = known.ends(row.seed)
+            beyond |= {AT_LEAST} if row.eval_loss < lowest else set()
+            beyond |= {AT_MOST} if row.eval_loss > highest else set()
+    if not logs:
+        return None
+    return Gain(stats.mean(logs), BEYOND if len(beyond) > 1 else next(iter(beyond), ""))

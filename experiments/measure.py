@@ -1,6 +1,7 @@
 """What experiments measure beside training: of a run's checkpoint, or of the machine.
 
-Rows are in results/SCALE/NAME.csv. Like runs they are made once: one that is there is kept.
+Rows are in results/SCALE/NAME/measured.csv. Like runs they are made once: one that is there is
+kept. The keys of those without a run have a number that is raised with what they depend on.
 """
 
 from __future__ import annotations
@@ -20,13 +21,19 @@ from moepp_jax.storage import write_atomic
 _OWN = ("name", "fingerprint", "seed", "machine")
 NO_RUN = f"numerics-{NUMERICS}"  # the fingerprint of what no run is measured for
 
+# Of the layer's speed: one more where a commit makes it faster or slower, on any device, by more
+# than a twentieth. Times of another number are measured again.
+TIMING = 2
+TIMED = f"timing-{TIMING}"
+
 
 class Measured(NamedTuple):
     """A row.
 
     Attributes:
       name: of what was measured.
-      fingerprint, seed: of the run that it was measured of; NO_RUN and 0 if of none.
+      fingerprint, seed: of the run that it was measured of; if of none, NO_RUN or TIMED, and a
+        repetition's number.
     """
 
     name: str
@@ -47,15 +54,19 @@ class Measurement(NamedTuple):
       name: of its row; of one run no two have the same.
       run: whose checkpoint it needs, None for none.
       take: the run's folder (None for none) -> name of a column -> value.
+      without: the fingerprint of one that needs no run.
+      repetition: its number, where one without a run is measured several times.
     """
 
     name: str
     run: Run | None
     take: Callable[[Path | None], Mapping[str, float]]
+    without: str = NO_RUN
+    repetition: int = 0
 
     @property
     def key(self) -> tuple[str, str, int]:
-        return (self.name, *(self.run.key if self.run else (NO_RUN, 0)))
+        return (self.name, *(self.run.key if self.run else (self.without, self.repetition)))
 
 
 def file_of(scale: str, study: str, results: Path) -> Path:

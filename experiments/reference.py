@@ -1,6 +1,6 @@
-"""Does a released checkpoint, converted, compute the authors' numbers?
+"""Does a checkpoint in the released layout, converted, compute the authors' numbers?
 
-Claim: everything that the authors' code computes from a checkpoint, ours computes from its
+Claim: everything that the authors' arithmetic gives for a checkpoint, ours computes from its
 conversion, to 2e-5 of the largest value in float32; choices of experts and greedy tokens are the
 same. A larger difference in any row refutes it, and ends the command with status 1.
 

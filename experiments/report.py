@@ -10,9 +10,9 @@ from pathlib import Path
 from moepp_jax import flops, markdown
 from moepp_jax.analysis import drawing
 from moepp_jax.config import Config
-from moepp_jax.experiments import compiled, gain, measure, runs, study
+from moepp_jax.experiments import compiled, gain, measure, runs, stats, study
 from moepp_jax.experiments.results import RESULTS, Row
-from moepp_jax.experiments.scale import Scale
+from moepp_jax.experiments.scale import Scale, Variant
 from moepp_jax.experiments.study import Results, Study
 from moepp_jax.storage import write_atomic
 
@@ -66,14 +66,16 @@ def page(of: Study, found: Results, compiled_for: Sequence[measure.Measured] = (
     Args:
       compiled_for: rows of `experiments.compiled`, other experiments' too.
     """
-    said = of.verdicts(found)
-    lines = [f"# {of.title}", "", f"    {command(of, found.scale)}", ""]
+    said = of.judged(found)
+    lines = [f"# {of.title}", "", f"    {command(of, found)}", ""]
     for name, text in of.sections().items():
         lines += [f"**{name}.** {text}", ""]
     lines += [f"**Verdict: the claim {study.outcome(said)}.**", ""]
     lines += [f"- {v.said}: {v.outcome}" for v in said]
+    if (parts := sum(v.p is not None for v in said)) > 1:
+        lines += ["", _PARTS.format(parts=parts, percent=100 * (1 - stats.CONFIDENCE) / parts)]
     if found.variants:
-        lines += ["", *table(found), "", *_notes(found)]
+        lines += ["", *table(found), "", *_notes(found), *_differences(found)]
     lines += [""]
     if _compares(found):
         lines += [f"![{of.title}](figure.png)", ""]
@@ -82,8 +84,15 @@ def page(of: Study, found: Results, compiled_for: Sequence[measure.Measured] = (
     return "\n".join(lines).rstrip() + "\n"
 
 
-def command(of: Study, scale: Scale) -> str:
-    return f"python -m experiments.run {of.name} --scale={scale.name}"
+_PARTS = (
+    "Of {parts} parts one can look refuted by chance: a part does not hold where seeds like these "
+    "had a probability of at most {percent:.2g} % at its bound."
+)
+
+
+def command(of: Study, found: Results) -> str:
+    text = f"python -m experiments.run {of.name} --scale={found.scale.name}"
+    return text if found.asked is None else f"{text} --seeds={found.asked}"
 
 
 def table(found: Results) -> list[str]:
@@ -103,7 +112,7 @@ def table(found: Results) -> list[str]:
         loss = found.mean(name)
         gained = ""
         if curve and _same_shape(variant.config, usual):
-            gained = str(gain.gain(curve, loss, mean["realised_flops"]))
+            gained = str(gain.gain(curve, rows) or "")
         cells = [
             name,
             f"{loss.value:.4f}" + ("" if math.isnan(loss.error) else f" ± {loss.error:.4f}"),
@@ -160,28 +169,85 @@ def _same_shape(config: Config, usual: Config) -> bool:
 
 def _notes(found: Results) -> list[str]:
     """What the table's columns are."""
-    config = found.variants[0].config
-    total, active = flops.parameters(config)
     return [
         f"Means over seeds, with standard errors. Differences{_to(found)} are paired by seed (the "
         "same rows of text in",
         "the same order, the same initial values of what both have), in brackets their 95 % "
         "interval (Student's t). Held-out",
         "loss is in nats a token, over all held-out text; FFN experts a token there. Training "
-        "FLOPs are forward",
-        "and backward, with the FFN experts that tokens had in training. Compute gain: the "
-        "training FLOPs that the",
-        "vanilla MoE of the usual size would need for this loss, by its fitted curve (the "
-        "experiment `scaling`), over",
-        "those used; in brackets 95 % of what its seeds, its distance from its own points and the "
-        "variant's seeds",
-        "leave open. Drops are of the last fifth of training.",
+        "FLOPs are forward and",
+        "backward, with the FFN experts that tokens had in training; capacity's empty slots are "
+        "not in them. Compute gain:",
+        "the training FLOPs that the vanilla MoE of the usual size and pool would need for this "
+        "loss, between its runs of",
+        "several lengths (the experiment `scaling`), over those used, seed by seed; at least or at "
+        "most, if none of those runs",
+        "ended as low or as high; none of models of another width or depth. Drops are of the last "
+        "fifth of training.",
         "Seconds a step are of each run's own minutes, in which the machine may have had other "
         "work, and on the cores",
         "it was given: times that can be compared are those of the experiment `throughput`.",
         "",
-        f"{found.variants[0].name}: {total / 1e6:.3g} M parameters, {active / 1e6:.3g} M active a "
-        f"token at most; {config.train.steps:,} steps of {config.batch_tokens:,} tokens.",
+        *_sizes(found),
+    ]
+
+
+def _sizes(found: Results) -> list[str]:
+    """Parameters and length of training, once for all variants that have the same."""
+    alike: dict[tuple[int, int], list[Variant]] = {}
+    for variant in found.variants:
+        alike.setdefault(flops.parameters(variant.config), []).append(variant)
+    lines = []
+    for (total, active), variants in alike.items():
+        first, *others = variants
+        also = f" and {len(others)} more variants" if others else ""
+        steps = sorted({v.config.train.steps for v in variants})
+        lines.append(
+            f"- {first.name}{also}: {total / 1e6:.3g} M parameters, {active / 1e6:.3g} M active a "
+            f"token at most; {', '.join(f'{n:,}' for n in steps)} steps of "
+            f"{first.config.batch_tokens:,} tokens"
+        )
+    return lines
+
+
+def _differences(found: Results) -> list[str]:
+    """Those that seeds tell apart, whether or not the claim is of them."""
+    each = {v.name: d for v in found.variants if (d := found.difference(v.name)) and d.count > 1}
+    if len(each) < 2:
+        return []
+    clear = [name for name, d in each.items() if d.low > 0 or d.high < 0]
+    lines = [
+        "",
+        f"Of the {len(each)} differences in the table these leave out 0, where one in twenty does "
+        f"by chance: {_named(found, clear)}.",
+    ]
+    alike = _alike(found)
+    pooled = stats.pooled([{r.seed: r.eval_loss for r in found.rows(name)} for name in alike])
+    if pooled is not None:
+        beyond = [n for n in alike if n in each and abs(each[n].value) > pooled.half]
+        lines += [
+            "",
+            f"If the {len(alike)} variants of one size and length scatter alike, a standard "
+            f"deviation of {pooled.deviation:.3f} nats with {pooled.freedom} degrees of freedom, a "
+            f"difference is known to ±{pooled.half:.3f}. Beyond that: {_named(found, beyond)}. No "
+            "verdict hangs on this.",
+        ]
+    return lines
+
+
+def _named(found: Results, names: Sequence[str]) -> str:
+    return ", ".join(f"{n} {found.difference(n).value:+.3f}" for n in names) or "none"
+
+
+def _alike(found: Results) -> list[str]:
+    """Variants as long as the first with as large a model, of which no run is missing."""
+    first = found.variants[0].config
+    return [
+        v.name
+        for v in found.variants
+        if v.config.train.steps == first.train.steps
+        and _same_shape(v.config, first)
+        and len(found.rows(v.name)) == v.seeds
     ]
 
 
@@ -212,7 +278,7 @@ def _missing(of: Study, found: Results) -> list[str]:
         lines.append(f"- measurements: {', '.join(dict.fromkeys(one.name for one in left))}")
     if not lines:
         return []
-    head = f"What has no row yet, and `{command(of, found.scale)}` makes:"
+    head = f"What has no row yet, and `{command(of, found)}` makes:"
     return [head, "", *lines, ""]
 
 
@@ -250,16 +316,23 @@ def in_readme(text: str, scale: Scale, rows: Sequence[Row], results: Path = RESU
     answers = []
     for of in study.at(scale):
         found = study.results_of(of, scale, rows, measured(of, scale, results))
-        said = of.verdicts(found)
-        known = [v.said for v in said if v.outcome != study.MISSING]
-        if known:
+        said = of.judged(found)
+        if any(v.outcome != study.MISSING for v in said):
             there = f"experiments/results/{scale.name}/{of.name}/REPORT.md"
-            answer = f"{study.outcome(said)}: {'; '.join(known[:2])}"
-            answers.append([f"[{of.title}]({there})", answer])
+            answers.append([f"[{of.title}]({there})", answer(said)])
     figure = f"experiments/results/{scale.name}/{SHOWN}/figure.png"
     lines = [BEGIN, "", *markdown.table(["question", "what the runs say"], answers)]
     lines += ["", f"![{study.find(SHOWN).title}]({figure})", "", END]
     return before + "\n".join(lines) + after
+
+
+def answer(said: Sequence[study.Verdict], shown: int = 2) -> str:
+    """The outcome of a claim, with the parts that decide it."""
+    order = (study.FAILS, study.MISSING, study.OPEN, study.HOLDS)
+    parts = sorted(said, key=lambda v: order.index(v.outcome))
+    text = "; ".join(f"{v.said}: {v.outcome}" if len(said) > 1 else v.said for v in parts[:shown])
+    more = f"; and {len(parts) - shown} more" if len(parts) > shown else ""
+    return f"**{study.outcome(said)}**: {text}{more}"
 
 
 def overview(scale: Scale, rows: Sequence[Row], results: Path = RESULTS) -> str:
@@ -273,7 +346,7 @@ def overview(scale: Scale, rows: Sequence[Row], results: Path = RESULTS) -> str:
         known |= {run.key[0] for run in wanted}
         done = len(wanted) - len(runs.missing(wanted, (row.key for row in rows)))
         measured_too = f"{len(found.measured)} of {len(of.measurements(scale))}"
-        verdict = study.outcome(of.verdicts(found))
+        verdict = study.outcome(of.judged(found))
         told = [f"[{of.name}]({of.name}/REPORT.md)", of.title, verdict]
         answers.append([*told, f"{done} of {len(wanted)}", measured_too])
     lines = [f"# Experiments at scale {scale.name}", "", *markdown.table(head, answers)]

@@ -87,7 +87,7 @@ def write_reports(
     """The reports of experiments, and the overview of all.
 
     Args:
-      seeds: that reports show, instead of each variant's own number.
+      seeds: that reports show, instead of each variant's own number; the overview has its own.
     """
     rows = results.read(results.file_of(scale.name, folder))
     written = [report.write(one, scale, rows, folder, seeds) for one in of]
@@ -99,7 +99,9 @@ def write_reports(
     return written
 
 
-def listed(of: Sequence[study.Study], scale: Scale, rows: Sequence[results.Row]) -> Table:
+def listed(
+    of: Sequence[study.Study], scale: Scale, rows: Sequence[results.Row], seeds: int | None = None
+) -> Table:
     """A line an experiment: its runs, and how long those take that have no row."""
     table = Table(box=None, padding=(0, 3, 0, 0))
     for column in ("experiment", "question"):
@@ -107,7 +109,7 @@ def listed(of: Sequence[study.Study], scale: Scale, rows: Sequence[results.Row])
     for column in ("runs", "done", "the rest takes"):
         table.add_column(column, justify="right")
     for one in [*of, None]:
-        planned = plan([one] if one else of, scale)
+        planned = plan([one] if one else of, scale, seeds)
         left = runs.missing(planned, (row.key for row in rows))
         done = str(len(planned) - len(left))
         cells = (one.name, one.title) if one else ("together", "")
@@ -115,13 +117,15 @@ def listed(of: Sequence[study.Study], scale: Scale, rows: Sequence[results.Row])
     return table
 
 
-def listed_runs(one: study.Study, scale: Scale, rows: Sequence[results.Row]) -> Table:
+def listed_runs(
+    one: study.Study, scale: Scale, rows: Sequence[results.Row], seeds: int | None = None
+) -> Table:
     """A line a run, with its number for --only."""
     table = Table(box=None, padding=(0, 3, 0, 0))
     for column in ("number", "variant", "seed", "row", "takes"):
         table.add_column(column, justify="right" if column in ("number", "seed") else "left")
     there = {row.key: row for row in rows}
-    for number, run in enumerate(plan([one], scale)):
+    for number, run in enumerate(plan([one], scale, seeds)):
         row = there.get(run.key)
         said = "" if row is None else f"{row.eval_loss:.4f}" if row.done else row.status
         takes = board.seconds_of(run, rows)

@@ -1,4 +1,4 @@
-"""What seeds say: means, paired differences with their intervals, and fitted power laws."""
+"""What seeds say: means with their intervals, paired differences, and fitted power laws."""
 
 from __future__ import annotations
 
@@ -17,23 +17,52 @@ _MOST_FLOOR = 0.998  # of the lowest loss
 
 
 class Mean(NamedTuple):
-    """Of independent values; the standard error of one value alone is not known."""
+    """Of independent values, such as a difference of each seed.
+
+    Attributes:
+      error: its standard error; not a number where there is one value alone.
+    """
 
     value: float
     error: float
     count: int
 
+    @property
+    def low(self) -> float:
+        return self.interval()[0]
 
-class Difference(NamedTuple):
-    """The mean of paired differences and its interval of confidence (Student's t, two-sided).
+    @property
+    def high(self) -> float:
+        return self.interval()[1]
 
-    Of one pair alone the interval is all numbers.
+    def interval(self, confidence: float = CONFIDENCE) -> tuple[float, float]:
+        """Where the true mean is (Student's t, two-sided); all numbers if there is one value."""
+        if self.count == 1:
+            return -math.inf, math.inf
+        half = self.error * float(stats.t.ppf((1 + confidence) / 2, self.count - 1))
+        return self.value - half, self.value + half
+
+    def p(self, mean: float) -> float:
+        """How likely a mean so far from this one or further is, were this the true one."""
+        if self.count == 1:
+            return 1.0
+        if self.error == 0:
+            return float(self.value == mean)
+        return 2 * float(stats.t.sf(abs(self.value - mean) / self.error, self.count - 1))
+
+
+class Pooled(NamedTuple):
+    """The scatter of several variants' seeds, as if all had the same.
+
+    Attributes:
+      deviation: of one loss, without what all variants have in common of a seed.
+      freedom: its degrees of freedom.
+      half: of a 95 % interval of a paired difference of two variants' means.
     """
 
-    value: float
-    low: float
-    high: float
-    count: int
+    deviation: float
+    freedom: int
+    half: float
 
 
 class PowerLaw(NamedTuple):
@@ -66,20 +95,34 @@ def mean(values: Sequence[float]) -> Mean:
     return Mean(statistics.fmean(values), error, count)
 
 
-def paired(ours: Mapping[int, float], theirs: Mapping[int, float]) -> Difference | None:
+def paired(ours: Mapping[int, float], theirs: Mapping[int, float]) -> Mean | None:
     """Ours minus theirs, seed by seed; None if they share no seed.
 
     Args:
       ours, theirs: seed -> value.
     """
     shared = sorted(ours.keys() & theirs.keys())
-    if not shared:
+    return mean([ours[seed] - theirs[seed] for seed in shared]) if shared else None
+
+
+def pooled(variants: Sequence[Mapping[int, float]]) -> Pooled | None:
+    """Of losses = that of the variant + that of the seed + scatter, by least squares.
+
+    Args:
+      variants: of each, seed -> loss; seeds that not all have are left out.
+
+    Returns:
+      None if there are fewer than three variants or two seeds.
+    """
+    shared = sorted(set.intersection(*(set(v) for v in variants))) if variants else []
+    if len(variants) < 3 or len(shared) < 2:
         return None
-    value, error, count = mean([ours[seed] - theirs[seed] for seed in shared])
-    if count == 1:
-        return Difference(value, -math.inf, math.inf, count)
-    half = error * float(stats.t.ppf((1 + CONFIDENCE) / 2, count - 1))
-    return Difference(value, value - half, value + half, count)
+    losses = np.array([[v[seed] for seed in shared] for v in variants])
+    rest = losses - losses.mean(0) - losses.mean(1, keepdims=True) + losses.mean()
+    freedom = (len(variants) - 1) * (len(shared) - 1)
+    deviation = math.sqrt(float(np.sum(rest**2)) / freedom)
+    t = float(stats.t.ppf((1 + CONFIDENCE) / 2, freedom))
+    return Pooled(deviation, freedom, t * deviation * math.sqrt(2 / len(shared)))
 
 
 def power_law(

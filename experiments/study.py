@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import importlib
 import inspect
+import math
 import pkgutil
 import re
 from collections.abc import Mapping, Sequence
@@ -26,15 +27,21 @@ SECTIONS = ("Question", "Paper", "Claim", "Refuted")
 
 
 class Verdict(NamedTuple):
-    """Of a claim that was made before the runs.
+    """Of a claim, or of a part of one.
 
     Attributes:
       outcome: HOLDS, FAILS, OPEN or MISSING.
       said: with its numbers.
+      p: how likely seeds as far from the claim's bound, or further, would be at that bound; None
+        of what is no mean over seeds.
     """
 
     outcome: str
     said: str
+    p: float | None = None
+
+
+Judged = tuple[str, float | None]  # an outcome and its p, as a Verdict has them
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +52,7 @@ class Results:
       by_variant: its rows of this code's fingerprint, in the order of seeds.
       all_rows: of the scale, other experiments' too.
       measured: what the experiment measures beside training.
+      asked: a number of seeds that all variants were given instead of their own.
     """
 
     scale: Scale
@@ -52,17 +60,23 @@ class Results:
     by_variant: dict[str, list[Row]]
     all_rows: Sequence[Row]
     measured: Sequence[Measured] = ()
+    asked: int | None = None
 
     def rows(self, variant: str) -> list[Row]:
         """Those that did not diverge."""
         return [row for row in self.by_variant[variant] if row.done]
+
+    def lacking(self, variant: str) -> list[int]:
+        """The seeds that have no row yet."""
+        there = {row.seed for row in self.by_variant[variant]}
+        return [seed for seed in range(self._seeds(variant)) if seed not in there]
 
     def mean(self, variant: str, column: str = "eval_loss") -> stats.Mean | None:
         """None where there is no row."""
         values = [getattr(row, column) for row in self.rows(variant)]
         return stats.mean(values) if values else None
 
-    def difference(self, variant: str, other: str = "") -> stats.Difference | None:
+    def difference(self, variant: str, other: str = "") -> stats.Mean | None:
         """Of held-out losses, paired by seeds; None if no seed has both.
 
         Args:
@@ -88,18 +102,58 @@ class Results:
     def below(self, variant: str, other: str) -> Verdict:
         """The claim that a variant's held-out loss is lower than another's."""
         d = self.difference(variant, other)
-        if d is None:
-            return Verdict(MISSING, f"{variant} and {other} have no seed in common yet")
-        return Verdict(is_below(d, 0.0), f"{variant} ends {_signed(d)} nats from {other}")
+        return self.told((variant, other), d, is_below(d, 0.0), _ends(variant, other, d))
 
     def within(self, variant: str, other: str, margin: float) -> Verdict:
         """The claim that two variants' losses differ by less than a margin, either way."""
         d = self.difference(variant, other)
-        if d is None:
-            return Verdict(MISSING, f"{variant} and {other} have no seed in common yet")
-        inside = -margin < d.low and d.high < margin
-        outcome = HOLDS if inside else FAILS if d.low > margin or d.high < -margin else OPEN
-        return Verdict(outcome, f"{variant} ends {_signed(d)} nats from {other}")
+        return self.told((variant, other), d, is_within(d, margin), _ends(variant, other, d))
+
+    def measured_below(
+        self, values: Mapping[int, float], bound: float, what: str, *of: str
+    ) -> Verdict:
+        """The claim that something's mean over seeds is below a bound.
+
+        Args:
+          values: seed -> value.
+          what: is measured.
+          of: the variants whose seeds they are.
+        """
+        mean = stats.mean(list(values.values())) if values else None
+        said = f"{what}: {spread(mean)}, wanted below {bound:g}"
+        return self.told(of, mean, is_below(mean, bound), said)
+
+    def measured_within(
+        self, values: Mapping[int, float], margin: float, what: str, *of: str
+    ) -> Verdict:
+        """The claim that something's mean over seeds is closer to 0 than a margin."""
+        mean = stats.mean(list(values.values())) if values else None
+        said = f"{what}: {spread(mean, '+')}, wanted within {margin:g}"
+        return self.told(of, mean, is_within(mean, margin), said)
+
+    def told(
+        self, of: Sequence[str], mean: stats.Mean | None, judged: Judged, said: str
+    ) -> Verdict:
+        """What seeds say: nothing as long as some are to come, and by those alone that did not
+        diverge no claim holds.
+
+        Args:
+          of: the variants whose seeds they are.
+          mean: of the seeds that there are; None if there is none.
+          judged: what it would be if they were all.
+        """
+        outcome, p = judged
+        diverged = {name: sum(not r.done for r in self.by_variant[name]) for name in of}
+        lost = [f"{count} of {name} diverged" for name, count in diverged.items() if count]
+        wanted = min(map(self._seeds, of))
+        if any(map(self.lacking, of)) or (not lost and (mean is None or mean.count < wanted)):
+            outcome = MISSING
+        elif lost and outcome != FAILS:
+            outcome = OPEN
+        return Verdict(outcome, "; ".join([said, *lost]), p)
+
+    def _seeds(self, variant: str) -> int:
+        return next(v.seeds for v in self.variants if v.name == variant)
 
 
 class Study:
@@ -122,6 +176,10 @@ class Study:
     def verdicts(self, results: Results) -> list[Verdict]:
         """On the claim; it holds if all do, and does not if one does not."""
         raise NotImplementedError
+
+    def judged(self, results: Results) -> list[Verdict]:
+        """The verdicts, none of which fails by the chance that there are many."""
+        return corrected(self.verdicts(results))
 
     def figure(self, results: Results) -> Figure:
         """By default each variant's difference to what it is compared with, with its interval."""
@@ -155,23 +213,43 @@ class Study:
         return inspect.getdoc(inspect.getmodule(type(self))) or ""
 
 
-def is_below(d: stats.Difference, bound: float) -> str:
-    """HOLDS if the whole interval is below a bound, FAILS if it is above; else OPEN."""
-    return HOLDS if d.high < bound else FAILS if d.low > bound else OPEN
+def is_below(mean: stats.Mean | None, bound: float) -> Judged:
+    """HOLDS if the whole interval is below a bound, FAILS if it is above, else OPEN; and its p."""
+    if mean is None:
+        return MISSING, None
+    outcome = HOLDS if mean.high < bound else FAILS if mean.low > bound else OPEN
+    return outcome, mean.p(bound)
 
 
-def below_bound(values: Mapping[int, float], bound: float, what: str) -> Verdict:
-    """The claim that something's mean over seeds is below a bound.
+def is_above(mean: stats.Mean | None, bound: float) -> Judged:
+    """`is_below`'s opposite."""
+    outcome, p = is_below(mean, bound)
+    return {HOLDS: FAILS, FAILS: HOLDS}.get(outcome, outcome), p
 
-    Args:
-      values: seed -> value.
-      what: is measured.
-    """
-    d = stats.paired(values, dict.fromkeys(values, 0.0))
-    if d is None:
-        return Verdict(MISSING, f"{what}: not measured yet")
-    said = f"{what}: {d.value:.3f} [{d.low:.3f}, {d.high:.3f}] ({d.count} seeds)"
-    return Verdict(is_below(d, bound), f"{said}, wanted below {bound:g}")
+
+def is_within(mean: stats.Mean | None, margin: float) -> Judged:
+    """HOLDS if the whole interval is closer to 0 than a margin, FAILS if all of it is further on
+    one side, else OPEN; and the p of the nearer end."""
+    if mean is None:
+        return MISSING, None
+    outcome = OPEN
+    if -margin < mean.low and mean.high < margin:
+        outcome = HOLDS
+    elif mean.low > margin or mean.high < -margin:
+        outcome = FAILS
+    return outcome, mean.p(math.copysign(margin, mean.value))
+
+
+def corrected(verdicts: Sequence[Verdict]) -> list[Verdict]:
+    """Of the parts of a claim, each of which can refute it: with k of them one fails if its p is
+    at most 5 % / k (Bonferroni), else it is OPEN. That all hold needs no correction."""
+    parts = sum(verdict.p is not None for verdict in verdicts)
+    return [
+        v._replace(outcome=OPEN)
+        if v.outcome == FAILS and v.p is not None and v.p > (1 - stats.CONFIDENCE) / parts
+        else v
+        for v in verdicts
+    ]
 
 
 def outcome(verdicts: Sequence[Verdict]) -> str:
@@ -200,10 +278,13 @@ def results_of(
     for row in sorted(rows, key=lambda row: row.seed):
         by_fingerprint.setdefault(row.fingerprint, []).append(row)
     found = {
-        v.name: by_fingerprint.get(runs.fingerprint(v.config), [])[: v.seeds] for v in variants
+        v.name: [
+            row for row in by_fingerprint.get(runs.fingerprint(v.config), []) if row.seed < v.seeds
+        ]
+        for v in variants
     }
     own = [row for row in measured if row.key in wanted]
-    return Results(scale, variants, found, rows, own)
+    return Results(scale, variants, found, rows, own, seeds)
 
 
 def names() -> list[str]:
@@ -235,7 +316,17 @@ def find(name: str) -> Study:
     return own()
 
 
-def _signed(d: stats.Difference) -> str:
-    if d.count == 1:
-        return f"{d.value:+.4f} (one seed)"
-    return f"{d.value:+.4f} [{d.low:+.4f}, {d.high:+.4f}] ({d.count} seeds)"
+def _ends(variant: str, other: str, d: stats.Mean | None) -> str:
+    if d is None:
+        return f"{variant} and {other} have no seed in common"
+    return f"{variant} ends {spread(d, '+', 4)} nats from {other}"
+
+
+def spread(mean: stats.Mean | None, sign: str = "", digits: int = 3, of: str = "seeds") -> str:
+    """A mean with its interval, as verdicts say it."""
+    if mean is None:
+        return "not known yet"
+    value, low, high = (f"{x:{sign}.{digits}f}" for x in (mean.value, mean.low, mean.high))
+    if mean.count == 1:
+        return f"{value} (one of {of})" if of != "seeds" else f"{value} (one seed)"
+    return f"{value} [{low}, {high}] ({mean.count} {of})"

@@ -10,6 +10,7 @@ Refuted   if the interval of one of these paired differences is above 0.
 
 from __future__ import annotations
 
+from moepp_jax import markdown
 from moepp_jax.experiments.scale import Scale, Variant
 from moepp_jax.experiments.study import Results, Study, Verdict
 
@@ -43,3 +44,13 @@ class ExpertKinds(Study):
     def verdicts(self, results: Results) -> list[Verdict]:
         alone = ("zero", "copy", "constant")
         return [results.below(ALL, other) for other in (NONE, *alone)]
+
+    def more(self, results: Results) -> list[str]:
+        lines = [
+            [v.name, f"{d.value:+.4f} [{d.low:+.4f}, {d.high:+.4f}]"]
+            for v in results.variants
+            if v.name != ALL and (d := results.difference(v.name, ALL)) and d.count > 1
+        ]
+        if not lines:
+            return []
+        return [*markdown.table(["variant", f"held-out loss less that of {ALL}"], lines), ""]

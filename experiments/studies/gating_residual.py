@@ -24,7 +24,7 @@ from moepp_jax import markdown
 from moepp_jax.experiments import runs
 from moepp_jax.experiments.measure import Measurement
 from moepp_jax.experiments.scale import VANILLA, Scale, Variant
-from moepp_jax.experiments.study import Results, Study, Verdict, below_bound
+from moepp_jax.experiments.study import Results, Study, Verdict
 
 _COMPARED = ("MoE++", "MoE++, none")
 _COLUMNS = ("first_mean", "first_variance", "second_mean", "second_variance", "entropy")
@@ -80,7 +80,7 @@ class GatingResidual(Study):
         column = f"{which}_variance"
         ratios = {s: ours[s][column] / theirs[s][column] for s in ours.keys() & theirs.keys()}
         what = f"variance of the {which} probability with residuals over that without"
-        return below_bound(ratios, 1.0, what)
+        return results.measured_below(ratios, 1.0, what, *_COMPARED)
 
 
 def _measured(results: Results, name: str) -> dict[int, Mapping[str, float]]:

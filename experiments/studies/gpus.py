@@ -83,15 +83,17 @@ class Gpus(Study):
             memory.plot([row["limit_gib"]] * 2, ends, color="C3", label="" if at else "the card's")
             taken = [row["preallocated_gib"]] * 2
             memory.plot(taken, ends, ":", color="C3", label="" if at else "taken by JAX")
-        height = 0.8 / len(compiled.BOUNDS)
-        for number, (name, label) in enumerate(compiled.BOUNDS.items()):
-            places = [at + height * (number - 1) for at in range(len(rows))]
-            bounds.barh(places, [row[f"{name}_ms"] for row in rows.values()], height, label=label)
+        for (name, label), marker in zip(compiled.BOUNDS.items(), "os^", strict=True):
+            # A row that does not fit has no bounds.
+            there = [(at, row) for at, row in enumerate(rows.values()) if f"{name}_ms" in row]
+            times = [row[f"{name}_ms"] for _, row in there]
+            places = [at for at, _ in there]
+            bounds.plot(times, places, marker, ms=7, mew=1.8, mfc="none", label=label)
         memory.set(title="Memory of a GPU", xlabel="GiB")
         memory.invert_yaxis()
         bounds.set(title="Bounds of a step", xlabel="ms at least", xscale="log")
         for axes in (memory, bounds):
-            axes.grid(alpha=0.3, axis="x")
+            axes.grid(alpha=0.3, axis="both" if axes is bounds else "x")
             axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.15), ncol=3, frameon=False)
         return figure
 

@@ -39,7 +39,9 @@ class NConst(Study):
         axes = figure.subplots()
         found = [n for n in COUNTS if results.rows(name_of(n))]
         means = [results.mean(name_of(n)) for n in found]
-        figures.with_errors(axes, found, means, "C0", "MoE++")
-        axes.set(xlabel="constant experts", ylabel="held-out loss, nats a token", xticks=COUNTS)
+        each = [[row.eval_loss for row in results.rows(name_of(n))] for n in found]
+        figures.with_errors(axes, found, means, "C0", "MoE++", each)
+        axes.set(xlabel="constant experts", xticks=COUNTS)
+        axes.set(ylabel=f"held-out loss, nats a token\n{figures.averaged(means)}")
         axes.grid(alpha=0.3)
         return figure

@@ -1,20 +1,23 @@
 """How far does the training step scale, by what the compiler makes of it?
 
-Question  which bound of the 7B model's step (arithmetic, main memory, interconnect) grows as chips
-          are added, from 8 to 4,096 TPU v5p that need not be there.
+Question  which bound of the 7B model's step (arithmetic, main memory, interconnect) is the largest
+          as chips are added, from 8 to 4,096 TPU v5p that need not be there, and which of them
+          shrink as a chip's tokens do.
 Paper     none: it does not say what it was trained on.
-Claim     with tokens split over all axes and parameters gathered a layer at a time, the bounds of a
-          chip follow its tokens: at 2,048 chips the interconnect's is not the largest.
+Claim     with tokens split over all axes and parameters gathered a layer at a time, the
+          interconnect's bound is not the largest at 2,048 chips.
 Refuted   if it is.
 """
 
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from moepp_jax import markdown
@@ -26,6 +29,7 @@ from moepp_jax.experiments.study import FAILS, HOLDS, MISSING, Results, Study, V
 
 _MODEL = "16+4, larger"  # of the scale's sizes: the 7B
 _AT = "v5p:8x16x16"
+_USUAL = "v5p:4x4x4"  # from here on nothing but the mesh changes, until the batch grows
 
 
 class Size(NamedTuple):
@@ -84,9 +88,12 @@ class Pods(Study):
         speed, bounds = figure.subplots(1, 2)
         chips = [SIZES[name].chips for name in rows]
         speeds = [row["tokens_per_second"] for row in rows.values()]
-        linear = [speeds[0] * n / chips[0] for n in chips]
-        speed.plot(chips, linear, "--", color=figures.GREY, label="linear")
         speed.plot(chips, speeds, "o-", color="C0", label="bound")
+        if _USUAL in rows:
+            first = SIZES[_USUAL].chips
+            after = [n for n in chips if n >= first]
+            linear = [rows[_USUAL]["tokens_per_second"] * n / first for n in after]
+            speed.plot(after, linear, "--", color="C1", label=f"linear from {first} chips on")
         for name, label in compiled.BOUNDS.items():
             times = [row[f"{name}_ms"] for row in rows.values()]
             bounds.plot(chips, times, "o-", markersize=4, label=label)
@@ -96,6 +103,7 @@ class Pods(Study):
             axes.set(yscale="log")
             figures.by_chips(axes, chips)
             axes.grid(alpha=0.3)
+            _mark(axes, results.scale)
             figures.legend(axes)
         return figure
 
@@ -114,14 +122,16 @@ class Pods(Study):
             cells += [f"{row[f'{bound}_ms']:,.4g}" for bound in compiled.BOUNDS]
             cells += [f"{row['wire_ratio']:.3f}", f"{row['tokens_per_second']:,.0f}"]
             lines.append([*cells, format(row["mfu"], ".1%")])
-        return [*markdown.table(head, lines), "", _NOTES, ""]
+        return [*markdown.table(head, lines), "", *_shrinking(rows), _NOTES, ""]
 
 
 _NOTES = """\
-The batch is the paper's 2,048 sequences, and from 4,096 chips on one a chip. Nothing here ran on a
-TPU: the step is compiled by the compiler that a TPU would use, and bounds follow from what it made
-of it at the chip's published peak figures, every instruction taken to run at the peak of what
-bounds it and all three to overlap entirely. They say how fast this program could be at most.
+The batch is the paper's 2,048 sequences, and from 4,096 chips on one a chip. Below 64 chips it is
+worked through in parts, and backward computes more again (`model.remat` is "exchanged"): the line
+of linear growth begins at 64. Nothing here ran on a TPU: the step is compiled by the compiler that
+a TPU would use, and bounds follow from what it made of it at the chip's published peak figures,
+every instruction taken to run at the peak of what bounds it and all three to overlap entirely. They
+say how fast this program could be at most.
 
 The compiler of TPUs has to be there (`make pods` puts it beside the environment)."""
 
@@ -143,3 +153,34 @@ def _rows(results: Results) -> dict[str, Mapping[str, float]]:
     """Topology -> what was found of it, in the order of SIZES."""
     found = {row.name: row.values for row in results.measured if row.values["fits"]}
     return {name: found[name] for name in SIZES if name in found}
+
+
+def _shrinking(rows: Mapping[str, Mapping[str, float]]) -> list[str]:
+    """By how much bounds do where a chip's tokens do by a known number."""
+    if _USUAL not in rows or _AT not in rows:
+        return []
+    few, many = SIZES[_USUAL].chips, SIZES[_AT].chips
+    times = {
+        label: rows[_USUAL][f"{name}_ms"] / rows[_AT][f"{name}_ms"]
+        for name, label in compiled.BOUNDS.items()
+    }
+    each = ", ".join(f"{label} {ratio:.1f} times" for label, ratio in times.items())
+    return [
+        f"At {many:,} chips a chip has {many // few} times fewer tokens than at {few}, and its "
+        "bounds are so much smaller:",
+        f"{each}. The one that follows the tokens least is {min(times, key=times.get)}.",
+        "",
+    ]
+
+
+def _mark(axes: Axes, scale: Scale) -> None:
+    """Shades where something else is changed than the mesh."""
+    batch = scale.variant("7B", of=scale.sizes[_MODEL]).config.train.batch_size
+    beside = math.sqrt(2)  # to the middle between two sizes
+    chips = [size.chips for size in SIZES.values()]
+    low, high = min(chips) / beside, max(chips) * beside
+    in_parts = max(size.chips for size in SIZES.values() if size.accumulate > 1)
+    style = {"lw": 0, "zorder": 0}
+    axes.axvspan(low, in_parts * beside, color="0.93", label="in parts, recomputed", **style)
+    axes.axvspan(batch * beside, high, color="#FCE9D4", label="batch grows with chips", **style)
+    axes.set_xlim(low, high)

@@ -1,8 +1,10 @@
-"""Does a released checkpoint, converted, compute the authors' numbers?
+"""Does a checkpoint in the released layout, converted, compute what the authors' arithmetic gives?
 
-Question  what the authors' code computes of three tiny checkpoints in their layout, beside what
-          ours computes of their conversion: logits, routing, hidden states, loss, greedy tokens.
-Paper     its code and weights are public; the files have what they give.
+Question  logits, routing, hidden states, loss and greedy tokens of three tiny checkpoints of random
+          weights in the layout of the released one, as ours computes them of their conversion,
+          beside what the authors' arithmetic gives in float32, which is in their files.
+Paper     its inference code and its weights are public; the released checkpoint is not compared
+          here.
 Claim     every number is the same to 2e-5 of the largest value in float32; chosen experts and
           greedy tokens are the same.
 Refuted   by a larger difference in any.
@@ -25,6 +27,7 @@ from moepp_jax.experiments.scale import Scale, Variant
 from moepp_jax.experiments.study import FAILS, HOLDS, MISSING, Results, Study, Verdict
 
 CHECKPOINTS = ("default", "mixtral_gating", "released_flags")
+_MARKERS = "os^"
 
 
 class Reference(Study):
@@ -51,17 +54,22 @@ class Reference(Study):
         return found
 
     def figure(self, results: Results) -> Figure:
-        figure = figures.new(8, 4)
+        figure = figures.new(8, 4.3)
         axes = figure.subplots()
         for number, row in enumerate(results.measured):
-            x = np.arange(len(row.values)) + 0.25 * (number - 1)
-            # What is the same has no logarithm.
-            heights = np.maximum(list(row.values.values()), 1e-9)
-            axes.bar(x, heights, 0.22, label=row.name, color=f"C{number}")
+            x, color = np.arange(len(row.values)) + 0.2 * (number - 1), f"C{number}"
+            y = np.array(list(row.values.values()))
+            axes.plot(x[y > 0], y[y > 0], _MARKERS[number], color=color, ms=7, label=row.name)
+            for at in x[y == 0]:  # which has no logarithm
+                style = {"ha": "center", "color": color, "transform": axes.get_xaxis_transform()}
+                axes.text(at, 0.03, "0", **style)
             axes.set_xticks(range(len(row.values)), list(row.values), rotation=30, ha="right")
-        axes.axhline(reference.TOLERANCE, color=figures.GREY, ls="--", label="claimed")
+            axes.set_xlim(-0.5, len(row.values) - 0.5)
+        axes.axhline(reference.TOLERANCE, color=figures.GREY, ls="--", label="claimed at most")
         axes.set(yscale="log", ylabel="difference over the largest value")
-        figures.legend(axes)
+        axes.set_ylim(bottom=axes.get_ylim()[0] / 3)
+        axes.grid(axis="y", alpha=0.3)
+        axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncol=4, frameon=False)
         return figure
 
     def more(self, results: Results) -> list[str]:

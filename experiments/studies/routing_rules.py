@@ -2,10 +2,10 @@
 
 Question  held-out loss of every rule's recipe (configs/routing) in the place of MoE++'s, at equal
           tokens; and at equal training FLOPs, steps being fewer where a token costs more than with
-          MoE++ when both are at balance.
+          MoE++ when both are at balance. No rule was tuned: all have MoE++'s learning rate.
 Paper     compares with a vanilla top-2 MoE alone.
-Claim     at equal training FLOPs no rule has a lower held-out loss than MoE++.
-Refuted   if the 95 % interval of a rule's paired difference to MoE++ is below 0.
+Claim     at equal training FLOPs every rule has a higher held-out loss than MoE++.
+Refuted   if the interval of a rule's paired difference to MoE++ is below 0.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from moepp_jax import flops
 from moepp_jax.experiments import figures
 from moepp_jax.experiments.scale import Scale, Variant, rule_names
-from moepp_jax.experiments.study import FAILS, HOLDS, MISSING, OPEN, Results, Study, Verdict
+from moepp_jax.experiments.study import Results, Study, Verdict
 
 _EQUAL = ", equal FLOPs"
 
@@ -30,15 +30,7 @@ class RoutingRules(Study):
     def verdicts(self, results: Results) -> list[Verdict]:
         names = {v.name for v in results.variants}
         rules = [name + _EQUAL if name + _EQUAL in names else name for name in rule_names()]
-        known = {name: d for name in rules if (d := results.difference(name)) is not None}
-        if len(known) < len(rules):
-            return [
-                Verdict(MISSING, f"{len(known)} of {len(rules)} rules are known at equal FLOPs")
-            ]
-        best = min(known, key=lambda name: known[name].high)
-        said = results.below(best, "MoE++")
-        # The claim is that there is none.
-        return [Verdict({HOLDS: FAILS, FAILS: HOLDS}.get(said.outcome, OPEN), said.said)]
+        return [results.below("MoE++", name) for name in rules]
 
     def figure(self, results: Results) -> Figure:
         figure = figures.new(8, 5)

@@ -2,19 +2,23 @@
 
 Question  held-out loss of four sizes trained for four lengths each, MoE++ and vanilla, against the
           tokens, the training FLOPs and the expert-forward time that it took.
-Paper     none: it trains each size for one number of tokens.
-Claim     at every length the usual size of MoE++ gets to its loss with less compute than the
-          vanilla MoE of that size needs for it, by its fitted curve.
-Refuted   if at a length the gain's 95 % interval is below 1.
+Paper     no curve: its sizes are trained on 100 B tokens, the largest on 1 T too, by another
+          schedule.
+Claim     at every size and length MoE++ gets to its loss with less compute than the vanilla MoE of
+          that size needs for it, by its runs of several lengths.
+Refuted   if the interval of one of these gains is below 1.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+import itertools
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 from ml_collections import ConfigDict
@@ -24,76 +28,62 @@ from moepp_jax.config import Config
 from moepp_jax.configs import base
 from moepp_jax.errors import ConfigError
 from moepp_jax.experiments import figures, gain, stats
-from moepp_jax.experiments.measure import Measurement
+from moepp_jax.experiments.measure import TIMED, Measurement
 from moepp_jax.experiments.scale import MOEPP, VANILLA, Scale, Variant
 from moepp_jax.experiments.study import FAILS, HOLDS, MISSING, OPEN, Results, Study, Verdict
 
 COLORS = {MOEPP: "C0", VANILLA: "C1"}
+NAMES = {MOEPP: "MoE++", VANILLA: "vanilla"}
+MARKERS = "os^D"  # of sizes, the smallest first
 
 
 class Scaling(Study):
     def variants(self, scale: Scale) -> list[Variant]:
+        first, *lengths = gain.lengths(scale)
         return [
             gain.of_length(scale, steps, kind, size)
             for size in scale.growing
-            for steps in scale.lengths
+            for steps in (first, *lengths)
             for kind in (VANILLA, MOEPP)
+            if steps != first or kind == VANILLA
         ]
 
     def measurements(self, scale: Scale) -> list[Measurement]:
         return [
-            Measurement(_layer_of(size), None, functools.partial(_layer_times, recipe=recipe))
+            Measurement(
+                _layer_of(size), None, functools.partial(_layer_times, recipe=recipe), TIMED
+            )
             for size, recipe in scale.growing.items()
         ]
 
     def verdicts(self, results: Results) -> list[Verdict]:
-        curve = results.curve
-        if curve is None:
-            return [Verdict(MISSING, "the vanilla curve of the usual size has too few rows yet")]
-        size = _usual(results.scale)
-        found = []
-        for steps in results.scale.lengths:
-            name = gain.of_length(results.scale, steps, MOEPP, size).name
-            loss, realised = results.mean(name), results.mean(name, "realised_flops")
-            if loss is None:
-                found.append(Verdict(MISSING, f"{name} has no row yet"))
-                continue
-            g = gain.gain(curve, loss, realised.value)
-            outcome = HOLDS if g.low > 1 else FAILS if g.high < 1 else OPEN
-            found.append(Verdict(outcome, f"{steps} steps: a compute gain of {g}"))
-        return found
+        return [
+            _verdict(results, size, steps)
+            for size in results.scale.growing
+            for steps in results.scale.lengths
+        ]
 
     def figure(self, results: Results) -> Figure:
-        figure = figures.new(13.5, 4.6)
+        figure = figures.new(13.5, 4.8)
         by_tokens, by_flops, by_time = figure.subplots(1, 3, sharey=True)
         lengths = set()
-        for number, size in enumerate(results.scale.growing):
-            for kind in (VANILLA, MOEPP):
+        for size, marker in zip(results.scale.growing, itertools.cycle(MARKERS)):
+            for kind, color in COLORS.items():
                 means = _means(results, size, kind)
                 if not means:
                     continue
-                tokens, compute, loss = map(np.array, zip(*means, strict=True))
+                tokens, compute, loss, errors = map(np.array, zip(*means, strict=True))
                 lengths |= set(tokens)
-                how = {"color": COLORS[kind], "alpha": 0.4 + 0.2 * number, "marker": "o", "ms": 4}
-                label = size if kind == MOEPP else None
-                by_tokens.plot(tokens, loss, **how)
-                line = by_flops.plot(compute, loss, **how)[0]
+                how = {"color": color, "marker": marker, "ms": 5, "lw": 1, "alpha": 0.8}
+                by_tokens.errorbar(tokens, loss, errors, **how)
+                by_flops.errorbar(compute, loss, errors, **how)
                 if seconds := _seconds_per_token(results, size, kind):
-                    by_time.plot(tokens * seconds, loss, **how)
-                if label:
-                    by_flops.annotate(
-                        label,
-                        (compute[-1], loss[-1]),
-                        (0, -7),
-                        textcoords="offset points",
-                        ha="center",
-                        va="top",
-                        fontsize=8,
-                        color=line.get_color(),
-                    )
-        _band(by_flops, results.curve)
-        for kind, name in ((MOEPP, "MoE++"), (VANILLA, "vanilla")):
-            by_tokens.plot([], [], color=COLORS[kind], marker="o", label=name)
+                    by_time.errorbar(tokens * seconds, loss, errors, **how)
+        for kind, color in COLORS.items():
+            _band(by_flops, results, _usual(results.scale), kind)
+            by_tokens.plot([], [], color=color, label=NAMES[kind])
+        for size, marker in zip(results.scale.growing, itertools.cycle(MARKERS)):
+            by_tokens.plot([], [], color=figures.GREY, marker=marker, ls="", label=size)
         by_tokens.set(xscale="log", xlabel="training tokens", ylabel="held-out loss, nats a token")
         by_tokens.set_xticks(sorted(lengths))
         by_tokens.xaxis.set_major_formatter(EngFormatter(places=1))
@@ -101,25 +91,41 @@ class Scaling(Study):
         by_flops.set(xscale="log", xlabel="training FLOPs")
         by_time.set(xscale="log", xlabel="s in MoE layers, forward")
         for axes in (by_tokens, by_flops, by_time):
-            axes.margins(y=0.1)  # the sizes stand below
             axes.grid(alpha=0.3)
         figures.legend(by_tokens)
+        figures.legend(by_flops, "lower left")
         return figure
 
     def more(self, results: Results) -> list[str]:
         """The gains of all sizes, the times of the layers, and the fitted laws."""
-        lines, times = [], [*_gains(results), *_times(results)]
-        for size in results.scale.growing:
-            for kind, name in ((VANILLA, "vanilla"), (MOEPP, "MoE++")):
-                means = _means(results, size, kind)
-                if len(means) >= 3:
-                    law = stats.power_law([c for _, c, _ in means], [y for _, _, y in means])
-                    lines.append([name, size, f"{law.floor:.3f}", f"{law.exponent:.3f}"])
-        if not lines:
-            return times
-        head = ["model", "layers x width", "floor, nats a token", "exponent"]
-        said = "Fits of loss = floor + scale FLOPs^-exponent to the means over seeds:"
-        return [said, "", *markdown.table(head, lines), "", *times]
+        return [*_gains(results), *_times(results), *_laws(results)]
+
+
+def _verdict(results: Results, size: str, steps: int) -> Verdict:
+    """That MoE++ of a size and length needs less compute than the vanilla MoE of that size."""
+    ours = gain.of_length(results.scale, steps, MOEPP, size).name
+    of = [ours, *(_vanilla(results, size, n) for n in gain.lengths(results.scale))]
+    g = _gain(results, size, steps)
+    if g is None:
+        return results.told(of, None, (MISSING, None), f"{ours}: no compute gain is known")
+    (low, high), outcome = g.interval, OPEN
+    if low > 1 and g.bound in ("", gain.AT_LEAST):
+        outcome = HOLDS
+    elif high < 1 and g.bound in ("", gain.AT_MOST):
+        outcome = FAILS
+    said = f"{ours}: a compute gain of {g} ({g.logs.count} seeds)"
+    return results.told(of, g.logs, (outcome, g.logs.p(0.0)), said)
+
+
+def _vanilla(results: Results, size: str, steps: int) -> str:
+    return gain.of_length(results.scale, steps, VANILLA, size).name
+
+
+def _gain(results: Results, size: str, steps: int) -> gain.Gain | None:
+    """Of MoE++, to the vanilla MoE of its own size."""
+    curve = gain.curve(results.scale, results.all_rows, size)
+    ours = gain.of_length(results.scale, steps, MOEPP, size).name
+    return curve and gain.gain(curve, results.rows(ours))
 
 
 def _usual(scale: Scale) -> str:
@@ -185,44 +191,97 @@ def _times(results: Results) -> list[str]:
 
 
 def _gains(results: Results) -> list[str]:
-    """Of MoE++, to the vanilla MoE of its own size."""
-    scale, lines = results.scale, []
-    for size in scale.growing:
-        curve = gain.curve(scale, results.all_rows, size)
-        if curve is None:
-            continue
-        cells = [size]
-        for steps in scale.lengths:
-            name = gain.of_length(scale, steps, MOEPP, size).name
-            loss, realised = results.mean(name), results.mean(name, "realised_flops")
-            cells.append("" if loss is None else str(gain.gain(curve, loss, realised.value)))
-        lines.append(cells)
+    lines = []
+    for size in results.scale.growing:
+        found = [_gain(results, size, steps) for steps in results.scale.lengths]
+        if any(found):
+            lines.append([size, *("" if g is None else str(g) for g in found)])
     if not lines:
         return []
-    head = ["layers x width", *(f"{steps} steps" for steps in scale.lengths)]
+    head = ["layers x width", *(f"{steps} steps" for steps in results.scale.lengths)]
     said = "Compute gain of MoE++ to the vanilla MoE of its own size:"
     return [said, "", *markdown.table(head, lines), ""]
 
 
-def _means(results: Results, size: str, kind: str) -> list[tuple[float, float, float]]:
-    """(tokens, training FLOPs, held-out loss) of every length that has rows."""
+def _means(results: Results, size: str, kind: str) -> list[tuple[float, float, float, float]]:
+    """(tokens, training FLOPs, held-out loss, its standard error) of every length with rows."""
     found = []
     for steps in results.scale.lengths:
         name = gain.of_length(results.scale, steps, kind, size).name
-        columns = ("tokens", "realised_flops", "eval_loss")
         if results.rows(name):
-            found.append(tuple(results.mean(name, column).value for column in columns))
+            tokens, compute = (results.mean(name, c).value for c in ("tokens", "realised_flops"))
+            loss = results.mean(name)
+            found.append((tokens, compute, loss.value, np.nan_to_num(loss.error)))
     return found
 
 
-def _band(axes, curve: gain.Curve | None) -> None:
-    """The vanilla curve that gains are read from, and 95 % of its fits."""
-    if curve is None:
+class Law(NamedTuple):
+    """A power law of a size's lengths.
+
+    Attributes:
+      fits: to seeds drawn with replacement.
+      least, most: training FLOPs of its points.
+      off: the largest distance of a length's mean loss from it, in nats.
+    """
+
+    law: stats.PowerLaw
+    fits: Sequence[stats.PowerLaw]
+    least: float
+    most: float
+    off: float
+
+
+def _law(results: Results, size: str, kind: str) -> Law | None:
+    """None where no seed has all lengths."""
+    names = [gain.of_length(results.scale, n, kind, size).name for n in results.scale.lengths]
+    points = [
+        {row.seed: (row.realised_flops, row.eval_loss) for row in results.rows(name)}
+        for name in names
+    ]
+    by_seed = {s: [p[s] for p in points] for s in set.intersection(*map(set, points))}
+    if not by_seed or len(names) < 3:
+        return None
+    means = np.mean(list(by_seed.values()), axis=0)
+    law = stats.power_law(*means.T)
+    off = float(np.max(np.abs(law.loss(means[:, 0]) - means[:, 1])))
+    return Law(law, stats.bootstrapped(by_seed), means[0, 0], means[-1, 0], off)
+
+
+def _laws(results: Results) -> list[str]:
+    lines = []
+    for size in results.scale.growing:
+        for kind, name in NAMES.items():
+            found = _law(results, size, kind)
+            if found is None:
+                continue
+            law, fits, off = found.law, found.fits, found.off
+            low, high = stats.interval([fit.exponent for fit in fits])
+            floor = f"{law.floor:.3f}" if law.floor > 1e-3 else "0, its bound"
+            cells = [name, size, floor, f"{law.exponent:.3f} [{low:.3f}, {high:.3f}]", f"{off:.3f}"]
+            lines.append(cells)
+    if not lines:
+        return []
+    head = ["model", "layers x width", "floor, nats a token", "exponent", "furthest point, nats"]
+    return [
+        "Fits of loss = floor + scale FLOPs^-exponent to the means over seeds, in brackets the "
+        "middle 95 % of fits to",
+        "seeds drawn with replacement (of three seeds hardly more than their range). Gains do not "
+        "hang on them.",
+        "",
+        *markdown.table(head, lines),
+        "",
+    ]
+
+
+def _band(axes: Axes, results: Results, size: str, kind: str) -> None:
+    """The power law of a size, and the middle 95 % of its fits."""
+    found = _law(results, size, kind)
+    if found is None:
         return
-    x = np.geomspace(curve.least, curve.most, 60)
-    axes.plot(x, curve.law.loss(x), color="k", lw=1, ls="--", label="fit, vanilla, usual size")
-    if curve.fits:
-        each = np.array([fit.loss(x) for fit in curve.fits])
-        low, high = np.quantile(each, [0.025, 0.975], axis=0)
-        axes.fill_between(x, low, high, color="k", alpha=0.12, lw=0)
-    figures.legend(axes)
+    x, color = np.geomspace(found.least, found.most, 60), COLORS[kind]
+    axes.plot(
+        x, found.law.loss(x), color=color, lw=1.5, ls=":", label=f"power law, {NAMES[kind]} {size}"
+    )
+    each = np.array([fit.loss(x) for fit in found.fits])
+    low, high = np.quantile(each, [0.025, 0.975], axis=0)
+    axes.fill_between(x, low, high, color=color, alpha=0.25, lw=0)

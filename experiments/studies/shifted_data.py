@@ -17,13 +17,14 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from moepp_jax import markdown
 from moepp_jax.experiments import figures, runs
 from moepp_jax.experiments.measure import Measurement
 from moepp_jax.experiments.scale import VANILLA, Scale, Variant
-from moepp_jax.experiments.study import Results, Study, Verdict, below_bound
+from moepp_jax.experiments.study import Results, Study, Verdict
 
 ENGLISH = "English, held out"
 TEXTS = (ENGLISH, "French", "Spanish", "Python")
@@ -49,28 +50,39 @@ class ShiftedData(Study):
         for text in TEXTS[1:]:
             here = _by_seed(results, NAMES[0], text, "peak")
             ratios = {seed: here[seed] / usual[seed] for seed in here.keys() & usual.keys()}
-            found.append(below_bound(ratios, _TIMES, f"{text}, largest load over that on English"))
+            what = f"{text}, largest load over that on English"
+            found.append(results.measured_below(ratios, _TIMES, what, NAMES[0]))
         return found
 
     def figure(self, results: Results) -> Figure:
-        figure = figures.new(9, 4)
-        peak, experts = figure.subplots(1, 2)
+        figure = figures.new(12, 4)
+        ratio, peak, experts = figure.subplots(1, 3)
         for number, name in enumerate(NAMES):
-            for axes, column in ((peak, "peak"), (experts, "ffn_experts")):
-                means = [_mean(results, name, text, column) for text in TEXTS]
-                x = np.arange(len(TEXTS)) + 0.2 * (2 * number - 1)
-                heights = [np.nan if m is None else m for m in means]
-                axes.bar(x, heights, 0.38, color=f"C{number}", label=name)
-        for axes in (peak, experts):
-            axes.set_xticks(range(len(TEXTS)), [text.partition(",")[0] for text in TEXTS])
+            for at, text in enumerate(TEXTS):
+                x, shown = at + 0.12 * (2 * number - 1), (f"C{number}", "os"[number])
+                if text != ENGLISH:
+                    label = f"{name}, mean and seeds" if at == 1 else ""
+                    _seeds(ratio, x, _ratios(results, name, text), *shown, label)
+                _seeds(peak, x, _by_seed(results, name, text, "peak"), *shown)
+                _seeds(experts, x, _by_seed(results, name, text, "ffn_experts"), *shown)
+        ratio.axhline(
+            _TIMES, color=figures.GREY, ls="--", label=f"claimed of MoE++: at most {_TIMES:g}"
+        )
+        for axes, first in ((ratio, 1), (peak, 0), (experts, 0)):
+            names = [text.partition(",")[0] for text in TEXTS]
+            axes.set_xticks(range(first, len(TEXTS)), names[first:])
+            axes.set_xlim(first - 0.5, len(TEXTS) - 0.5)
+            axes.set_ylim(0, None)
             axes.grid(axis="y", alpha=0.3)
+        figures.legend(ratio)
+        ratio.set_ylabel("largest load over that on English")
         peak.set_ylabel("largest load of an FFN expert over the mean")
         experts.set_ylabel("FFN experts a token")
-        figures.legend(peak)
         return figure
 
     def more(self, results: Results) -> list[str]:
         head = ["", "loss", "bits a byte", "FFN experts", "largest load", "idle FFN experts"]
+        head.append("largest load over that on English")
         columns = ("eval_loss", "bits_per_byte", "ffn_experts", "peak", "idle")
         lines = []
         for name in NAMES:
@@ -79,7 +91,9 @@ class ShiftedData(Study):
                 if None not in means:
                     forms = (".3f", ".3f", ".3f", ".2f", ".2f")
                     cells = [format(m, form) for m, form in zip(means, forms, strict=True)]
-                    lines.append([f"{name}, {text}", *cells])
+                    ratios = list(_ratios(results, name, text).values())
+                    own = f"{np.mean(ratios):.2f}" if ratios and text != ENGLISH else ""
+                    lines.append([f"{name}, {text}", *cells, own])
         if not lines:
             return []
         return [
@@ -87,6 +101,7 @@ class ShiftedData(Study):
             "mean over layers. Idle: FFN",
             "experts of a layer that serve less than a tenth of the mean. Loss is of the run's own "
             "tokenizer, made for English.",
+            "The last column is the mean of seeds' ratios.",
             "",
             *markdown.table(head, lines),
             "",
@@ -96,6 +111,22 @@ class ShiftedData(Study):
 def _by_seed(results: Results, name: str, text: str, column: str) -> dict[int, float]:
     wanted = f"{name} on {text}"
     return {row.seed: row.values[column] for row in results.measured if row.name == wanted}
+
+
+def _ratios(results: Results, name: str, text: str) -> dict[int, float]:
+    """seed -> its largest load over that on English."""
+    here, usual = (_by_seed(results, name, t, "peak") for t in (text, ENGLISH))
+    return {seed: here[seed] / usual[seed] for seed in here.keys() & usual.keys()}
+
+
+def _seeds(
+    axes: Axes, x: float, values: Mapping[int, float], color: str, marker: str, label: str = ""
+) -> None:
+    """Every seed, and their mean."""
+    if values:
+        figures.dots(axes, [x + 0.09] * len(values), list(values.values()), color, marker)
+        mean = float(np.mean(list(values.values())))
+        axes.plot(x, mean, marker, color=color, ms=7, label=label)
 
 
 def _mean(results: Results, name: str, text: str, column: str) -> float | None:

@@ -102,11 +102,14 @@ class StepTime(Study):
         for tau, label in ((None, "vanilla"), (_USUAL, "MoE++")):
             there = [(pods.SIZES[at].chips, rows[named("7B", tau, at)]) for at in _sizes(rows, tau)]
             chips = [n for n, _ in there]
-            ends = [[row[f"mfu_{end}"] for _, row in there] for end in ("slow", "peak")]
-            grown.fill_between(chips, *ends, alpha=0.2, lw=0)
-            grown.plot(
-                chips, ends[1], "o-", markersize=4, label=f"{label}, tau {tau:g}" if tau else label
-            )
+            color = "C0" if tau is None else "C1"
+            name = f"{label}, tau {tau:g}" if tau else label
+            for end, style in zip(_ENDS, ("o-", "o--"), strict=True):
+                mfu = [row[f"mfu_{end}"] for _, row in there]
+                shown = name if end == "peak" else ""
+                grown.plot(chips, mfu, style, markersize=4, color=color, label=shown)
+        for style, said in (("-", "links at their peak"), ("--", "links at a quarter of it")):
+            grown.plot([], [], style, color=figures.GREY, label=said)
         grown.set(title="The 7B, by chips", ylabel="MFU, predicted", ylim=(0, None))
         figures.by_chips(grown, [size.chips for size in pods.SIZES.values()])
         grown.grid(alpha=0.3)

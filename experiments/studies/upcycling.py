@@ -23,7 +23,7 @@ from moepp_jax.experiments import figures, runs
 from moepp_jax.experiments import upcycling as steps
 from moepp_jax.experiments.measure import Measurement
 from moepp_jax.experiments.scale import VANILLA, Scale, Variant
-from moepp_jax.experiments.study import Results, Study, Verdict, below_bound
+from moepp_jax.experiments.study import Results, Study, Verdict
 
 TAUS = (0.1, 0.5, 1.0)
 _EXPERTS, _NATS = 1.05, 0.02
@@ -47,9 +47,10 @@ class Upcycling(Study):
         for tau in TAUS:
             over = {seed: v[f"experts {tau:g}"] / v[f"wanted {tau:g}"] for seed, v in rows.items()}
             what = f"FFN experts at tau = {tau:g} over those wanted"
-            found.append(below_bound(over, _EXPERTS, what))
+            found.append(results.measured_below(over, _EXPERTS, what, "vanilla"))
         above = {seed: v["loss 1"] - v["loss control"] for seed, v in rows.items()}
-        return [*found, below_bound(above, _NATS, "nats above the control at tau = 1")]
+        what = "nats above the control at tau = 1"
+        return [*found, results.measured_below(above, _NATS, what, "vanilla")]
 
     def figure(self, results: Results) -> Figure:
         figure = figures.new(6.5, 4.2)

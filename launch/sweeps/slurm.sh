@@ -4,6 +4,8 @@
 #   moepp experiments tau --scale=small --list        # says how many runs there are: 18
 #   SHARED=/shared/moepp sbatch --array=0-17 launch/sweeps/slurm.sh tau --scale=small
 #   moepp experiments tau --scale=small --report     # when they are through, or before
+#   moepp experiments tau --scale=small --workdir=$SHARED/experiments  # once, after them, where an
+#                                                      # experiment measures something of its runs
 #
 # SHARED is a folder that all nodes see: runs are in its experiments/, and go on where they were
 # stopped. Rows are written into the project's folder, which all nodes see too, and in which the

@@ -45,8 +45,10 @@ def run(arguments: list[str]) -> None:
         raise ConfigError(f"--seeds={_SEEDS.value} must be at least 1")
     if _LIST.value:
         of, rows = runner.experiments(arguments or [runner.ALL], scale), results.read(file)
-        one = len(of) == 1
-        table = runner.listed_runs(of[0], scale, rows) if one else runner.listed(of, scale, rows)
+        if len(of) == 1:
+            table = runner.listed_runs(of[0], scale, rows, _SEEDS.value)
+        else:
+            table = runner.listed(of, scale, rows, _SEEDS.value)
         Console(width=140).print(table)
         return
     if not arguments:
