@@ -29,6 +29,7 @@ from moepp_jax import cli, devices, flops
 from moepp_jax.benchmarks import timing
 from moepp_jax.claim import TakenError, claimed
 from moepp_jax.config import Config
+from moepp_jax.errors import ConfigError
 from moepp_jax.experiments import runs, scale
 from moepp_jax.experiments.results import DIVERGED, DONE, Row
 from moepp_jax.metrics import DivergedError, read_metrics
@@ -66,9 +67,21 @@ def work(folder: Path, scale: scale.Scale) -> Row:
 
 
 def finished(folder: Path) -> Row | None:
-    """The row of a run that is through; None if it is not."""
+    """The row of a run that is through; None if it is not.
+
+    Raises:
+      ConfigError: the row's file is damaged.
+    """
     file = folder / ROW
-    return Row(**json.loads(file.read_text(encoding="utf-8"))) if file.exists() else None
+    if not file.exists():
+        return None
+    try:
+        return Row(**json.loads(file.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise ConfigError(
+            f"{file} is no row of a run ({error}): take it away, and the run ends once more from "
+            "its last checkpoint"
+        ) from error
 
 
 def measured(

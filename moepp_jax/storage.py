@@ -88,7 +88,11 @@ def is_name(text: Any) -> bool:
 
 
 def write_atomic(file: AnyPath, content: str | bytes) -> None:
-    """Writes a file so that no one ever sees half of it, killed or not."""
+    """Writes a file so that no one ever sees half of it, killed or not.
+
+    Raises:
+      OSError: it cannot be written; it names the file, which is as it was.
+    """
     content = content.encode() if isinstance(content, str) else content
     if not is_local(file):
         file.write_bytes(content)  # an object appears when it is whole
@@ -97,6 +101,8 @@ def write_atomic(file: AnyPath, content: str | bytes) -> None:
     try:
         temporary.write_bytes(content)
         os.replace(temporary, file)
+    except OSError as error:  # of a full disk the system does not say which file
+        raise OSError(error.errno, error.strerror or str(error), str(file)) from error
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -1,5 +1,6 @@
 """A run's folder: made once, continued by the same configuration only, never overwritten."""
 
+import errno
 import json
 import os
 from pathlib import Path
@@ -246,10 +247,10 @@ def test_a_failed_write_leaves_the_old_file_alone(tmp_path, monkeypatch):
     write_atomic(file, "old")
 
     def fail(*_):
-        raise OSError("disk full")
+        raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr("os.replace", fail)
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(OSError, match=f"No space left on device: '{file}'"):
         write_atomic(file, b"new")
     assert [entry.name for entry in tmp_path.iterdir()] == ["a"]
     assert file.read_text() == "old"

@@ -1,5 +1,6 @@
 """A sweep: what has a row is kept, what was stopped goes on, what another is at is left to it."""
 
+import errno
 import io
 import json
 import math
@@ -369,6 +370,29 @@ def test_a_worker_that_is_refused(scale, tmp_path):
     with claimed(tmp_path / worker.LOCK):
         pass
     assert worker.work(tmp_path, scale) == small.row("a")
+
+
+@pytest.mark.parametrize("text", ['{"fingerprint": "a"', '{"fingerprint": "a"}', "[1]", ""])
+def test_a_damaged_row_of_a_run_is_named(tmp_path, text):
+    (tmp_path / worker.ROW).write_text(text)
+    with pytest.raises(ConfigError, match=r"row.json is no row of a run .*: take it away, and"):
+        worker.finished(tmp_path)
+
+
+def test_a_disk_that_is_full_keeps_the_rows_there_are(tmp_path, monkeypatch):
+    """The run has its row in its own folder: the next command adds it without training."""
+    file = tmp_path / "runs.csv"
+    results.write(file, [small.row("a")])
+    before = file.read_bytes()
+
+    def full(self, content):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(OSError, match=f"No space left on device: '{file}'"):
+        results.add(file, small.row("b"), tmp_path / "lock")
+    assert file.read_bytes() == before
+    assert {entry.name for entry in tmp_path.iterdir()} == {"runs.csv", "lock"}
 
 
 def test_means_of_what_is_there():
