@@ -326,13 +326,15 @@ def in_readme(text: str, scale: Scale, rows: Sequence[Row], results: Path = RESU
     return before + "\n".join(lines) + after
 
 
-def answer(said: Sequence[study.Verdict], shown: int = 2) -> str:
-    """The outcome of a claim, with the parts that decide it."""
-    order = (study.FAILS, study.MISSING, study.OPEN, study.HOLDS)
-    parts = sorted(said, key=lambda v: order.index(v.outcome))
-    text = "; ".join(f"{v.said}: {v.outcome}" if len(said) > 1 else v.said for v in parts[:shown])
-    more = f"; and {len(parts) - shown} more" if len(parts) > shown else ""
-    return f"**{study.outcome(said)}**: {text}{more}"
+def answer(said: Sequence[study.Verdict]) -> str:
+    """The outcome of a claim, and the first of the parts that decide it."""
+    outcome = study.outcome(said)
+    deciding = [v.said for v in said if v.outcome == outcome]
+    if len(said) == 1:
+        return f"**{outcome}**: {deciding[0]}"
+    holding = sum(v.outcome == study.HOLDS for v in said)
+    parts = f"{len(said)} parts" if holding == len(said) else f"{holding} of {len(said)} parts hold"
+    return f"**{outcome}** ({parts}): {'' if len(deciding) == 1 else 'among others, '}{deciding[0]}"
 
 
 def overview(scale: Scale, rows: Sequence[Row], results: Path = RESULTS) -> str:

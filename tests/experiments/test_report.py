@@ -295,12 +295,15 @@ def test_what_seeds_tell_apart_is_listed_though_no_claim_is_of_it():
     assert "scatter alike" not in short  # a run is missing: two variants are left
 
 
-def test_an_answer_begins_with_what_decides_it():
-    parts = [Verdict(HOLDS, "a"), Verdict(OPEN, "b"), Verdict(FAILS, "c"), Verdict(HOLDS, "d")]
-    assert report.answer(parts) == (
-        "**does not hold**: c: does not hold; b: cannot be told at this scale; and 2 more"
+def test_an_answer_names_what_decides_it():
+    parts = [Verdict(HOLDS, "a"), Verdict(OPEN, "b"), Verdict(FAILS, "c"), Verdict(OPEN, "d")]
+    assert report.answer(parts) == "**does not hold** (1 of 4 parts hold): c"
+    without = [part for part in parts if part.outcome != FAILS]
+    assert report.answer(without) == (
+        "**cannot be told at this scale** (1 of 3 parts hold): among others, b"
     )
     assert report.answer(parts[:1]) == "**holds**: a"
+    assert report.answer(parts[:1] * 2) == "**holds** (2 parts): among others, a"
 
 
 def test_a_length_has_its_warm_up():
