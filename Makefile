@@ -12,7 +12,7 @@ help:
 	@echo "make train      train a tiny MoE++ model and its vanilla twin on real text, and compare them"
 	@echo "make test       the quick tests"
 	@echo "make test-slow  the tests that take minutes"
-	@echo "make chaos      breaks real runs, 400 times: kills, damaged files, full disks, lost processes; an hour"
+	@echo "make chaos      breaks real runs, some 490 times: kills, damaged files, full disks, lost processes; hours"
 	@echo "make test-torch  the tests against PyTorch and transformers: installs both"
 	@echo "make test-eval  the tests against the lm-evaluation-harness: installs it, and PyTorch"
 	@echo "make test-newest  the quick tests with the newest JAX there is for this Python"

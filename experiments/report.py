@@ -357,5 +357,6 @@ def overview(scale: Scale, rows: Sequence[Row], results: Path = RESULTS) -> str:
         lines += ["", "Rows of other code or configurations, which no table has:", ""]
         lines += [f"- {r.fingerprint}, seed {r.seed}: {r.changes or 'MoE++'}" for r in others]
     hours = sum(row.seconds for row in rows) / 3600
-    lines += ["", f"{len(rows)} runs, {hours:.1f} hours; rows in `runs.csv`."]
+    if rows:
+        lines += ["", f"{len(rows)} runs, {hours:.1f} hours; rows in `runs.csv`."]
     return "\n".join(lines) + "\n"
