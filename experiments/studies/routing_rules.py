@@ -54,6 +54,22 @@ class RoutingRules(Study):
         figures.labelled(axes, shown)
         return figure
 
+    def more(self, results: Results) -> list[str]:
+        ours = results.mean("MoE++", "realised_flops")
+        short = [
+            v.name for v in results.variants if v.name.endswith(_EQUAL) and results.rows(v.name)
+        ]
+        if ours is None or not short:
+            return []
+        realised = {name: results.mean(name, "realised_flops").value / ours.value for name in short}
+        said = ", ".join(f"{n.removesuffix(_EQUAL)} {ratio:.2f}" for n, ratio in realised.items())
+        return [
+            "Training FLOPs are equal where each rule has as many FFN experts as at its balance; "
+            f"those that it had took, over MoE++'s: {said}. The rule vanilla has Switch's loss as "
+            "configs/routing has it, not the twin's of other experiments.",
+            "",
+        ]
+
 
 def _shortened(variant: Variant, ours: Variant) -> Variant | None:
     """Trained for so many steps that it costs what ours does, each rule being at its balance.
