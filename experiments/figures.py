@@ -23,7 +23,7 @@ def new(width: float = 7.5, height: float = 4.5) -> Figure:
 
 
 def differences(results: Results) -> Figure:
-    """Held-out losses less those that they are compared with, with intervals and every seed."""
+    """Held-out losses less those that they are compared with, with intervals; seeds below them."""
     shown = [v for v in results.variants if results.difference(v.name)]
     baselines = list(dict.fromkeys(v.against for v in shown))
     figure = new(height=1.2 + 0.36 * max(len(shown), 2))
@@ -33,7 +33,7 @@ def differences(results: Results) -> Figure:
         d, color = results.difference(name), f"C{baselines.index(against)}"
         base = {row.seed: row.eval_loss for row in results.rows(against)}
         seeds = [r.eval_loss - base[r.seed] for r in results.rows(name) if r.seed in base]
-        axes.plot(seeds, [y] * len(seeds), "o", color=color, ms=4, alpha=0.35, mew=0)
+        axes.plot(seeds, [y + 0.22] * len(seeds), "o", color=color, ms=4, alpha=0.5, mew=0)
         if math.isfinite(d.low):
             axes.plot([d.low, d.high], [y, y], color=color, lw=2, solid_capstyle="butt")
         axes.plot(d.value, y, "o", color=color, ms=6)
