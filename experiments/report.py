@@ -85,8 +85,8 @@ def page(of: Study, found: Results, compiled_for: Sequence[measure.Measured] = (
 
 
 _PARTS = (
-    "Of {parts} parts one can look refuted by chance: a part does not hold where seeds like these "
-    "had a probability of at most {percent:.2g} % at its bound."
+    "Of {parts} parts one can look refuted by chance: a part does not hold where numbers like "
+    "these had a probability of at most {percent:.2g} % at its bound."
 )
 
 

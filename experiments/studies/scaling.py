@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,7 +21,6 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
-from ml_collections import ConfigDict
 
 from moepp_jax import markdown
 from moepp_jax.config import Config
@@ -34,6 +33,7 @@ from moepp_jax.experiments.study import FAILS, HOLDS, MISSING, OPEN, Results, St
 
 COLORS = {MOEPP: "C0", VANILLA: "C1"}
 NAMES = {MOEPP: "MoE++", VANILLA: "vanilla"}
+LAYERS = "layers"  # the name of what is measured
 MARKERS = "os^D"  # of sizes, the smallest first
 
 
@@ -49,12 +49,7 @@ class Scaling(Study):
         ]
 
     def measurements(self, scale: Scale) -> list[Measurement]:
-        return [
-            Measurement(
-                _layer_of(size), None, functools.partial(_layer_times, recipe=recipe), TIMED
-            )
-            for size, recipe in scale.growing.items()
-        ]
+        return [Measurement(LAYERS, None, functools.partial(_layer_times, scale=scale), TIMED)]
 
     def verdicts(self, results: Results) -> list[Verdict]:
         return [
@@ -137,54 +132,61 @@ def _usual(scale: Scale) -> str:
     raise ConfigError(f"scale {scale.name!r} has no curve of its usual size")
 
 
-def _layer_of(size: str) -> str:
-    """The name of its measurement."""
-    return f"layer of {size}"
+def _column(size: str, kind: str) -> str:
+    """Of the time of its layer."""
+    return f"{size} {kind}_ms"
 
 
-def _layer_times(folder: Path | None, recipe: Callable[[], ConfigDict]) -> Mapping[str, float]:
-    """Milliseconds of a MoE layer forward on a training batch, MoE++ and vanilla by turns.
+def _layer_times(folder: Path | None, scale: Scale) -> Mapping[str, float]:
+    """Milliseconds of a MoE layer forward on a training batch, all sizes and both twins by turns.
 
     With capacity they are the same wherever tokens go; else the routers are at balance.
     """
     from moepp_jax.benchmarks import layer, timing
 
     cases = {}
-    for kind in COLORS:
-        config = Config.parse(base.variant(recipe(), kind))
-        moe, data = config.moe, config.data
-        tokens = config.batch_tokens
-        groups = tokens // max(moe.group_size, data.seq_len)
-        others = (moe.n_const, moe.n_copy, moe.n_zero)
-        shape = layer.Shape(
-            tokens, groups, config.model.hidden_size, moe.ffn_size, moe.n_ffn, others
-        )
-        tau = moe.rule.tau if kind == MOEPP else None
-        subject = layer.Subject(moe.rule.pool, tau)
-        cases[f"{kind}_ms"] = layer.cases_of(subject, shape, moe.dispatch, "forward")["layer"]
-    seconds = timing.interleaved(cases, rounds=40, label="layers")
+    for size, recipe in scale.growing.items():
+        for kind in COLORS:
+            config = Config.parse(base.variant(recipe(), kind))
+            moe, data = config.moe, config.data
+            tokens = config.batch_tokens
+            groups = tokens // max(moe.group_size, data.seq_len)
+            others = (moe.n_const, moe.n_copy, moe.n_zero)
+            shape = layer.Shape(
+                tokens, groups, config.model.hidden_size, moe.ffn_size, moe.n_ffn, others
+            )
+            tau = moe.rule.tau if kind == MOEPP else None
+            subject = layer.Subject(moe.rule.pool, tau)
+            made = layer.cases_of(subject, shape, moe.dispatch, "forward")
+            cases[_column(size, kind)] = made["layer"]
+    seconds = timing.interleaved(cases, rounds=60, label=LAYERS)
     return {name: 1e3 * of.median for name, of in seconds.items()}
+
+
+def _milliseconds(results: Results, size: str, kind: str) -> float | None:
+    """Of a layer; None if it is not measured."""
+    column = _column(size, kind)
+    return next((row.values[column] for row in results.measured if column in row.values), None)
 
 
 def _seconds_per_token(results: Results, size: str, kind: str) -> float | None:
     """In all MoE layers, forward; None if it is not measured."""
-    found = {row.name: row.values for row in results.measured}.get(_layer_of(size))
+    found = _milliseconds(results, size, kind)
     if found is None:
         return None
     config = Config.parse(base.variant(results.scale.growing[size](), kind))
     layers = config.model.num_layers // config.model.moe_every
-    return layers * found[f"{kind}_ms"] / 1e3 / config.batch_tokens
+    return layers * found / 1e3 / config.batch_tokens
 
 
 def _times(results: Results) -> list[str]:
-    rows = {row.name: row.values for row in results.measured}
-    sizes = [size for size in results.scale.growing if _layer_of(size) in rows]
-    if not sizes:
-        return []
     lines = []
-    for size in sizes:
-        vanilla, ours = (rows[_layer_of(size)][f"{kind}_ms"] for kind in (VANILLA, MOEPP))
-        lines.append([size, f"{vanilla:.4g}", f"{ours:.4g}", f"{vanilla / ours:.2f}"])
+    for size in results.scale.growing:
+        vanilla, ours = (_milliseconds(results, size, kind) for kind in (VANILLA, MOEPP))
+        if vanilla is not None and ours is not None:
+            lines.append([size, f"{vanilla:.4g}", f"{ours:.4g}", f"{vanilla / ours:.2f}"])
+    if not lines:
+        return []
     head = ["layers x width", "vanilla, ms", "MoE++, ms", "speed-up"]
     said = "A MoE layer forward on a training batch, medians by turns:"
     return [said, "", *markdown.table(head, lines), ""]
