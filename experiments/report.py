@@ -159,12 +159,12 @@ def _difference(found: Results, name: str) -> str:
 
 
 def _same_shape(config: Config, usual: Config) -> bool:
-    """Whether the vanilla curve of the usual size is the one to compare with.
+    """Whether the vanilla curve of the usual size is the one to compare with: that of its depth and
+    width.
 
     How constant experts begin does not tell: a vanilla MoE has none.
     """
-    model = dataclasses.replace(config.model, const_std=usual.model.const_std)
-    return model == usual.model and config.moe.ffn_size == usual.moe.ffn_size
+    return usual.model == dataclasses.replace(config.model, const_std=usual.model.const_std)
 
 
 def _notes(found: Results) -> list[str]:

@@ -267,9 +267,9 @@ def test_a_curve_is_of_seeds_that_have_all_lengths():
 
 @pytest.mark.parametrize(
     ("field", "value", "has_one"),
-    [("model.const_std", 0.01, 1), ("model.hidden_size", 64, 0), ("moe.ffn_size", 48, 0)],
+    [("model.const_std", 0.01, 1), ("model.hidden_size", 64, 0), ("moe.ffn_size", 48, 1)],
 )
-def test_a_gain_is_of_models_as_large_as_the_curves(field, value, has_one):
+def test_a_gain_is_of_models_as_deep_and_wide_as_the_curves(field, value, has_one):
     class One(small.Twins):
         def variants(self, scale):
             return [scale.variant("changed", fields={field: value})]
