@@ -12,7 +12,6 @@ import numpy as np
 from scipy import optimize, stats
 
 CONFIDENCE = 0.95
-_LARGEST = math.log(1e300)
 _MOST_FLOOR = 0.998  # of the lowest loss
 
 
@@ -74,13 +73,6 @@ class PowerLaw(NamedTuple):
 
     def loss(self, compute: float | np.ndarray) -> float | np.ndarray:
         return self.floor + self.scale * np.power(compute, -self.exponent)
-
-    def compute(self, loss: float) -> float:
-        """That gives this loss; infinite at the floor and below."""
-        if loss <= self.floor:
-            return math.inf
-        digits = -math.log((loss - self.floor) / self.scale) / self.exponent
-        return math.exp(digits) if digits < _LARGEST else math.inf
 
 
 def mean(values: Sequence[float]) -> Mean:

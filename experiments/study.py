@@ -328,5 +328,5 @@ def spread(mean: stats.Mean | None, sign: str = "", digits: int = 3, of: str = "
         return "not known yet"
     value, low, high = (f"{x:{sign}.{digits}f}" for x in (mean.value, mean.low, mean.high))
     if mean.count == 1:
-        return f"{value} (one of {of})" if of != "seeds" else f"{value} (one seed)"
+        return f"{value} (one {of.removesuffix('s')})"
     return f"{value} [{low}, {high}] ({mean.count} {of})"

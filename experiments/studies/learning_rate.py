@@ -2,7 +2,7 @@
 
 Question  held-out loss of MoE++ and of its vanilla twin with half and twice the learning rate of
           every other experiment, which both twins have.
-Paper     states one learning rate a size, for both; no other is reported.
+Paper     states the learning rates it trains with; whether others were tried is not stated.
 Claim     MoE++ at its best of the three has a lower held-out loss than the vanilla MoE at its own.
 Refuted   if the interval of that paired difference is above 0.
 """

@@ -29,7 +29,16 @@ from moepp_jax.errors import ConfigError
 from moepp_jax.experiments import figures, gain, stats
 from moepp_jax.experiments.measure import TIMED, Measurement
 from moepp_jax.experiments.scale import MOEPP, VANILLA, Scale, Variant
-from moepp_jax.experiments.study import FAILS, HOLDS, MISSING, OPEN, Results, Study, Verdict
+from moepp_jax.experiments.study import (
+    FAILS,
+    HOLDS,
+    MISSING,
+    OPEN,
+    Judged,
+    Results,
+    Study,
+    Verdict,
+)
 
 COLORS = {MOEPP: "C0", VANILLA: "C1"}
 NAMES = {MOEPP: "MoE++", VANILLA: "vanilla"}
@@ -53,9 +62,9 @@ class Scaling(Study):
 
     def verdicts(self, results: Results) -> list[Verdict]:
         return [
-            _verdict(results, size, steps)
+            _verdict(results, size, steps, found)
             for size in results.scale.growing
-            for steps in results.scale.lengths
+            for steps, found in _gains_of(results, size).items()
         ]
 
     def figure(self, results: Results) -> Figure:
@@ -96,31 +105,37 @@ class Scaling(Study):
         return [*_gains(results), *_times(results), *_laws(results)]
 
 
-def _verdict(results: Results, size: str, steps: int) -> Verdict:
+def _verdict(results: Results, size: str, steps: int, found: gain.Gain | None) -> Verdict:
     """That MoE++ of a size and length needs less compute than the vanilla MoE of that size."""
     ours = gain.of_length(results.scale, steps, MOEPP, size).name
-    of = [ours, *(_vanilla(results, size, n) for n in gain.lengths(results.scale))]
-    g = _gain(results, size, steps)
-    if g is None:
+    curve = (gain.of_length(results.scale, n, VANILLA, size) for n in gain.lengths(results.scale))
+    of = [ours, *(v.name for v in curve)]
+    if found is None:
         return results.told(of, None, (MISSING, None), f"{ours}: no compute gain is known")
-    (low, high), outcome = g.interval, OPEN
-    if low > 1 and g.bound in ("", gain.AT_LEAST):
+    said = f"{ours}: a compute gain of {found} ({found.logs.count} seeds)"
+    return results.told(of, found.logs, is_gained(found), said)
+
+
+def is_gained(found: gain.Gain) -> Judged:
+    """HOLDS if the whole interval is above 1, FAILS if it is below, else OPEN; and its p.
+
+    A gain that is only known to be at most so large does not hold, and one at least so large does
+    not fail.
+    """
+    low, high = found.interval
+    outcome = OPEN
+    if low > 1 and found.bound in ("", gain.AT_LEAST):
         outcome = HOLDS
-    elif high < 1 and g.bound in ("", gain.AT_MOST):
+    elif high < 1 and found.bound in ("", gain.AT_MOST):
         outcome = FAILS
-    said = f"{ours}: a compute gain of {g} ({g.logs.count} seeds)"
-    return results.told(of, g.logs, (outcome, g.logs.p(0.0)), said)
+    return outcome, found.logs.p(0.0)
 
 
-def _vanilla(results: Results, size: str, steps: int) -> str:
-    return gain.of_length(results.scale, steps, VANILLA, size).name
-
-
-def _gain(results: Results, size: str, steps: int) -> gain.Gain | None:
-    """Of MoE++, to the vanilla MoE of its own size."""
+def _gains_of(results: Results, size: str) -> dict[int, gain.Gain | None]:
+    """Of MoE++ to the vanilla MoE of its own size: steps -> gain, None where it is not known."""
     curve = gain.curve(results.scale, results.all_rows, size)
-    ours = gain.of_length(results.scale, steps, MOEPP, size).name
-    return curve and gain.gain(curve, results.rows(ours))
+    names = {n: gain.of_length(results.scale, n, MOEPP, size).name for n in results.scale.lengths}
+    return {n: curve and gain.gain(curve, results.rows(name)) for n, name in names.items()}
 
 
 def _usual(scale: Scale) -> str:
@@ -195,7 +210,7 @@ def _times(results: Results) -> list[str]:
 def _gains(results: Results) -> list[str]:
     lines = []
     for size in results.scale.growing:
-        found = [_gain(results, size, steps) for steps in results.scale.lengths]
+        found = _gains_of(results, size).values()
         if any(found):
             lines.append([size, *("" if g is None else str(g) for g in found)])
     if not lines:

@@ -9,6 +9,7 @@ from moepp_jax.analysis import drawing
 from moepp_jax.experiments import gain, report, run, stats, study
 from moepp_jax.experiments.results import DIVERGED, file_of, write
 from moepp_jax.experiments.scale import VANILLA
+from moepp_jax.experiments.studies import scaling
 from moepp_jax.experiments.study import FAILS, HOLDS, MISSING, OPEN, Verdict
 from tests.experiments import small
 from tests.experiments.small import row
@@ -254,6 +255,18 @@ def test_a_gain_is_paired_by_seed():
     half = 4.302653 * math.log(3) / math.sqrt(3)
     assert low == pytest.approx(6 / math.exp(half)) and high == pytest.approx(6 * math.exp(half))
     assert str(gain_of(curve, {0: 9.0, 1: 0.5})) == "beyond the curve"
+
+
+@pytest.mark.parametrize(
+    ("bound", "above", "below"),
+    [("", HOLDS, FAILS), ("at least", HOLDS, OPEN), ("at most", OPEN, FAILS)],
+)
+def test_a_bound_of_a_gain_decides_on_its_side_alone(bound, above, below):
+    more = stats.mean([0.2, 0.21, 0.22])
+    less, open_ = more._replace(value=-more.value), stats.mean([-0.2, 0.2])
+    judged = [scaling.is_gained(gain.Gain(logs, bound))[0] for logs in (more, less, open_)]
+    assert judged == [above, below, OPEN]
+    assert scaling.is_gained(gain.Gain(more, "beyond the curve"))[0] == OPEN
 
 
 def test_a_curve_is_of_seeds_that_have_all_lengths():
