@@ -78,8 +78,8 @@ def test_it_runs_from_another_folder(installed, tmp_path):
     assert "step 2: held-out loss" in said, said
     said = moepp(installed, tmp_path, "generate", "--workdir=runs/x", "--prompt=the", "--seed=1")
     assert said.startswith("the") and "tokens/s" in said
-    said = moepp(installed, tmp_path, "experiments", "tau", "--list")
-    assert "tau 0.25" in said, said
+    said = moepp(installed, tmp_path, "experiments", "tau", "--list", "--seeds=2")
+    assert said.count("tau 0.25") == 2, said
     said = moepp(installed, tmp_path, "experiments", "reference")
     assert "error: the reference checkpoints are in tests/data of the repository" in said
 

@@ -276,6 +276,8 @@ def test_a_curve_is_of_seeds_that_have_all_lengths():
     # A longer run that ended worse does not make the loss of a shorter one dearer.
     bent = gain.curve(SCALE, curve_rows([8.0, 4.0, 5.0, 1.0], seeds=(0,)))
     assert bent.needed(0, 4.5) < 2e9
+    # 3 lies between 4, which the run of 4e9 could have had, and 1.
+    assert bent.needed(0, 3.0) == pytest.approx(4e9 * 2 ** (math.log(4 / 3) / math.log(4)))
 
 
 @pytest.mark.parametrize(

@@ -282,6 +282,11 @@ def test_lists(scale):
     assert re.search(r"1 +MoE\+\+ +0 +5.2500 +10 min", text)
     assert re.search(r"4 +MoE\+\+ +1 +10 min", text)
     assert "?" in said(lambda console: console.print(run.listed([of], scale, [])))
+    # With another number of seeds the numbers are those that --only takes with it.
+    text = said(lambda console: console.print(run.listed_runs(of, scale, rows, 3)))
+    assert len(re.findall(r"MoE\+\+ +[012] ", text)) == 3
+    text = said(lambda console: console.print(run.listed([of], scale, rows, 3)))
+    assert re.search(r"twins +Are twins alike\? +9 +2 ", text)
 
 
 @pytest.mark.parametrize("terminal", [False, True])
@@ -337,6 +342,10 @@ def test_times():
     assert board.seconds_of(one, [own, other]) == 50
     assert board.seconds_of(one, [other]) == pytest.approx(20)
     assert board.seconds_of(one, []) is None
+    # One that diverged before its first log has no work to go by.
+    none = small.row("c", seconds=1.0, nominal_flops=0.0)
+    assert board.seconds_of(one, [none, other]) == pytest.approx(20)
+    assert board.seconds_of(one, [none]) is None
 
 
 def test_again_trains_anew(tmp_path, monkeypatch, capsys):
