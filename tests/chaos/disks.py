@@ -13,7 +13,7 @@ import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
-from tests.chaos.room import Room, ended, require_one_line
+from tests.chaos.room import Room, ended, require_ended, require_one_line
 from tests.chaos.trial import Lost, Missed, Trial
 
 # Of what the whole run takes.
