@@ -117,6 +117,9 @@ def get_config() -> ConfigDict:
     t.eval_batches = 16  # batches of held-out text in such an evaluation; 0 is all of it
     t.save_every = 1000  # steps
     t.keep = 2  # newest checkpoints kept, beside the best
+    # A checkpoint that cannot be written: "stop" ends the run, "continue" warns, at each of them;
+    # the last one of a run ends it with an error in any case.
+    t.on_save_error = "stop"
     # A second copy of the state, on each host's own disk, for the steps between two checkpoints:
     # docs/PODS.md says when it is of use. {process} in it is the process's number; empty: none.
     t.local_dir = ""

@@ -12,6 +12,7 @@ there is no other, which is said, and refused `only_verified`.
 
 import contextlib
 import contextvars
+import errno
 import os
 import shutil
 import sys
@@ -66,7 +67,7 @@ class Checkpoints:
       handlers: orbax's registry of handlers, for `save_params`; by default its own.
 
     Raises:
-      CheckpointError: the folder cannot be read.
+      CheckpointError: the folder cannot be read, or something else is in its place.
     """
 
     def __init__(self, workdir: str | os.PathLike, keep: int, handlers: Any = None):
@@ -77,24 +78,42 @@ class Checkpoints:
         self._intact: dict[int, frozenset[str]] = {}  # items that were verified here
         self._saving: int | None = None
         self._bytes = 0  # that it takes at most, of this process
+        self._failure: Exception | None = None  # why this process has not written its part
+        self._is_summed = handlers is None  # by each process, as it is written
+        self._barrier = summed.Barrier()
         self._policy = NewestAndBest(keep)
+        self._require_folder()
         try:
             self._manager = _Manager(
                 self._folder,
-                handler_registry=handlers or summed.handlers(_ARRAYS, self._sum_own),
+                handler_registry=handlers
+                or summed.handlers(_ARRAYS, self._sum_own, self._hear_of_failure),
                 options=ocp.CheckpointManagerOptions(
                     create=False,
                     save_root_metadata=False,
                     preservation_policy=self._policy,
                     async_options=ocp.AsyncOptions(
-                        post_finalization_callback=self._write_checksums
+                        post_finalization_callback=self._commit,
+                        barrier_sync_fn=self._barrier,
                     ),
                 ),
             )
-        except OSError as error:
+        except (OSError, RecursionError) as error:  # the latter of JSON that is too deep
             raise CheckpointError(f"{self._folder} cannot be read: {reason(error)}") from error
         for step in self.steps():
             self._policy.note(step, _metrics(self._folder / str(step)))
+
+    def _require_folder(self) -> None:
+        """Steps that only seem not to be there must not be replaced by a new beginning."""
+        if not is_local(self._folder) or self._folder.is_dir():
+            return
+        if self._folder.is_symlink():
+            raise CheckpointError(
+                f"{self._folder} is a link to {os.readlink(self._folder)}, which is no folder: "
+                "mount the disk where the checkpoints are, or remove the link to start anew"
+            )
+        if self._folder.exists():
+            raise CheckpointError(f"{self._folder} is no folder: a run keeps its checkpoints there")
 
     def save(self, step: int, state: Any, metrics: Mapping[str, Any] | None = None) -> None:
         """Starts to save a step; a step that is there already, and not damaged, stays as it is.
@@ -112,7 +131,7 @@ class Checkpoints:
         meta = {"metrics": metrics, "shapes": _shapes(items)}
         self._saving, self._bytes = step, _bytes_here(items)
         self._intact.pop(step, None)
-        self._remove_leftover()
+        self._remove_leftovers()
         self._policy.note(step, metrics)
         with self._telling():
             self._manager.save(
@@ -255,7 +274,19 @@ class Checkpoints:
           SaveError: what is being saved cannot be written.
         """
         with self._telling():
-            self._manager.wait_until_finished()
+            failed = None
+            try:
+                self._manager.wait_until_finished()
+            except Exception as error:
+                failed = error
+            # Of both this is the cause, and in a process that is not the first it is alone.
+            failed, self._failure = self._failure or failed, None
+            if failed is not None:
+                raise failed
+
+    def look_again(self) -> None:
+        """At which steps there are, where another process may have failed to save one."""
+        self._manager.reload()
 
     @contextlib.contextmanager
     def _telling(self) -> Iterator[None]:
@@ -269,7 +300,7 @@ class Checkpoints:
             self._manager.reload()  # orbax forgot the steps that the save was to replace
             if self._is_saved_but_for_others(error):
                 return
-            self._remove_leftover()
+            self._remove_leftovers()
             there = ", ".join(map(str, self.steps()))
             kept = f"steps {there} are kept" if there else "there is no other one"
             raise SaveError(
@@ -396,15 +427,16 @@ class Checkpoints:
             self._intact[step] = items | self._intact.get(step, frozenset())
         return found
 
-    def _remove_leftover(self) -> None:
-        """What a process that was killed while it saved this step left of it."""
-        folder = self._folder / f"{self._saving}{ocp.path.atomicity.TMP_DIR_SUFFIX}"
-        if not is_local(folder) or jax.process_index() != 0:
+    def _remove_leftovers(self) -> None:
+        """What saves that failed or were killed have left, while nothing is being saved."""
+        if not is_local(self._folder) or jax.process_index() != 0 or not self._folder.is_dir():
             return
         for _ in range(_REMOVALS):  # threads of a save that has failed may still write there
-            shutil.rmtree(folder, ignore_errors=True)
-            if not folder.exists():
+            left = [*self._folder.glob(f"*{ocp.path.atomicity.TMP_DIR_SUFFIX}")]
+            if not left:
                 break
+            for folder in left:
+                shutil.rmtree(folder, ignore_errors=True)
             time.sleep(0.1)
 
     def _sum_own(self, item: str) -> None:
@@ -415,9 +447,26 @@ class Checkpoints:
         name = f"ocdbt.process_{process}"
         checksums.write_own(folder, f"{item}.{process}", written / name, f"{item}/{name}")
 
-    def _write_checksums(self) -> None:
+    def _hear_of_failure(self, error: Exception) -> None:
+        self._failure = self._failure or error
+
+    def _commit(self) -> None:
         """Called by orbax on process 0 when all is written, before the folder gets its name."""
-        checksums.write(self._being_saved(), _ITEMS)
+        try:
+            self._write_checksums()
+        except Exception:
+            self._barrier.leave()
+            raise
+
+    def _write_checksums(self) -> None:
+        if self._failure is not None:
+            raise self._failure
+        of = jax.process_count() if self._is_summed else 0
+        writers = [f"{item}.{process}" for item in _ARRAYS for process in range(of)]
+        try:
+            checksums.write(self._being_saved(), _ITEMS, writers)
+        except FileNotFoundError as error:
+            raise OSError(errno.EIO, f"not every process has written its part ({error})") from error
 
     def _being_saved(self) -> AnyPath:
         folder = self._folder / f"{self._saving}{ocp.path.atomicity.TMP_DIR_SUFFIX}"

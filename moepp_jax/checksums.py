@@ -8,7 +8,6 @@ whole file in its place, which is compared as ever.
 import functools
 import hashlib
 import json
-import re
 from collections.abc import Callable, Collection, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import PurePosixPath
@@ -28,26 +27,34 @@ _PART = 64 * 2**20
 _CHUNK = 2**20
 
 # What one process has summed up, until all of it is in `_FILE`.
-_OWN = re.compile(r"checksums\.[\w.]+\.json")
+_OWN = "checksums.{}.json"
 
 
 def write_own(folder: AnyPath, who: str, own: AnyPath, name: str) -> None:
     """Sums up every file of another folder, for `write` to collect.
 
     Args:
-      who: tells such writers apart: letters, digits and dots.
+      who: tells such writers apart.
       own: where the files lie by now.
       name: what will be its path in the folder.
     """
     sums = summed(own, [file.relative_to(own).as_posix() for file in files_below(own)])
     named = {f"{name}/{file}": of_file for file, of_file in sums.items()}
-    write_atomic(folder / f"checksums.{who}.json", json.dumps(named))
+    write_atomic(folder / _OWN.format(who), json.dumps(named))
 
 
-def write(folder: AnyPath, items: Iterable[str]) -> None:
-    """Sums up every file in these folders of the folder that `write_own` did not."""
+def write(folder: AnyPath, items: Iterable[str], writers: Collection[str] = ()) -> None:
+    """Sums up every file in these folders of the folder that `write_own` did not.
+
+    Args:
+      writers: who has called that.
+
+    Raises:
+      FileNotFoundError: one of them has not.
+    """
     with ThreadPoolExecutor() as pool:
-        own = [file for file in folder.iterdir() if _OWN.fullmatch(file.name)]
+        # By name: a listing may lack what another machine has just written.
+        own = [folder / _OWN.format(who) for who in writers]
         sums = {}
         for text in pool.map(lambda file: file.read_text(encoding="utf-8"), own):
             sums |= json.loads(text)

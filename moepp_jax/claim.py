@@ -22,7 +22,7 @@ class TakenError(Exception):
       holder: of the lock, in words.
     """
 
-    def __init__(self, file: Path, holder: str):
+    def __init__(self, file: os.PathLike, holder: str):
         super().__init__(f"{file}: {holder} has it")
         self.holder = holder
 

@@ -139,6 +139,7 @@ class TrainConfig:
     eval_batches: int
     save_every: int
     keep: int
+    on_save_error: str
     local_dir: str
     local_every: int
     on_nonfinite: str
@@ -329,7 +330,10 @@ def _build_all(cls: type, groups: Any, prefix: str) -> Named:
 
 def _typed(name: str, value: Any, kind: type) -> Any:
     if kind is float and type(value) is int:
-        value = float(value)
+        try:
+            value = float(value)
+        except OverflowError:
+            raise ConfigError(f"{name} is a number above 1e308, and must be finite") from None
     if type(value) is not kind:
         raise ConfigError(f"{name} = {value!r} must be of type {kind.__name__}")
     if kind is str and value.startswith("~"):

@@ -28,6 +28,7 @@ _LATER = {
     "optim.schedule": "cosine",
     "optim.decay_steps": 0,
     "train.first_batch": 0,
+    "train.on_save_error": "stop",
     "train.local_dir": "",
     "train.local_every": 100,
     "train.on_nonfinite": "stop",

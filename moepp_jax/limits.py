@@ -22,6 +22,7 @@ CHOICES = {
     "moe.dispatch": ("capacity", "dropless"),
     "moe.eval_dispatch": ("capacity", "dropless"),
     "optim.schedule": ("cosine", "linear", "constant"),
+    "train.on_save_error": ("stop", "continue"),
     "train.on_nonfinite": ("stop", "skip"),
 }
 

@@ -30,7 +30,7 @@ import numpy as np
 
 from moepp_jax import parts, regular
 from moepp_jax.errors import ConfigError
-from moepp_jax.storage import AnyPath, Staging, open_path, write_atomic, writing
+from moepp_jax.storage import AnyPath, Staging, open_path, reason, write_atomic, writing
 from moepp_jax.tensorboard import Events
 
 _FILE = parts.FILE
@@ -65,20 +65,25 @@ class MetricsWriter:
     had a line which is none is kept beside the new one, as metrics.jsonl.damaged.
 
     Under an object store rows appear there some time later, at once with `flush` and `close`; in
-    parts (`parts`), so that what was written there before is not written again.
+    parts (`parts`), so that what was written there before is not written again. A store that fails
+    in between is told of, and tried again.
 
     Args:
       workdir: the run's folder.
       resume_step: the step that the run goes on from, -1 for its start. Later rows are dropped, as
         they will be written again; with None every row is kept.
-      report: told, in one line each, of rows that are lost and of events that cannot be written.
+      reach: the last step that can have been logged since then; where there are later ones, the
+        checkpoints of these are gone, and the file as it was is kept beside, too.
+      report: told, in one line each, of rows that are lost and of what cannot be written.
+      patient: rows that a disk does not take wait until it does, or until `flush` or `close`.
 
     Attributes:
       staging: of the run's folder, where the rows grow.
       seconds_so_far: that the training of the rows which were kept took.
 
     Raises:
-      ConfigError: the file cannot be read or written.
+      UnwritableError: the file cannot be written.
+      ConfigError: it cannot be read.
     """
 
     def __init__(
@@ -86,14 +91,25 @@ class MetricsWriter:
         workdir: str | os.PathLike,
         resume_step: int | None = None,
         report: Callable[[str], Any] = print,
+        patient: bool = False,
+        reach: int | float = math.inf,
     ):
+        self._report, self._patient = report, patient
+        self._troubled = False
+        self._owed = b""  # rows that the file has not taken yet
         self._name = open_path(workdir) / _FILE
         with self._writing():
             self.staging = Staging(workdir)
             file = fetch(self.staging, workdir)
             mended = any(row is None for _, row in _lines(file)) if file.exists() else False
+            if file.exists() and _newest(file) > reach:
+                kept = _keep_beside(file, workdir, f"{_FILE}.before")
+                report(
+                    f"{self._name} goes on to step {_newest(file)}, and no checkpoint is there of "
+                    f"one after {resume_step}; the file as it was is {kept} now"
+                )
             rows = _repair(file, math.inf if resume_step is None else resume_step, workdir, report)
-            self._file = file.open("a", encoding="utf-8")
+            self._file = file.open("ab", buffering=0)
             if self.staging.copies:
                 last = max((row["step"] for row in rows), default=-1)
                 start = last if resume_step is None else resume_step
@@ -107,16 +123,22 @@ class MetricsWriter:
         """One row. Values are numbers or arrays of them: of Python, numpy, or on JAX's host."""
         values = {name: np.asarray(value).tolist() for name, value in values.items()}
         row = {"step": step} | {name: finite(value) for name, value in values.items()}
-        with self._writing():
-            self._file.write(json.dumps(row, allow_nan=False) + "\n")
-            self._file.flush()
+        self._owed += (json.dumps(row, allow_nan=False) + "\n").encode()
+        if not self._patient:
+            with self._writing():
+                self._pay()
         for name, value in values.items():
             for tag, number in series(name, value):
                 self._events.add(tag, number, step)
-        with self._writing():
+        with self._trying():
+            self._pay()
             self.staging.copy()
             if self.staging.copies:
                 self._begin_another(step)
+
+    def _pay(self) -> None:
+        while self._owed:  # of a disk that is nearly full a part may fit
+            self._owed = self._owed[self._file.write(self._owed) :]
 
     def _begin_another(self, step: int) -> None:
         """Where this part is large."""
@@ -127,17 +149,23 @@ class MetricsWriter:
             _grow(self.staging, part)
 
     def flush(self) -> None:
-        """Puts the rows so far where they are safe."""
+        """Puts the rows so far where they are safe.
+
+        Raises:
+          UnwritableError: that cannot be done.
+        """
         self._events.flush()
         with self._writing():
+            self._pay()
             self.staging.copy(now=True)
 
     def close(self) -> None:
         self._events.close()
         with self._writing():
             try:
-                self._file.close()  # which writes again what could not be written
+                self._pay()
             finally:
+                self._file.close()
                 self.staging.close()
 
     def _writing(self) -> contextlib.AbstractContextManager[None]:
@@ -146,6 +174,20 @@ class MetricsWriter:
             "the run ends here, its checkpoints are kept, and the same command goes on when that "
             "is mended",
         )
+
+    @contextlib.contextmanager
+    def _trying(self) -> Iterator[None]:
+        """What goes wrong is told, once until all is well again."""
+        try:
+            yield
+            self._troubled = False
+        except OSError as error:
+            if not self._troubled:
+                self._report(
+                    f"warning: {self._name} cannot be written: {reason(error)}; its rows wait, and "
+                    "it is tried again"
+                )
+            self._troubled = True
 
     def __enter__(self) -> "MetricsWriter":
         return self
@@ -262,8 +304,7 @@ def _repair(
         return []
     lines = _lines(file)
     if any(row is None for _, row in lines[:-1]):
-        kept = _beside(open_path(workdir))
-        write_atomic(file.with_name(kept), file.read_bytes())
+        kept = _keep_beside(file, workdir, f"{_FILE}.damaged")
         report(f"{open_path(workdir) / _FILE}: {_lost(lines)}; the file as it was is {kept} now")
     rows = _each_once([row for _, row in lines if row is not None and row["step"] <= last_step])
     text = "".join(json.dumps(row) + "\n" for row in rows)
@@ -278,11 +319,18 @@ def _each_once(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [row for row in rows if last[row["step"], "eval_loss" in row] is row]
 
 
-def _beside(folder: AnyPath) -> str:
-    """A name for a damaged file that no other has."""
+def _keep_beside(file: AnyPath, workdir: str | os.PathLike, name: str) -> str:
+    """Keeps a copy under this name, or with a number if that is taken; the name."""
     numbers = (f".{number}" if number > 1 else "" for number in itertools.count(1))
-    names = (f"{_FILE}.damaged{number}" for number in numbers)
-    return next(name for name in names if not (folder / name).exists())
+    names = (f"{name}{number}" for number in numbers)
+    kept = next(name for name in names if not (open_path(workdir) / name).exists())
+    write_atomic(file.with_name(kept), file.read_bytes())
+    return kept
+
+
+def _newest(file: AnyPath) -> int:
+    """The last step that has a row; -1 if none has."""
+    return max((row["step"] for _, row in _lines(file) if row is not None), default=-1)
 
 
 def _lost(lines: list[tuple[str, dict[str, Any] | None]]) -> str:

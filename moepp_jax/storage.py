@@ -19,6 +19,19 @@ from etils import epath
 
 from moepp_jax.errors import ConfigError
 
+
+class UnwritableError(ConfigError):
+    """Something cannot be written now.
+
+    Attributes:
+      told: what, and why; the message says what to do about it, too.
+    """
+
+    def __init__(self, told: str, remedy: str):
+        super().__init__(f"{told}; {remedy}")
+        self.told = told
+
+
 STORES = {"gs": "gcsfs", "s3": "s3fs"}  # scheme: the package that reads it
 
 # Seconds between two copies of a file that grows to an object store.
@@ -95,7 +108,8 @@ def write_atomic(file: AnyPath, content: str | bytes) -> None:
     """
     content = content.encode() if isinstance(content, str) else content
     if not is_local(file):
-        file.write_bytes(content)  # an object appears when it is whole
+        with in_store(file):
+            file.write_bytes(content)  # an object appears when it is whole
         return
     temporary = file.with_name(f".{file.name}.{uuid.uuid4().hex}.tmp")
     try:
@@ -105,6 +119,18 @@ def write_atomic(file: AnyPath, content: str | bytes) -> None:
         raise OSError(error.errno, error.strerror or str(error), str(file)) from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def in_store(file: AnyPath) -> Iterator[None]:
+    """Has what goes wrong there be an OSError: stores' packages raise errors of their own too."""
+    try:
+        yield
+    except (OSError, ValueError):  # and of what was read
+        raise
+    except Exception as error:
+        said = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        raise OSError(errno.EIO, said, str(file)) from error
 
 
 def _read_from(file: Path, offset: int) -> bytes:
@@ -142,12 +168,12 @@ def writing(what: str, remedy: str) -> Iterator[None]:
     """Has an error of the system name what cannot be written, and what to do about it.
 
     Raises:
-      ConfigError: there was one.
+      UnwritableError: there was one.
     """
     try:
         yield
     except OSError as error:
-        raise ConfigError(f"{what} cannot be written: {reason(error)}; {remedy}") from error
+        raise UnwritableError(f"{what} cannot be written: {reason(error)}", remedy) from error
 
 
 def size(file: AnyPath) -> int:
@@ -196,14 +222,21 @@ class Staging:
     def fetch(self, name: str) -> Path:
         """The local file of this name, with what `target` has of it."""
         file = self.folder / name
-        if self._remote and (self._target / name).exists():
-            file.write_bytes((self._target / name).read_bytes())
+        if self._remote:
+            with in_store(self._target / name):
+                if (self._target / name).exists():
+                    file.write_bytes((self._target / name).read_bytes())
         return file
 
     def copy(self, now: bool = False) -> None:
-        """Brings `target` up to date, if it was not just done or must be done now."""
+        """Brings `target` up to date, if it was not just tried or must be done now.
+
+        Raises:
+          OSError: that is not possible now; a later call tries it again.
+        """
         if not self._remote or not (now or time.monotonic() - self._last >= _COPY_EVERY):
             return
+        self._last = time.monotonic()
         for file in files_below(self.folder):
             try:
                 stat = file.stat()
@@ -215,10 +248,10 @@ class Staging:
                 continue  # another process that writes here has renamed it
             if content is not None and not _is_half(file) and (content or not offset):
                 target = self._target / name
-                target.parent.mkdir(parents=True, exist_ok=True)
-                target.write_bytes(content)
+                with in_store(target):
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                    target.write_bytes(content)
                 self._copied[file] = state
-        self._last = time.monotonic()
 
     def close(self) -> None:
         self.copy(now=True)

@@ -29,6 +29,7 @@ from moepp_jax.moe import rules
 from moepp_jax.parent import Parent
 from moepp_jax.profiling import Profile
 from moepp_jax.progress import Progress
+from moepp_jax.saving import Saver
 from moepp_jax.storage import open_path
 from moepp_jax.workdir import alone, check_workdir, holds_run, open_workdir, read_config
 
@@ -85,8 +86,9 @@ def train(
     processes.on_first(lambda: wandb_log.check(workdir, wandb))
     with contextlib.ExitStack() as held:
 
+        @functools.cache
         def hold() -> None:
-            held.enter_context(alone(workdir))
+            held.enter_context(alone(workdir, report))
 
         # Before checkpoints are opened, which tidies up; a new folder is not there yet.
         processes.on_first(lambda: holds_run(workdir) and hold())
@@ -97,7 +99,7 @@ def train(
         copies = LocalCopies(parts, workdir)
         state, step = _beginning(parts, checkpoints, copies, parent, report)
         processes.on_first(lambda: _make(config, workdir, dataset, parent, step, report))
-        processes.on_first(hold)  # once more is as good as once
+        processes.on_first(hold)
         report(describe(dataset, config.train.steps))
         report(f"{_headline(config, mesh, step)}; {_next(config, workdir, step)}")
         if step >= config.train.steps:
@@ -108,9 +110,10 @@ def train(
         copies.begin()
         with contextlib.ExitStack() as stack:
             tracer = stack.enter_context(Profile(workdir, profile, config.train.steps - step))
+            saver = Saver(checkpoints, config.train.on_save_error, report)
             writer = progress = None
             if first:
-                writer = stack.enter_context(MetricsWriter(workdir, step, report))
+                writer = stack.enter_context(_writer(config, workdir, step, report))
                 stack.enter_context(wandb_log.following(wandb, workdir, writer.staging, report))
             # Left before what is sent last: a signal may then end the wait, all is saved.
             stop = stack.enter_context(StopRequest())
@@ -127,7 +130,7 @@ def train(
                     dataset,
                     state,
                     step,
-                    _Beside(checkpoints, copies, log, tracer, stop, watched),
+                    _Beside(saver, copies, log, tracer, stop, watched),
                 )
             except DivergedError as error:
                 with watched.phase("save"):
@@ -194,6 +197,13 @@ def _make(config: Config, workdir: str | os.PathLike, dataset: Dataset, parent, 
         report(optim.change(before, config, step))
 
 
+def _writer(config: Config, workdir: str | os.PathLike, step: int, report) -> MetricsWriter:
+    t = config.train
+    # Two intervals: the save after the first may not have been whole yet when the run ended.
+    reach = step + 2 * t.save_every
+    return MetricsWriter(workdir, step, report, t.on_save_error == "continue", reach)
+
+
 def _in_silence(line: str) -> None:
     """What another process reports already."""
 
@@ -201,7 +211,7 @@ def _in_silence(line: str) -> None:
 class _Beside(NamedTuple):
     """What is looked after between the steps."""
 
-    checkpoints: Checkpoints
+    saver: Saver
     copies: LocalCopies
     log: Log
     tracer: Profile
@@ -210,7 +220,7 @@ class _Beside(NamedTuple):
 
 
 def _loop(parts, train_step, dataset: Dataset, state, step, beside: _Beside):
-    checkpoints, copies, log, tracer, stop, watched = beside
+    saver, copies, log, tracer, stop, watched = beside
     t = parts.config.train
     evaluate = evaluate_lib.make_evaluate(parts)
     evaluate = functools.partial(evaluate, through=watched.waited_for)
@@ -243,16 +253,14 @@ def _loop(parts, train_step, dataset: Dataset, state, step, beside: _Beside):
             with log.paused(state), watched.phase("save"):
                 values = jax.device_get(metrics)
                 require_sound(t, step, values, values["guard"])
-                log.keep()
-                if copied:
+                kept = saver.keeps(log.keep, last)
+                if copied and kept:
                     copies.save(step, state)
-                if saved:
+                if saved and kept:
                     loss = {k: v for k, v in held_out.items() if k == "eval_loss"}
-                    checkpoints.save(step, state, loss)
+                    saver.save(step, state, loss, last)
         if last:
             break
-    with watched.phase("save"):
-        checkpoints.wait()
     copies.close()
     return state, step
 

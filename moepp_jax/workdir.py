@@ -21,7 +21,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from moepp_jax import alike, claim, earlier, regular, seal
+from moepp_jax import alike, claim, earlier, lease, regular, seal
 from moepp_jax.config import Config, differences
 from moepp_jax.errors import ConfigError
 from moepp_jax.special_tokens import GENERATION, SETTINGS
@@ -35,7 +35,7 @@ _BEFORE = (*TOKENIZERS, SETTINGS, GENERATION, DATA)
 
 _CONFIG = "config.json"
 _METRICS = "metrics.jsonl"
-_LOCK = ".train.lock"
+_LOCK, _LEASE = ".train.lock", ".train.lease"
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 # Fields (or groups, with the dot) that may change between runs: they say where, how often and on
@@ -53,6 +53,7 @@ _FREE = (
     "train.eval_batches",
     "train.save_every",
     "train.keep",
+    "train.on_save_error",
     "train.local_dir",
     "train.local_every",
     "train.on_nonfinite",  # a run that has diverged may go on without the batch that it was
@@ -143,31 +144,42 @@ def _written(config: Config, folder: AnyPath) -> str:
 
 
 @contextlib.contextmanager
-def alone(path: str | os.PathLike) -> Iterator[None]:
-    """This process is the only one that trains in a local folder while the context lasts.
+def alone(path: str | os.PathLike, report: Callable[[str], Any] = print) -> Iterator[None]:
+    """This process is the only one that trains in a folder while the context lasts.
 
-    What dies lets go of it, however it dies. A disk that knows no locks, or an object store, keeps
-    nobody out.
+    What dies lets go of it, however it dies: at once on a disk, and in an object store, or on a
+    disk that knows no locks, for others after some time (`lease`).
+
+    Args:
+      report: told that others may be waited for.
 
     Raises:
       ConfigError: another process trains there; or the folder cannot be written.
     """
     folder = open_path(path)
-    if not is_local(folder):
-        yield
-        return
     with contextlib.ExitStack() as held:
         try:
-            held.enter_context(claim.claimed(folder / _LOCK, leave=False))
+            if not is_local(folder) or not _is_locked(folder, held):
+                held.enter_context(lease.held(folder / _LEASE, report))
         except claim.TakenError as error:
             raise ConfigError(
                 f"workdir {folder}: {error.holder}, trains there: wait for it, stop it, or give "
                 "another --workdir"
             ) from error
         except OSError as error:
-            if error.errno not in _NO_LOCKS:
-                raise ConfigError(f"workdir {folder} cannot be written: {error}") from error
+            raise ConfigError(f"workdir {folder} cannot be written: {error}") from error
         yield
+
+
+def _is_locked(folder: AnyPath, held: contextlib.ExitStack) -> bool:
+    """Whether a lock is held now; it is not where the disk knows none."""
+    try:
+        held.enter_context(claim.claimed(folder / _LOCK, leave=False))
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+        return False
+    return True
 
 
 def holds_run(path: str | os.PathLike) -> bool:

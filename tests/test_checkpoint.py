@@ -330,6 +330,29 @@ def test_a_folder_with_nothing_in_it_is_a_damaged_step(tmp_path, left):
         assert checkpoints.steps() == [10, 11]
 
 
+def test_a_disk_that_is_not_mounted_is_no_new_beginning(tmp_path):
+    _save(tmp_path, 10)
+    disk = tmp_path / "disk"
+    (tmp_path / "checkpoints").rename(disk)
+    (tmp_path / "checkpoints").symlink_to(disk, target_is_directory=True)
+    with Checkpoints(tmp_path, 2) as checkpoints:
+        assert checkpoints.steps() == [10]
+    disk.rename(tmp_path / "away")
+    with pytest.raises(CheckpointError, match=rf"checkpoints is a link to {disk}, which is no fol"):
+        Checkpoints(tmp_path, 2)
+    (tmp_path / "checkpoints").unlink()
+    (tmp_path / "checkpoints").write_text("")
+    with pytest.raises(CheckpointError, match=r"checkpoints is no folder: a run keeps its"):
+        Checkpoints(tmp_path, 2)
+
+
+def test_what_orbax_notes_of_a_step_may_be_anything(tmp_path):
+    _save(tmp_path, 10)
+    (tmp_path / "checkpoints" / "10" / "_CHECKPOINT_METADATA").write_text("[" * 100_000)
+    with pytest.raises(CheckpointError, match="checkpoints cannot be read: maximum recursion"):
+        Checkpoints(tmp_path, 2)
+
+
 def test_an_old_step_that_cannot_be_removed_ends_no_run(tmp_path, capsys):
     with Checkpoints(tmp_path, 1) as checkpoints:
         checkpoints.save(1, _state())

@@ -89,7 +89,11 @@ def test_what_was_summed_up_before_is_collected_and_not_read_again(tmp_path, mon
     read = []
     real = checksums._xxh3
     monkeypatch.setattr(checksums, "_xxh3", lambda *a: read.append(a[2].name) or real(*a))
-    checksums.write(tmp_path, ["params", "rest"])
+    writers = [f"{item}.{process}" for item in ("params", "rest") for process in "01"]
+    with pytest.raises(FileNotFoundError, match=r"checksums\.rest\.2\.json"):
+        checksums.write(tmp_path, ["params", "rest"], [*writers, "rest.2"])
+    assert not (tmp_path / "checksums.json").exists() and not read
+    checksums.write(tmp_path, ["params", "rest"], [*writers, "gone"])
     assert read == ["b"]
     assert [entry.name for entry in storage.files_below(tmp_path) if "sums" in entry.name] == [
         "checksums.json"

@@ -144,7 +144,7 @@ def test_a_file_that_cannot_be_written_is_one_error(tmp_path):
 
 
 def test_a_disk_that_fills_up_ends_the_run_with_one_error(tmp_path, monkeypatch):
-    full = open("/dev/full", "a")  # noqa: SIM115
+    full = open("/dev/full", "ab", buffering=0)  # noqa: SIM115
     metrics = MetricsWriter(tmp_path, 1)
     metrics._file.close()
     metrics._file = full
@@ -152,6 +152,43 @@ def test_a_disk_that_fills_up_ends_the_run_with_one_error(tmp_path, monkeypatch)
         metrics.write(2, loss=1.0)
     with pytest.raises(ConfigError, match=r"metrics.jsonl cannot be written: No space left on dev"):
         metrics.close()
+
+
+def test_rows_wait_for_a_disk_that_is_full_for_a_while(tmp_path):
+    said = []
+    with MetricsWriter(tmp_path, 0, said.append, patient=True) as metrics:
+        metrics.write(1, loss=1.0)
+        file = metrics._file
+        for step in (2, 20):
+            with open("/dev/full", "ab", buffering=0) as metrics._file:
+                metrics.write(step, loss=1.0)
+                metrics.write(step + 1, loss=1.0)
+                with pytest.raises(ConfigError, match=r"metrics.jsonl cannot be written: No sp"):
+                    metrics.flush()
+            metrics._file = file
+            metrics.write(step + 2, loss=1.0)
+    assert said == 2 * [
+        f"warning: {tmp_path / 'metrics.jsonl'} cannot be written: No space left on device; its "
+        "rows wait, and it is tried again"
+    ]
+    assert _steps(tmp_path) == [1, 2, 3, 4, 20, 21, 22]
+
+
+def test_rows_of_checkpoints_that_are_gone_are_kept_beside(tmp_path):
+    with MetricsWriter(tmp_path) as metrics:
+        for step in (1, 5, 9):
+            metrics.write(step, loss=1.0)
+    file, said = tmp_path / "metrics.jsonl", []
+    before = file.read_bytes()
+    for reach in (9, 8):  # as far as it can have come, and too far
+        file.write_bytes(before)
+        with MetricsWriter(tmp_path, 1, said.append, reach=reach):
+            assert _steps(tmp_path) == [1]
+    assert said == [
+        f"{file} goes on to step 9, and no checkpoint is there of one after 1; the file as it was "
+        "is metrics.jsonl.before now"
+    ]
+    assert (tmp_path / "metrics.jsonl.before").read_bytes() == before
 
 
 @pytest.mark.parametrize("when", ["at first", "later"])

@@ -7,13 +7,13 @@ import pytest
 import xxhash
 from fsspec.implementations.memory import MemoryFileSystem
 
-from moepp_jax import checksums, parts, run_data, storage
+from moepp_jax import checksums, lease, parts, run_data, storage
 from moepp_jax import parent as parents
 from moepp_jax.data import Tokenizer, prepare
 from moepp_jax.errors import ConfigError
 from moepp_jax.metrics import MetricsWriter, read_metrics
 from moepp_jax.storage import Staging, open_path, write_atomic
-from moepp_jax.workdir import keep_tokenizer, open_workdir, read_config, tokenizer_file
+from moepp_jax.workdir import alone, keep_tokenizer, open_workdir, read_config, tokenizer_file
 from tests import tiny
 
 
@@ -55,6 +55,17 @@ def test_a_run_in_a_bucket_is_made_once_and_refused_to_others(bucket):
         open_workdir(bucket, tiny.config(**{"moe.rule.tau": 0.5}))
     with pytest.raises(ConfigError, match=r"s3://bucket/runs/b is no folder"):
         read_config("s3://bucket/runs/b")
+
+
+def test_one_process_trains_in_a_bucket(bucket, monkeypatch):
+    monkeypatch.setattr(lease, "SETTLED", 0.0)
+    monkeypatch.setattr(lease, "RENEWED", 0.05)
+    with alone(bucket):
+        assert objects().keys() == {".train.lease"}
+        monkeypatch.setattr(lease, "_is_dead_here", lambda found: False)  # it is of this process
+        with pytest.raises(ConfigError, match=rf"workdir {bucket}: process \d+ of .* trains there"):
+            alone(bucket, lambda line: None).__enter__()
+    assert not objects()
 
 
 def test_a_bucket_keeps_the_tokenizer(bucket):
@@ -105,6 +116,35 @@ def test_metrics_are_in_the_bucket_when_they_must_be_and_go_on_there(bucket, mon
 
 def steps(workdir):
     return [row["step"] for row in read_metrics(workdir)]
+
+
+class TooManyRequestsError(Exception):
+    """As packages of stores raise them: no OSError."""
+
+
+def test_a_store_that_fails_for_a_while_ends_nothing_between_checkpoints(bucket, monkeypatch):
+    def fail(*_, **__):
+        raise TooManyRequestsError("429, try again\nlater")
+
+    said, clock = [], iter(range(0, 9000, 40))
+    monkeypatch.setattr(storage.time, "monotonic", lambda: next(clock))
+    with MetricsWriter(bucket, -1, said.append) as metrics:
+        metrics.write(1, loss=1.0)
+        with monkeypatch.context() as patch:
+            patch.setattr(InMemory, "pipe_file", fail)
+            patch.setattr(InMemory, "_open", fail)
+            metrics.write(2, loss=1.0)
+            metrics.write(3, loss=1.0)
+            with pytest.raises(ConfigError, match=r"metrics.jsonl cannot be written: TooManyReq"):
+                metrics.flush()
+        assert steps(bucket) == [1]
+        metrics.write(4, loss=1.0)
+        assert steps(bucket) == [1, 2, 3, 4]
+    (line,) = said
+    assert line.startswith(
+        f"warning: {bucket}/metrics.jsonl cannot be written: TooManyRequestsError: 4"
+    )
+    assert "\n" not in line and line.endswith("its rows wait, and it is tried again")
 
 
 def test_a_resume_in_a_bucket_writes_what_is_new_alone(bucket):

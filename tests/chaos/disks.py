@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import re
 import resource
 import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
+from tests.chaos import recipe
 from tests.chaos.room import Room, ended, require_ended, require_one_line
 from tests.chaos.trial import Lost, Missed, Trial
 
@@ -30,6 +32,9 @@ def trials(room: Room, kills: int, seed: int) -> Iterator[Trial]:
     for share in SHARES:
         fault = functools.partial(_small_files, room, share)
         yield Trial("files may not grow (RLIMIT_FSIZE)", f"{share:.0%} of the largest", fault)
+    for kind in ("bytes", "files"):
+        fault = functools.partial(_goes_on, room, kind)
+        yield Trial("disk full, and the run is to go on", f"no {kind} more fit", fault)
     for share in (0.05, 0.5):
         fault = functools.partial(_data_on_full_disk, room, share)
         yield Trial("disk full while data are prepared", f"{share:.0%} of it fits", fault)
@@ -101,6 +106,30 @@ def _require_stopped(process: subprocess.Popen, run: Path) -> None:
     half = [file for file in run.rglob("*") if file.name.endswith(("-tmp", ".tmp"))]
     if half:
         raise Lost(f"left {half[0].relative_to(run)} behind")
+
+
+def _goes_on(room: Room, kind: str, folder: Path) -> None:
+    """Checkpoints on a disk that has room for the first one alone, until the run has ended."""
+    run, flags = folder / "run", ("--config.train.on_save_error=continue",)
+    room.interrupted(run)
+    with disk(folder / "disk", size="1g") as there:
+        kept = run / "checkpoints"
+        shutil.copytree(kept / str(recipe.SAVE_EVERY), there / str(recipe.SAVE_EVERY))
+        shutil.rmtree(kept)
+        kept.symlink_to(there, target_is_directory=True)
+        limits = {"bytes": f"size={_size(there) + 8192}", "files": f"nr_inodes={_files(there) + 4}"}
+        _remount(there, limits[kind])
+        said = ended(room.start(run, *flags, "--config.train.save_every=3"))
+        require_one_line(said)
+        warned = re.findall(r"^warning: checkpoint (\d+) .* cannot be saved", said.out, re.M)
+        if warned != [str(step) for step in range(6, recipe.STEPS, 3)]:
+            raise Lost(f"did not warn at each checkpoint and go on: {said.out[-900:]}")
+        _remount(there, "size=1g,nr_inodes=100000")
+        room.require_resumed(run, *flags)
+
+
+def _files(folder: Path) -> int:
+    return len([*folder.rglob("*")])
 
 
 def _data_on_full_disk(room: Room, share: float, folder: Path) -> None:

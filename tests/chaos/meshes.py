@@ -6,7 +6,6 @@ import functools
 import itertools
 import json
 import re
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -68,8 +67,6 @@ for run in sorted(folder.glob("*/*")):
         print("\\nverdict", json.dumps([*names, verdict]), flush=True)
 """
 
-_LOCK = threading.Lock()
-
 
 def trials(room: Room, kills: int, seed: int) -> Iterator[Trial]:
     for saved, restored in itertools.product(PROCESSES, PROCESSES):
@@ -84,7 +81,7 @@ def _name(mesh: tuple[int, ...]) -> str:
 
 
 def _moved(room: Room, saved: str, processes: int, mesh: str, folder: Path) -> None:
-    with _LOCK:
+    with room.several:
         verdicts = [v[saved, mesh] for v in _verdicts(room, processes) if (saved, mesh) in v]
     if verdicts != ["same"] * processes:
         raise Lost(f"restored as {verdicts}")

@@ -6,7 +6,6 @@ import functools
 import re
 import signal
 import subprocess
-import threading
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -27,8 +26,6 @@ _GONE = "^error: another process of this run is gone|another task died"
 _HANG = ("--config.train.hang_seconds=5", "--config.train.hang_factor=2")
 
 _MAIN = jobs.STUCK_AFTER.format(batches=12)
-
-_LOCK = threading.Lock()
 
 
 def trials(room: Room, kills: int, seed: int) -> Iterator[Trial]:
@@ -59,18 +56,19 @@ def _job(room: Room, run: Path, of: int, silent: int = -1, more: Sequence[str] =
 def _without(
     room: Room, of: int, victim: int, what: str, folder: Path, watched: bool = False
 ) -> None:
-    whole, run = _whole(room, of), folder / "run"
-    more = _HANG if watched else ()
-    with _job(room, run, of, victim if what == "silent" else -1, more) as job:
-        _wait_for(job, run / "checkpoints" / str(SAVE_EVERY))
-        if what != "silent":
-            number = signal.SIGKILL if what == "dead" else signal.SIGSTOP
-            job.processes[victim].send_signal(number)
-        said = _require_others_end(job, victim)
-        if watched and not any(re.search(_named(victim), err, re.M) for err in said):
-            raise Lost(f"process {victim} is not named: {said}")
-    with _job(room, run, of) as job:
-        _end(job)
+    run, more = folder / "run", _HANG if watched else ()
+    with room.several:
+        whole = _whole(room, of)
+        with _job(room, run, of, victim if what == "silent" else -1, more) as job:
+            _wait_for(job, run / "checkpoints" / str(SAVE_EVERY))
+            if what != "silent":
+                number = signal.SIGKILL if what == "dead" else signal.SIGSTOP
+                job.processes[victim].send_signal(number)
+            said = _require_others_end(job, victim)
+            if watched and not any(re.search(_named(victim), err, re.M) for err in said):
+                raise Lost(f"process {victim} is not named: {said}")
+        with _job(room, run, of) as job:
+            _end(job)
     room.require_whole(run, whole)
 
 
@@ -123,9 +121,8 @@ def _end(job: jobs.Job) -> None:
 def _whole(room: Room, of: int) -> Path:
     """The run of so many processes that nobody disturbed."""
     run = room.folder / f"whole-of-{of}"
-    with _LOCK:
-        if not (run / "ended").exists():
-            with _job(room, run, of) as job:
-                _end(job)
-            (run / "ended").touch()
+    if not (run / "ended").exists():
+        with _job(room, run, of) as job:
+            _end(job)
+        (run / "ended").touch()
     return run

@@ -54,6 +54,8 @@ class Room:
       data: the prepared data.
       whole: the folder of the run that nobody disturbed.
       seconds: from its start to its first step, and to its end, where all is compiled.
+      several: held by a trial of several processes, which keep a small machine busy: beside others
+        of their kind they would end later than they must.
     """
 
     def __init__(self, folder: Path):
@@ -68,6 +70,7 @@ class Room:
             "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "0",
         }
         self.seconds = (0.0, 0.0)
+        self.several = threading.Lock()
 
     def begin(self) -> None:
         """Makes all of it.
