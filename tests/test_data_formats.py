@@ -6,6 +6,8 @@ import gzip
 import io
 import json
 import lzma
+import struct
+import zlib
 
 import pyarrow
 import pyarrow.parquet
@@ -258,6 +260,173 @@ def test_a_value_that_is_stored_once_for_many_rows_is_in_memory_once(tmp_path, k
         assert len(document.text) == size
         most, count = max(most, pyarrow.total_allocated_bytes() - before), count + 1
     assert count == rows and most < 20 * size
+
+
+# --- what is unpacked at once ---------------------------------------------------------------------
+
+AT_ONCE = 1_000_000
+
+
+@pytest.fixture
+def little_at_once(monkeypatch):
+    monkeypatch.setattr(opening, "AT_ONCE", AT_ONCE)
+
+
+ENCODED = {
+    "plain": {"use_dictionary": False},
+    "dictionary": {"dictionary_pagesize_limit": 2**30},
+    "delta": {"use_dictionary": False, "column_encoding": {"text": "DELTA_BYTE_ARRAY"}},
+}
+
+
+@pytest.mark.parametrize("codec", ["none", "zstd", "snappy", "gzip", "brotli", "lz4"])
+@pytest.mark.parametrize("version", ["1.0", "2.0"])
+@pytest.mark.parametrize("encoded", ENCODED)
+def test_a_page_that_unpacks_to_too_much(tmp_path, little_at_once, encoded, version, codec):
+    file, texts = tmp_path / "a.parquet", [letter * 300_000 for letter in "abcd"]
+    options = ENCODED[encoded] | {"compression": codec, "data_page_version": version}
+    table = pyarrow.table({"text": texts})
+    pyarrow.parquet.write_table(table, file, **options)
+    with pytest.raises(
+        ConfigError, match=r"a\.parquet: in row group 0 a page of 'text' .* unpacks"
+    ):
+        documents(file)
+    pyarrow.parquet.write_table(table, file, row_group_size=2, **options)  # what it says to do
+    assert documents(file) == texts
+
+
+@pytest.mark.parametrize("encoding", ["DELTA_LENGTH_BYTE_ARRAY", "DELTA_BYTE_ARRAY"])
+@pytest.mark.parametrize("codec", ["none", "zstd"])
+def test_lengths_that_no_value_has(tmp_path, encoding, codec):
+    """8 GiB of them, of a file of a kilobyte."""
+    texts = [f"{i:020}" for i in range(15)]
+    schema = pyarrow.schema([pyarrow.field("text", pyarrow.string(), codec == "zstd")])
+    options = {"use_dictionary": False, "column_encoding": {"text": encoding}}
+    file = tmp_path / "a.parquet"
+    table = pyarrow.table({"text": texts}, schema=schema)
+    pyarrow.parquet.write_table(table, file, compression=codec, **options)
+    assert documents(file) == texts
+    if codec == "none":
+        content = bytearray(file.read_bytes())
+        at = content.index(b"\x80\x01\x04\x0f")  # 128 in a block, in 4 parts; 15 of them
+        content[at : at + 7] = b"\x80\x01\x04\xff\xff\xff\x07"
+        file.write_bytes(content)
+        with pytest.raises(ConfigError, match=r"a page of 15 values has 16,777,215 lengths"):
+            documents(file)
+
+
+def test_the_name_of_a_column_is_that_of_the_schema(tmp_path, little_at_once):
+    """Another one, which each row group has, is not what Arrow goes by."""
+    file = tmp_path / "a.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["x" * 2 * AT_ONCE]}), file)
+    content = file.read_bytes()
+    path = content.rindex(b"\x19\x18\x04text")
+    file.write_bytes(content[:path] + b"\x19\x18\x04tent" + content[path + 7 :])
+    with pytest.raises(ConfigError, match="unpacks to"):
+        documents(file)
+
+
+def test_rows_of_a_large_row_group_are_read_some_at_a_time(tmp_path):
+    """Of a dictionary that was too small for all of them, too."""
+    texts = [f"{i:02000}" for i in range(20_000)]
+    table = pyarrow.table({"text": texts})
+    options = {"row_group_size": len(texts), "compression": "none"}
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet", **options)
+    [part] = FilesCorpus(str(tmp_path)).parts()
+    before, most = pyarrow.total_allocated_bytes(), 0
+    for document, text in zip(part.documents(), texts, strict=True):
+        assert document.text == text
+        most = max(most, pyarrow.total_allocated_bytes() - before)
+    assert most < 12_000_000  # two pages and a dictionary of a megabyte each, and what reads ahead
+
+
+@pytest.mark.parametrize("make", [pyarrow.ipc.new_stream, pyarrow.ipc.new_file])
+@pytest.mark.parametrize("codec", ["zstd", "lz4", None])
+@pytest.mark.parametrize("kind", [pyarrow.string(), pyarrow.dictionary("int32", "string")])
+def test_a_record_batch_that_unpacks_to_too_much(tmp_path, little_at_once, kind, codec, make):
+    file = tmp_path / "a.arrow"
+    texts = [letter * 300_000 for letter in "abcd"]
+
+    def write(**options):
+        table = pyarrow.table({"text": pyarrow.array(texts).cast(kind)})
+        packed = pyarrow.ipc.IpcWriteOptions(compression=codec)
+        with make(file, table.schema, options=packed) as writer:
+            writer.write_table(table, **options)
+
+    write()
+    if codec is None:  # it is used where it lies
+        assert documents(file) == texts
+        return
+    what = "its dictionaries" if pyarrow.types.is_dictionary(kind) else "record batch 0"
+    with pytest.raises(ConfigError, match=rf"a\.arrow: {what} would unpack to 1,200,0\d\d bytes"):
+        documents(file)
+    if kind == pyarrow.string():
+        write(max_chunksize=2)  # what it says to do
+        assert documents(file) == texts
+
+
+def test_columns_that_are_not_read_are_not_unpacked(tmp_path):
+    """Nor told to be damaged."""
+    table = pyarrow.table({"image": [b"x" * 5_000_000], "text": ["text"]})
+    packed = pyarrow.ipc.IpcWriteOptions(compression="zstd")
+    with pyarrow.ipc.new_stream(tmp_path / "a.arrow", table.schema, options=packed) as writer:
+        writer.write_table(table)
+    content = (tmp_path / "a.arrow").read_bytes()
+    (tmp_path / "a.arrow").write_bytes(content.replace(b"\x28\xb5\x2f\xfd", b"none", 1))
+    assert documents(tmp_path) == ["text"]
+
+
+def test_views_of_one_value_are_in_memory_once(tmp_path):
+    text, rows = b"x" * 1_000_000, 200
+    views = struct.pack("<i4sii", len(text), text[:4], 0, 0) * rows
+    buffers = [None, pyarrow.py_buffer(views), pyarrow.py_buffer(text)]
+    table = pyarrow.table(
+        {"text": pyarrow.Array.from_buffers(pyarrow.string_view(), rows, buffers)}
+    )
+    with pyarrow.ipc.new_stream(tmp_path / "a.arrow", table.schema) as writer:
+        writer.write_table(table)
+    before, count = pyarrow.total_allocated_bytes(), 0
+    [part] = FilesCorpus(str(tmp_path)).parts()
+    for document in part.documents():
+        assert len(document.text) == len(text)
+        assert pyarrow.total_allocated_bytes() - before < 10_000_000
+        count += 1
+    assert count == rows
+
+
+def xz(content: bytes, dictionary: int) -> bytes:
+    """Packed, with the number by which an .xz file says how large its dictionary is."""
+    packed = bytearray(lzma.compress(content, filters=[{"id": lzma.FILTER_LZMA2, "preset": 0}]))
+    size = 4 * (packed[12] + 1)  # of the header of its first block, which ends with its sum
+    packed[16] = dictionary
+    packed[12 + size - 4 : 12 + size] = zlib.crc32(packed[12 : 12 + size - 4]).to_bytes(4, "little")
+    return bytes(packed)
+
+
+def test_an_xz_file_that_asks_for_4_gigabytes(tmp_path):
+    file = tmp_path / "a.jsonl.xz"
+    file.write_bytes(xz(LINES, 40))
+    with pytest.raises(ConfigError, match=r"a\.jsonl\.xz asks for more than the 536,870,912 bytes"):
+        documents(file)
+    for enough in (lzma.compress(LINES, preset=9), xz(LINES, 32)):  # 32: 256 MiB
+        file.write_bytes(enough)
+        assert documents(file) == TEXTS
+
+
+def test_streams_of_xz_that_follow_each_other(tmp_path):
+    half = LINES.index(b"\n", len(LINES) // 2) + 1
+    file = tmp_path / "a.jsonl.xz"
+    zeros = bytes(4 * 5000)
+    packed = [lzma.compress(LINES[:half]), zeros, lzma.compress(LINES[half:]), zeros]
+    file.write_bytes(b"".join(packed))
+    assert documents(file) == TEXTS
+    for rest in (b"rest", packed[2][:20]):
+        file.write_bytes(packed[0] + rest)
+        with pytest.raises(ConfigError, match=r"a\.jsonl\.xz cannot be read to its end"):
+            documents(file)
+
+
+# --- lines ----------------------------------------------------------------------------------------
 
 
 def test_lines_without_a_blank_one_between_are_cut(tmp_path, longest):

@@ -32,16 +32,28 @@ def check(file: Path, schema: Any, field: str) -> None:
         raise ConfigError(f"{file}: the column {field!r} is {of_column}, not text")
 
 
-def as_bytes(column: Any) -> Iterator[bytes | None]:
-    """Row by row, as a dictionary's values may be many times as large together as it is; undecoded,
-    as Arrow does not check that text is UTF-8.
+def as_bytes(column: Any) -> Iterator[memoryview]:
+    """The bytes of each row, where they lie; none of a row without a value. Row by row, as a value
+    that is stored once may be the text of many; undecoded, as Arrow does not check that text is
+    UTF-8.
     """
     import pyarrow as arrow
 
     if arrow.types.is_dictionary(column.type):
-        values = column.dictionary.cast(arrow.large_binary())
-        for index in column.indices.to_pylist():
-            yield None if index is None else values[index].as_py()
+        values, indices = as_binary(column.dictionary), column.indices.to_pylist()
     else:
-        for value in column.cast(arrow.large_binary()):
-            yield value.as_py()
+        values, indices = as_binary(column), range(len(column))
+    for index in indices:
+        buffer = None if index is None else values[index].as_buffer()
+        yield memoryview(b"" if buffer is None else buffer)
+
+
+def as_binary(values: Any) -> Any:
+    """Text as bytes, without a copy: views may show the same bytes many times."""
+    from pyarrow import binary, binary_view, large_binary, types
+
+    if types.is_string_view(values.type):
+        return values.view(binary_view())
+    if types.is_large_string(values.type):
+        return values.view(large_binary())
+    return values.view(binary()) if types.is_string(values.type) else values

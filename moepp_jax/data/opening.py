@@ -6,6 +6,7 @@ import bz2
 import codecs
 import contextlib
 import gzip
+import io
 import lzma
 import sys
 import zlib
@@ -24,15 +25,54 @@ else:
 # as much memory, whatever a file claims to unpack to.
 LONGEST = 128 * 2**20
 
+# Bytes that are unpacked as a whole, before a document can be told from the next: a page of a
+# Parquet file, a record batch of an Arrow file, the window of an .xz file. Some writers make pages
+# of a thousand documents.
+AT_ONCE = 4 * LONGEST
+
 BYTE_ORDER_MARK = codecs.BOM_UTF8
 
 # Some compress with a window of gigabytes (zstd --long=31), which a reader has to allow.
 _ANY_WINDOW = {zstd.DecompressionParameter.window_log_max: 31 if sys.maxsize > 2**32 else 30}
 
+
+class _Xz(io.RawIOBase):
+    """An .xz file unpacked: lzma.LZMAFile would allot what its header asks for, up to 4 GiB.
+
+    Raises:
+      LZMAError, EOFError: on reading, of a file that is damaged, cut off, or asks for too much.
+    """
+
+    def __init__(self, raw: BufferedIOBase):
+        self._raw = raw
+        self._unpacker = lzma.LZMADecompressor(memlimit=AT_ONCE)
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, into: memoryview) -> int:
+        while True:
+            if self._unpacker.eof:  # another stream may follow, after zeros
+                rest = self._unpacker.unused_data
+                while not rest.strip(b"\0"):
+                    if not (rest := self._raw.read(io.DEFAULT_BUFFER_SIZE)):
+                        return 0
+                packed = rest.lstrip(b"\0")
+                self._unpacker = lzma.LZMADecompressor(memlimit=AT_ONCE)
+            elif self._unpacker.needs_input:
+                if not (packed := self._raw.read(io.DEFAULT_BUFFER_SIZE)):
+                    raise EOFError("it ends before its end-of-stream marker")
+            else:
+                packed = b""
+            if content := self._unpacker.decompress(packed, len(into)):
+                into[: len(content)] = content
+                return len(content)
+
+
 COMPRESSED = {
     ".gz": lambda raw: gzip.GzipFile(fileobj=raw),
     ".bz2": bz2.BZ2File,
-    ".xz": lzma.LZMAFile,
+    ".xz": lambda raw: io.BufferedReader(_Xz(raw)),
     ".zst": lambda raw: zstd.ZstdFile(raw, options=_ANY_WINDOW),
 }
 COMPRESSED[".zstd"] = COMPRESSED[".zst"]
@@ -87,6 +127,11 @@ def opened(file: Path) -> Iterator[tuple[BufferedIOBase, BufferedIOBase]]:
             unpack = COMPRESSED.get(file.suffix.lower())
             yield stack.enter_context(unpack(raw)) if unpack else raw, raw
     except (OSError, EOFError, zlib.error, lzma.LZMAError, zstd.ZstdError) as error:
+        if isinstance(error, lzma.LZMAError) and "limit exceeded" in str(error):
+            raise ConfigError(
+                f"{file} asks for more than the {AT_ONCE:,} bytes of memory that unpacking may "
+                "take: compress it again with a smaller dictionary, as of xz -9"
+            ) from None
         raise ConfigError(
             f"{file} cannot be read to its end: {error}. It is damaged or cut off: get it again"
         ) from None

@@ -203,9 +203,9 @@ def _records(piece: Piece, field: str) -> Iterator[Text]:
 # --- tables ---------------------------------------------------------------------------------------
 
 
-def _rows(piece: Piece, found: Iterator[tuple[int, float, bytes]]) -> Iterator[Text]:
+def _rows(piece: Piece, found: Iterator[tuple[int, float, memoryview]]) -> Iterator[Text]:
     for row, share, content in found:
         where = f"{piece.file}, row {row},"
         if len(content) > opening.LONGEST:
             raise too_long(where)
-        yield Text(f":{row}", _decoded(content, where, 0), int(piece.size * share))
+        yield Text(f":{row}", _decoded(bytes(content), where, 0), int(piece.size * share))

@@ -31,7 +31,7 @@ from moepp_jax.storage import is_name, write_atomic
 
 SPLITS = ("train", "validation")
 
-_MANIFEST = "manifest.json"
+_MANIFEST, _INFO = "manifest.json", "dataset_info.json"
 
 # Files that say where documents and records begin, and so are content; others follow from it.
 _INDICES = ("-index.npy", "-records.npy")
@@ -66,7 +66,7 @@ def finish(
     )
     small = {
         name: {"size": (folder / name).stat().st_size, "sha256": file_sha256(folder / name)}
-        for name in ("dataset_info.json", "features.json", *files)
+        for name in (_INFO, "features.json", *files)
     }
     large = {split: [shard._asdict() for shard in shards[split]] for split in shards}
     write_atomic(folder / _MANIFEST, json.dumps({"files": small, "shards": large}, indent=1))
@@ -99,14 +99,31 @@ def shards(folder: Path, split: str) -> list[Shard]:
     for shard in found:
         if not is_name(shard.file):
             raise damaged(folder / _MANIFEST, f" names {shard.file!r:.200}, no file of its folder")
+    lengths = _lengths(folder, split)
+    if [shard.records for shard in found] != lengths:
+        how = f" has not the {len(lengths)} shards of {split} that {_INFO} has"
+        raise damaged(folder / _MANIFEST, how)
     return found
+
+
+def _lengths(folder: Path, split: str) -> list[int]:
+    """Records of each shard, as TFDS knows them."""
+    file = folder / _INFO
+    try:
+        named = {about["name"]: about for about in regular.read_json(file)["splits"]}
+        return [int(length) for length in named[split].get("shardLengths", [])]
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise damaged(file, f" cannot be read ({error})") from None
 
 
 def _manifest(folder: Path) -> dict:
     try:
         manifest = regular.read_json(folder / _MANIFEST)
-        return {"files": dict(manifest["files"]), "shards": dict(manifest["shards"])}
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        files = {
+            n: {"size": f["size"], "sha256": f["sha256"]} for n, f in manifest["files"].items()
+        }
+        return {"files": files, "shards": dict(manifest["shards"])}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise damaged(folder / _MANIFEST, f" cannot be read ({error})") from None
 
 
@@ -177,7 +194,7 @@ class Split(Sequence):
                 check_size(folder / name, file["size"])
                 if index.blocks_file(name) not in manifest["files"]:
                     _check_sum(folder / name, file["sha256"])
-        self._shards = [Shard(**shard) for shard in manifest["shards"][split]]
+        self._shards = shards(folder, split)
         for shard in self._shards:
             check_size(folder / shard.file, shard.size)
         _allow_open_files()
