@@ -80,7 +80,6 @@ class Checkpoints:
         self._bytes = 0  # that it takes at most, of this process
         self._failure: Exception | None = None  # why this process has not written its part
         self._is_summed = handlers is None  # by each process, as it is written
-        self._barrier = summed.Barrier()
         self._policy = NewestAndBest(keep)
         self._require_folder()
         try:
@@ -93,8 +92,8 @@ class Checkpoints:
                     save_root_metadata=False,
                     preservation_policy=self._policy,
                     async_options=ocp.AsyncOptions(
-                        post_finalization_callback=self._commit,
-                        barrier_sync_fn=self._barrier,
+                        post_finalization_callback=self._write_checksums,
+                        barrier_sync_fn=summed.barrier(),
                     ),
                 ),
             )
@@ -300,7 +299,7 @@ class Checkpoints:
             self._manager.reload()  # orbax forgot the steps that the save was to replace
             if self._is_saved_but_for_others(error):
                 return
-            self._remove_leftovers()
+            self._remove_leftovers(looks=5)
             there = ", ".join(map(str, self.steps()))
             kept = f"steps {there} are kept" if there else "there is no other one"
             raise SaveError(
@@ -427,13 +426,19 @@ class Checkpoints:
             self._intact[step] = items | self._intact.get(step, frozenset())
         return found
 
-    def _remove_leftovers(self) -> None:
-        """What saves that failed or were killed have left, while nothing is being saved."""
+    def _remove_leftovers(self, looks: int = 1) -> None:
+        """What saves that failed or were killed have left, while nothing is being saved.
+
+        Args:
+          looks: how often nothing must be found; threads of a save that has just failed may still
+            write there.
+        """
         if not is_local(self._folder) or jax.process_index() != 0 or not self._folder.is_dir():
             return
-        for _ in range(_REMOVALS):  # threads of a save that has failed may still write there
+        for _ in range(_REMOVALS):
             left = [*self._folder.glob(f"*{ocp.path.atomicity.TMP_DIR_SUFFIX}")]
-            if not left:
+            looks -= not left
+            if not looks:
                 break
             for folder in left:
                 shutil.rmtree(folder, ignore_errors=True)
@@ -450,15 +455,8 @@ class Checkpoints:
     def _hear_of_failure(self, error: Exception) -> None:
         self._failure = self._failure or error
 
-    def _commit(self) -> None:
-        """Called by orbax on process 0 when all is written, before the folder gets its name."""
-        try:
-            self._write_checksums()
-        except Exception:
-            self._barrier.leave()
-            raise
-
     def _write_checksums(self) -> None:
+        """Called by orbax on process 0 when all is written, before the folder gets its name."""
         if self._failure is not None:
             raise self._failure
         of = jax.process_count() if self._is_summed else 0

@@ -160,7 +160,7 @@ def reason(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         return f"{error.strerror} ({error.filename})" if error.filename else error.strerror
     said = re.search(r"(\w[\w ]+) \[(?:os_error_code|OS error)", str(error))
-    return said[1].strip() if said else " ".join(str(error).split())[:300]
+    return said[1].strip() if said else " ".join(str(error).split())[:300] or type(error).__name__
 
 
 @contextlib.contextmanager

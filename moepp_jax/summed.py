@@ -4,7 +4,6 @@ A process that cannot write tells it aside, and goes on as if it could: it would
 waiting for it, ten minutes long. That the step is not complete is seen when it is to be committed.
 """
 
-import contextlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -64,21 +63,16 @@ class _Told(ocp.future.Future):
             self._failed(error)
 
 
-class Barrier:
-    """Where the processes of a save wait for each other: when all have written, then for the commit
-    by the first one, which must not let them wait when it cannot be made.
+def barrier() -> Callable[..., None]:
+    """Where the processes of a save wait for each other.
+
+    For the commit by the first one they do not wait alone: where it failed they would for ten
+    minutes. They meet once more after it, whatever came of it.
     """
+    wait = ocp.multihost.get_barrier_sync_fn()
 
-    def __init__(self) -> None:
-        self._wait = ocp.multihost.get_barrier_sync_fn()
-        self._key = ""  # of the last wait
+    def meet(*, key: str, timeout_ms: int) -> None:
+        if "async_commit_complete" not in key:
+            wait(key=key, timeout_ms=timeout_ms)
 
-    def __call__(self, *, key: str, timeout_ms: int) -> None:
-        self._key = key
-        self._wait(key=key, timeout_ms=timeout_ms)
-
-    def leave(self) -> None:
-        """Of the first process, in the place of a commit."""
-        key = self._key.replace("async_write_complete", "async_commit_complete")
-        with contextlib.suppress(Exception):  # some other process is lost: each finds out
-            self._wait(key=key, timeout_ms=60_000)
+    return meet

@@ -127,3 +127,42 @@ def test_any_number_of_processes_reads_each_part_once_and_all_refuse_a_flipped_b
     for number, line in enumerate(damaged):
         assert re.search(rf"/ocdbt.process_{number}/d/\w+ is not as it was saved$", line)
     assert len(damaged) == 4
+
+
+GO_ON = """
+import errno, time
+from moepp_jax.saving import Saver
+
+def full(step, process):
+    return step in (71, 72) and jax.process_index() == process
+
+write_own = checksums.write_own
+def sum_up(folder, who, *args):
+    if full(int(folder.name.partition(".")[0]), int(sys.argv[2])):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    write_own(folder, who, *args)
+checksums.write_own = sum_up
+
+began = time.monotonic()
+with Checkpoints(workdir, 9) as checkpoints:
+    saver = Saver(checkpoints, "continue", lambda line: print("said", line, flush=True))
+    for step in range(70, 74):
+        saver.save(step, state, {}, last=step == 73)
+    print("steps", checkpoints.steps(), flush=True)
+print("seconds", time.monotonic() - began, flush=True)
+"""
+
+
+@pytest.mark.parametrize("process", [0, 1])
+def test_a_process_that_cannot_write_holds_no_other_up(tmp_path, process):
+    """Orbax's others would wait for it for ten minutes. All go on, and hear the reason."""
+    with Job([tmp_path, process], of=2, program=["-c", COMMON + GO_ON]) as job:
+        for out, _ in job.ended(0, 0):
+            assert re.search(r"^steps \[70, 73\]$", out, re.MULTILINE), out
+            said = re.findall(r"^said (.*)$", out, re.MULTILINE)
+            assert [re.search(r"checkpoint (\d+) .*; ", line)[1] for line in said] == ["71", "72"]
+            assert all("cannot be saved: No space left on device" in line for line in said), said
+            assert said[0].endswith("steps 70 are kept; the run goes on")
+            assert said[1].endswith("; 2 saves in a row have failed")
+            assert float(re.search(r"^seconds (.*)$", out, re.MULTILINE)[1]) < 100
+    assert sorted(entry.name for entry in (tmp_path / "checkpoints").iterdir()) == ["70", "73"]
