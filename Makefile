@@ -6,13 +6,14 @@ PY := .venv/bin/python
 # Pages of 2 MiB for what computes on CPU (docs/PERFORMANCE.md); other C libraries do not read it.
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
-.PHONY: help train test chaos test-slow test-torch test-eval test-newest test-tpu-compile test-gpu-compile test-browser test-wandb test-site site pods gpu-pods gpu-report check format benchmark programs peers curves lock clean
+.PHONY: help train test chaos endurance test-slow test-torch test-eval test-newest test-tpu-compile test-gpu-compile test-browser test-wandb test-site site pods gpu-pods gpu-report check format benchmark programs peers curves lock clean
 
 help:
 	@echo "make train      train a tiny MoE++ model and its vanilla twin on real text, and compare them"
 	@echo "make test       the quick tests"
 	@echo "make test-slow  the tests that take minutes"
 	@echo "make chaos      breaks real runs, some 490 times: kills, damaged files, full disks, lost processes; hours"
+	@echo "make endurance  memory, open files and threads over 10,000 steps, texts and questions: minutes"
 	@echo "make test-torch  the tests against PyTorch and transformers: installs both"
 	@echo "make test-eval  the tests against the lm-evaluation-harness: installs it, and PyTorch"
 	@echo "make test-newest  the quick tests with the newest JAX there is for this Python"
@@ -74,6 +75,11 @@ test-slow: .venv/dev
 CHAOS ?= --kills 20
 chaos: .venv/dev
 	$(PY) -m tests.chaos $(CHAOS) --json tests/chaos/results.json --page docs/FAULTS.md
+
+# Runs the harness too, which its own file of requirements installs.
+endurance: .venv/dev requirements/eval.txt
+	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements/eval.txt
+	$(PY) -m benchmarks.endurance --json benchmarks/results/endurance.json --figure benchmarks/results/endurance
 
 test-torch: .venv/dev requirements/hf.txt
 	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements/hf.txt

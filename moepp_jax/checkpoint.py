@@ -338,8 +338,10 @@ class Checkpoints:
         if error[0] is None:
             self.close()
         elif jax.process_count() == 1 and not unfinished:
-            with contextlib.suppress(Exception):  # of a save that fails too; the first one is told
+            try:
                 self.close()
+            except Exception:  # of a save that fails too; the first one is told
+                self._remove_leftovers(looks=5)
 
     def _read(self, step: int | None, items: dict[str, Any]) -> dict[str, Any]:
         self._verify(step, items)

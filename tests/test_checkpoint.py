@@ -20,6 +20,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from moepp_jax import checksums
 from moepp_jax.checkpoint import CheckpointError, Checkpoints, SaveError, only_verified
+from moepp_jax.errors import ConfigError
 from tests.unprivileged import unprivileged
 
 
@@ -487,6 +488,20 @@ def test_a_save_that_fails_is_told_and_leaves_the_steps_before(tmp_path, monkeyp
         with pytest.raises(SaveError, match=f"checkpoint 20 in .* cannot be saved: {said}"):
             checkpoints.wait()
         assert checkpoints.latest_intact_step() == 10
+    assert [entry.name for entry in (tmp_path / "checkpoints").iterdir()] == ["10"]
+
+
+def test_a_save_that_fails_beside_another_error_leaves_nothing(tmp_path, monkeypatch):
+    """The other one is told."""
+
+    def fail(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    _save(tmp_path, 10)
+    with pytest.raises(ConfigError, match="no rows"), Checkpoints(tmp_path, 1) as checkpoints:
+        monkeypatch.setattr(checksums, "write_atomic", fail)
+        checkpoints.save(20, _state())
+        raise ConfigError("no rows")
     assert [entry.name for entry in (tmp_path / "checkpoints").iterdir()] == ["10"]
 
 

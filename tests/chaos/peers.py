@@ -31,7 +31,7 @@ _MAIN = jobs.STUCK_AFTER.format(batches=12)
 def trials(room: Room, kills: int, seed: int) -> Iterator[Trial]:
     for of in (2, 4):
         for victim in (0, of - 1):
-            for what in ("dead", "stopped", "silent"):
+            for what in ("dead", "stopped"):  # a silent one is alive to JAX
                 case = f"process {victim} of {of}"
                 fault = functools.partial(_without, room, of, victim, what)
                 yield Trial(f"one process {what}", case, fault)
