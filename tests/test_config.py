@@ -234,3 +234,10 @@ def test_differences_names_leaves_with_both_values():
         "train.keep": (2, None),
     }
     assert differences(a, a) == {}
+
+
+def test_a_whole_number_may_be_too_large_for_a_real_one():
+    fields = tiny.get_config().to_dict()
+    fields["optim"]["lr"] = 10**400
+    with pytest.raises(ConfigError, match=r"config\.optim\.lr is a number above 1e308"):
+        Config.parse(fields)

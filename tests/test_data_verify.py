@@ -103,6 +103,20 @@ def test_data_of_an_earlier_version_are_verified_as_they_were(config):
         tokens.TokenDocuments(folder, "train")
 
 
+@pytest.mark.parametrize(
+    "take", [lambda shards: shards.pop(), lambda shards: shards[0].pop("records")]
+)
+def test_a_manifest_that_names_fewer_records_is_damaged(config, take):
+    """It has no sum of its own; what it leaves out would not be missed."""
+    folder = folder_of(config)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    take(manifest["shards"]["train"])
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    for read in (records.shards, tokens.TokenDocuments):
+        with pytest.raises(DataError, match=r"the data file .*manifest\.json (has not|cannot be)"):
+            read(folder, "train")
+
+
 def test_every_damaged_file_has_its_line(config, monkeypatch):
     lines = []
     monkeypatch.setattr(work, "_LINE_EVERY", 0.0)
