@@ -174,13 +174,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         with tempfile.TemporaryDirectory() as folder:
             room = jobs.room(Path(folder), given.steps, given.items)
-            rows = [measure(name, room, given.every, console) for name in given.only]
+            rows = []
+            for name in given.only:
+                rows.append(measure(name, room, given.every, console))
+                if given.json:  # what has ended is not lost by what fails later
+                    report = {"machine": timing.machine(), "rows": rows}
+                    given.json.write_text(json.dumps(report) + "\n")
     except (subprocess.CalledProcessError, watching.Ended, ValueError) as error:
         sys.exit(f"error: {error}")
     show(rows, console)
-    if given.json:
-        report = {"machine": timing.machine(), "rows": rows}
-        given.json.write_text(json.dumps(report) + "\n")
     if given.figure:
         write_figure(rows, given.figure)
     if lines := [line for row in rows for line in grown(row)]:

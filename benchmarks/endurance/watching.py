@@ -8,6 +8,7 @@ import os
 import pty
 import re
 import subprocess
+import termios
 import threading
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -46,7 +47,8 @@ def watch(command: Sequence[str], least: int, every: float) -> Iterator[Sample]:
       Ended: it failed.
     """
     ours, theirs = pty.openpty()
-    environment = os.environ | {"TERM": "xterm", "COLUMNS": "120", "JAX_PLATFORMS": "cpu"}
+    termios.tcsetwinsize(theirs, (40, 120))  # tqdm draws no bar where there is no room for one
+    environment = os.environ | {"TERM": "xterm", "JAX_PLATFORMS": "cpu"}
     with subprocess.Popen(
         command, stdin=theirs, stdout=theirs, stderr=theirs, env=environment
     ) as process:
