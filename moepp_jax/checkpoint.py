@@ -42,7 +42,13 @@ class CheckpointError(ValueError):
 
 
 class SaveError(CheckpointError):
-    """A checkpoint that cannot be written; the message says why, and which ones there are."""
+    """A checkpoint that cannot be written; the message says why, and which ones there are.
+
+    Attributes:
+      STATUS: with which a command ends for it: an error of input or output, as sysexits.h has it.
+    """
+
+    STATUS = 74
 
 
 @contextlib.contextmanager

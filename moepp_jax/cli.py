@@ -114,7 +114,7 @@ def run(main: Callable[[Sequence[str]], None], describe: Callable[[], str] | Non
     except SaveError as error:
         # Threads that still write would be waited for, and tell of it in a thousand lines.
         of = f"process {jax.process_index()}: " if jax.distributed.is_initialized() else ""
-        ending.at_once(f"error: {of}{_visible(error)}\n", 1)
+        ending.at_once(f"error: {of}{_visible(error)}\n", SaveError.STATUS)
     except (ConfigError, CheckpointError, DivergedError) as error:
         # A damaged record is read by one process alone; all else is an error in each.
         if isinstance(error, DataError) and jax.distributed.is_initialized():

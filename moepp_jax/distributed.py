@@ -230,7 +230,7 @@ def abandon(error: BaseException) -> NoReturn:
         if re.search("Gloo|coordination service", said):
             _end(f"another process of this run is gone: {said}")
         cause = cause.__cause__
-    if isinstance(error, ConfigError):
+    if isinstance(error, ConfigError | OSError):  # the latter of a disk that is full, say
         _end(f"process {jax.process_index()}: {error}")
     traceback.print_exception(error)
     _end(f"{type(error).__name__} in process {jax.process_index()}: the whole run ends")

@@ -248,3 +248,16 @@ def test_a_process_loads_what_its_devices_hold_and_no_other_row(monkeypatch):
     assert {device.id for device in asked} == {1, 2, 6}
     for given, wanted in asked.values():
         np.testing.assert_array_equal(given, wanted)
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(28, "No space left on device", "/x"), ConfigError("bad")]
+)
+def test_what_one_process_cannot_read_or_write_ends_all_with_one_line(monkeypatch, capsys, error):
+    def end(message):
+        raise SystemExit(message)
+
+    monkeypatch.setattr(distributed, "_end", end)
+    with pytest.raises(SystemExit, match=r"process 0: (\[Errno 28\] No space .*'/x'|bad)$"):
+        distributed.abandon(error)
+    assert not capsys.readouterr().err

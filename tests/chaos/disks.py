@@ -14,9 +14,13 @@ import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
+from moepp_jax.checkpoint import SaveError
 from tests.chaos import recipe
 from tests.chaos.room import Room, ended, require_ended, require_one_line
 from tests.chaos.trial import Lost, Missed, Trial
+
+# What does not fit is a checkpoint, or something else of the run.
+_ENDS = (SaveError.STATUS, 1)
 
 # Of what the whole run takes.
 SHARES = (0.01, 0.1, 0.3, 0.5, 0.7, 0.9)
@@ -102,7 +106,7 @@ def _require_stopped(process: subprocess.Popen, run: Path) -> None:
     said = ended(process)
     if said.status == 0:
         return
-    require_one_line(said)
+    require_one_line(said, *_ENDS)
     half = [file for file in run.rglob("*") if file.name.endswith(("-tmp", ".tmp"))]
     if half:
         raise Lost(f"left {half[0].relative_to(run)} behind")
@@ -120,7 +124,7 @@ def _goes_on(room: Room, kind: str, folder: Path) -> None:
         limits = {"bytes": f"size={_size(there) + 8192}", "files": f"nr_inodes={_files(there) + 4}"}
         _remount(there, limits[kind])
         said = ended(room.start(run, *flags, "--config.train.save_every=3"))
-        require_one_line(said)
+        require_one_line(said, *_ENDS)
         warned = re.findall(r"^warning: checkpoint (\d+) .* cannot be saved", said.out, re.M)
         if warned != [str(step) for step in range(6, recipe.STEPS, 3)]:
             raise Lost(f"did not warn at each checkpoint and go on: {said.out[-900:]}")
@@ -136,7 +140,7 @@ def _data_on_full_disk(room: Room, share: float, folder: Path) -> None:
     run = folder / "run"
     with disk(folder / "disk", size=int(share * _size(room.data))) as there:
         said = room.said(room.arguments(run, there / "data"))
-        require_one_line(said)
+        require_one_line(said, *_ENDS)
         if run.exists():
             raise Lost("there is a run without its data")
         _remount(there, "size=1g")
@@ -153,7 +157,7 @@ def _read_only(room: Room, what: str, folder: Path) -> None:
             shutil.copytree(folder / "copy", run, ignore=shutil.ignore_patterns(what))
             (run / what).symlink_to(there, target_is_directory=True)
         _remount(there, "ro")
-        require_one_line(room.said(room.arguments(run)))
+        require_one_line(room.said(room.arguments(run)), *_ENDS)
         _remount(there, "rw")
         room.require_resumed(run)
 
@@ -161,6 +165,6 @@ def _read_only(room: Room, what: str, folder: Path) -> None:
 def _empty_read_only(room: Room, folder: Path) -> None:
     with disk(folder / "disk", size="1g") as there:
         _remount(there, "ro")
-        require_one_line(room.said(room.arguments(there / "run")))
+        require_one_line(room.said(room.arguments(there / "run")), *_ENDS)
         _remount(there, "rw")
         room.require_resumed(there / "run")

@@ -196,13 +196,13 @@ def ended(process: subprocess.Popen, seconds: float = LIMIT) -> Said:
 _FIELDS = re.compile(r"\n  config\.[^\n]*|\nGive another --workdir, or the old values\.[^\n]*")
 
 
-def require_one_line(said: Said, status: int = 1) -> None:
+def require_one_line(said: Said, *statuses: int) -> None:
     """
     Raises:
-      Lost: it did not end with this status and one line about why.
+      Lost: it did not end with one of these statuses, by default 1, and one line about why.
     """
-    if said.status != status:
-        raise Lost(f"ended with status {said.status}, not {status}: {said.err[-300:]}")
+    if said.status not in (statuses or (1,)):
+        raise Lost(f"ended with status {said.status}: {said.err[-300:]}")
     lines = _FIELDS.sub("", said.err).strip().splitlines()
     if len(lines) != 1 or not lines[0].startswith("error: "):
         raise Lost(f"said not one line: {said.err[-600:]}")
