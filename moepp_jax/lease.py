@@ -76,7 +76,7 @@ class _Note:
         self.write()
 
     def write(self) -> None:
-        fields = {"name": self.name, "host": socket.gethostname(), "process": os.getpid()}
+        fields = {"name": self.name, **_here(), "process": os.getpid()}
         fields |= {"since": self._since, "renewals": self._renewals}
         write_atomic(self.file, json.dumps(fields) + "\n")
         self._renewals += 1
@@ -95,10 +95,18 @@ def _require_free(file: AnyPath, report: Callable[[str], Any]) -> None:
             raise TakenError(file, _holder(now))
 
 
+def _here() -> dict[str, str]:
+    """Among which processes a number is one process's: containers of a host may share its name."""
+    try:
+        return {"host": socket.gethostname(), "processes": os.readlink("/proc/self/ns/pid")}
+    except OSError:
+        return {"host": socket.gethostname()}
+
+
 def _is_dead_here(note: dict[str, Any]) -> bool:
-    """Whether it is of a process of this host that is there no more; in a container it had ours."""
-    process = note.get("process")
-    if note.get("host") != socket.gethostname() or not isinstance(process, int):
+    """Whether it is of a process that would be seen from here, and is there no more."""
+    process, here = note.get("process"), _here()
+    if len(here) < 2 or not here.items() <= note.items() or not isinstance(process, int):
         return False
     try:
         os.kill(process, 0)

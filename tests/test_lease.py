@@ -83,14 +83,16 @@ def test_who_is_not_heard_of_any_more_is_dead(file):
 def test_a_process_that_is_gone_from_this_host_is_not_waited_for(file):
     process = subprocess.Popen([sys.executable, "-c", ""])
     process.wait()
-    for number in (process.pid, os.getpid()):  # and a container's first process has one number
-        note(file, host=lease.socket.gethostname(), process=number)
+    for number in (process.pid, os.getpid()):  # its number may be ours now
+        note(file, **lease._here(), process=number)
         with lease.held(file, silently):
             pass
-    note(file, host=lease.socket.gethostname(), process=os.getppid())  # which lives
-    said = []
-    with lease.held(file, said.append):
-        assert len(said) == 1
+    # One that lives, and one of another container of this host, of which nothing is known.
+    for other in ({"process": os.getppid()}, {"process": process.pid, "processes": "pid:[1]"}):
+        note(file, **lease._here() | other)
+        said = []
+        with lease.held(file, said.append):
+            assert len(said) == 1
 
 
 @pytest.mark.parametrize("content", ["", "{", "[1]", '{"host": 3}'])
