@@ -201,8 +201,10 @@ def require_one_line(said: Said, *statuses: int) -> None:
     Raises:
       Lost: it did not end with one of these statuses, by default 1, and one line about why.
     """
-    if said.status not in (statuses or (1,)):
-        raise Lost(f"ended with status {said.status}: {said.err[-300:]}")
+    allowed = statuses or (1,)
+    if said.status not in allowed:
+        wanted = " or ".join(map(str, allowed))
+        raise Lost(f"ended with status {said.status}, not {wanted}: {said.err[-300:]}")
     lines = _FIELDS.sub("", said.err).strip().splitlines()
     if len(lines) != 1 or not lines[0].startswith("error: "):
         raise Lost(f"said not one line: {said.err[-600:]}")
