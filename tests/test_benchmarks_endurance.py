@@ -18,7 +18,7 @@ for step in range(1, 101):
         kept += [bytearray(b"1" * 2_000_000), open("/dev/null")]
         threading.Thread(target=time.sleep, args=(60,), daemon=True).start()
     print(f"\\r{step:3}%|###  | {step}/100 [00:01<00:02, 3/7 a second]", end="", flush=True)
-    time.sleep(0.02)
+    time.sleep(0.04)
 sys.exit(int(sys.argv[1]))
 """
 
