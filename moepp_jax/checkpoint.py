@@ -332,6 +332,11 @@ class Checkpoints:
         return next(place for place in (self._folder, *self._folder.parents) if place.exists())
 
     def close(self) -> None:
+        """
+        Raises:
+          SaveError: what is being saved cannot be written.
+        """
+        self.wait()  # in every process: orbax would tell the first one alone
         self._manager.close()
 
     def __enter__(self) -> "Checkpoints":

@@ -135,7 +135,8 @@ def _read(file: AnyPath) -> dict[str, Any]:
     """The note that is there; empty if there is none, or nothing that is one."""
     try:
         with in_store(file):
-            found = regular.read_json(file)
+            content = regular.read_bytes(file)
+        found = regular.parsed(content)
     except (FileNotFoundError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}

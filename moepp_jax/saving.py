@@ -24,6 +24,7 @@ class Saver:
         self._checkpoints, self._report = checkpoints, report
         self._goes_on = on_error == "continue"
         self._failed = 0  # saves in a row
+        self._begun = False  # the save before, which may have failed since
 
     def keeps(self, rows: Callable[[], None], last: bool) -> bool:
         """Whether the rows of metrics are safe, which no checkpoint may outlive.
@@ -45,10 +46,10 @@ class Saver:
         Raises:
           SaveError: one of the two cannot be, and the run stops for that.
         """
-        if self._goes_on and self._succeeds(self._checkpoints.wait):
+        if self._goes_on and self._succeeds(self._checkpoints.wait) and self._begun:
             self._failed = 0
         if self._goes_on and not last:
-            self._succeeds(lambda: self._checkpoints.save(step, state, metrics))
+            self._begun = self._succeeds(lambda: self._checkpoints.save(step, state, metrics))
             return
         self._checkpoints.save(step, state, metrics)
         if last:

@@ -126,7 +126,7 @@ def in_store(file: AnyPath) -> Iterator[None]:
     """Has what goes wrong there be an OSError: stores' packages raise errors of their own too."""
     try:
         yield
-    except (OSError, ValueError):  # and of what was read
+    except OSError:
         raise
     except Exception as error:
         said = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"

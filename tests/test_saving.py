@@ -83,6 +83,31 @@ def test_a_step_without_the_part_of_a_process_is_none(tmp_path, monkeypatch):
     assert "checksums.rest.0.json" in said[0] and len(said) == 1
 
 
+def test_saves_that_cannot_even_begin_are_counted_too(tmp_path, monkeypatch):
+    said, real = [], Checkpoints.save
+
+    def save(checkpoints, step, *args):
+        if step in (2, 3, 4):
+            raise SaveError(f"checkpoint {step} cannot be saved")
+        real(checkpoints, step, *args)
+
+    monkeypatch.setattr(Checkpoints, "save", save)
+    assert saved(tmp_path, "continue", said) == [1, 5, 6]
+    assert [line.partition("; ")[2] for line in said] == [
+        "the run goes on",
+        "the run goes on; 2 saves in a row have failed",
+        "the run goes on; 3 saves in a row have failed",
+    ]
+
+
+def test_who_only_closes_is_told_too(tmp_path, full):
+    full.add(2)
+    told = pytest.raises(SaveError, match=r"checkpoint 2 .* cannot be saved: No space left")
+    with told, Checkpoints(tmp_path, 9) as checkpoints:
+        checkpoints.save(2, STATE)
+    assert not [*(tmp_path / "checkpoints").iterdir()]
+
+
 @pytest.mark.parametrize("on_error", ["stop", "continue"])
 def test_the_last_one_must_be_written(tmp_path, full, on_error):
     full.add(6)
