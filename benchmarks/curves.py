@@ -161,13 +161,6 @@ def figure(rows: Sequence[Mapping[str, Any]]) -> Figure:
     return drawn
 
 
-def write_figure(rows: Sequence[Mapping[str, Any]], stem: Path) -> None:
-    """STEM.png and STEM.svg."""
-    drawn = figure(rows)
-    for kind in drawing.FORMATS:
-        stem.with_suffix(f".{kind}").write_bytes(drawing.drawn(drawn, kind))
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.curves")
     parser.add_argument("--clock", action="store_true", help="time the programs too")
@@ -191,7 +184,7 @@ def main() -> None:
         report = {"machine": timing.machine(), "base": BASE, "rows": rows, "slopes": found}
         given.json.write_text(json.dumps(report, indent=1) + "\n")
     if given.figure:
-        write_figure(rows, given.figure)
+        drawing.write(figure(rows), given.figure)
     if steep := too_steep(found):
         sys.exit("\n".join(steep))
 

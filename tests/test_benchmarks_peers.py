@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 
+from moepp_jax.analysis import drawing
 from moepp_jax.benchmarks import timing
 from moepp_jax.benchmarks.peers import __main__ as peers
 from moepp_jax.benchmarks.peers import inputs, jax_layers, torch_layers, writing
@@ -98,7 +99,7 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     assert stem.with_suffix(".png").read_bytes()[:4] == b"\x89PNG"
     svg = stem.with_suffix(".svg").read_text()
     assert "ragged_dot, JAX (vanilla)" in svg
-    writing.write_figure(report, tmp_path / "again")
+    drawing.write(writing.figure(report), tmp_path / "again")
     assert (tmp_path / "again.svg").read_text() == svg
 
 

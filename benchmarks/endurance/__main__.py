@@ -12,11 +12,6 @@ more than `MOST` over the rest of the job is an error at the end.
 
 from __future__ import annotations
 
-from moepp_jax import host_memory
-
-if __name__ == "__main__":
-    host_memory.keep_freed_on_cpu()
-
 import argparse
 import json
 import subprocess
@@ -154,13 +149,6 @@ def figure(rows: Sequence[Mapping[str, Any]]) -> Figure:
     return drawn
 
 
-def write_figure(rows: Sequence[Mapping[str, Any]], stem: Path) -> None:
-    """STEM.png and STEM.svg."""
-    drawn = figure(rows)
-    for kind in drawing.FORMATS:
-        stem.with_suffix(f".{kind}").write_bytes(drawing.drawn(drawn, kind))
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser("python -m benchmarks.endurance")
     parser.add_argument("--only", nargs="+", choices=jobs.JOBS, default=list(jobs.JOBS))
@@ -184,7 +172,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(f"error: {error}")
     show(rows, console)
     if given.figure:
-        write_figure(rows, given.figure)
+        drawing.write(figure(rows), given.figure)
     if lines := [line for row in rows for line in grown(row)]:
         sys.exit("\n".join(lines))
 

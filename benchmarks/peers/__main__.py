@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
+from moepp_jax.analysis import drawing
 from moepp_jax.benchmarks import timing
 from moepp_jax.benchmarks.peers import inputs, jax_layers, torch_layers, writing
 
@@ -127,7 +128,7 @@ def main() -> None:
     if given.json:
         given.json.write_text(json.dumps(report, indent=1) + "\n")
     if given.figure:
-        writing.write_figure(report, given.figure)
+        drawing.write(writing.figure(report), given.figure)
 
 
 if __name__ == "__main__":

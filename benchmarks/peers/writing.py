@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
@@ -58,10 +57,3 @@ def figure(report: Mapping[str, Any]) -> Figure:
         axes.grid(axis="x", alpha=0.3)
     all_axes[0].invert_yaxis()
     return drawn
-
-
-def write_figure(report: Mapping[str, Any], stem: Path) -> None:
-    """STEM.png and STEM.svg."""
-    drawn = figure(report)
-    for kind in drawing.FORMATS:
-        stem.with_suffix(f".{kind}").write_bytes(drawing.drawn(drawn, kind))

@@ -8,6 +8,7 @@ import itertools
 import math
 import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import matplotlib
 import numpy as np
@@ -41,6 +42,12 @@ def drawn(figure: Figure, kind: str) -> bytes:
     with matplotlib.rc_context({"svg.hashsalt": "moepp_jax", "svg.fonttype": "none"}):
         figure.savefig(out, format=kind, metadata={"Date": None} if kind == "svg" else None)
     return _numbered(out.getvalue()) if kind == "svg" else out.getvalue()
+
+
+def write(figure: Figure, stem: Path) -> None:
+    """STEM.png and STEM.svg."""
+    for kind in FORMATS:
+        stem.with_suffix(f".{kind}").write_bytes(drawn(figure, kind))
 
 
 def _numbered(svg: bytes) -> bytes:
