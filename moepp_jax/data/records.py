@@ -92,28 +92,30 @@ def shards(folder: Path, split: str) -> list[Shard]:
     Raises:
       DataError: the manifest is missing or cannot be read.
     """
+    manifest = _manifest(folder)
     try:
-        found = [Shard(**shard) for shard in _manifest(folder)["shards"][split]]
+        found = [Shard(**shard) for shard in manifest["shards"][split]]
     except (KeyError, TypeError) as error:
         raise damaged(folder / _MANIFEST, f" cannot be read ({error})") from None
     for shard in found:
         if not is_name(shard.file):
             raise damaged(folder / _MANIFEST, f" names {shard.file!r:.200}, no file of its folder")
-    lengths = _lengths(folder, split)
-    if [shard.records for shard in found] != lengths:
+    lengths = _lengths(folder, split, manifest)
+    if lengths not in (None, [shard.records for shard in found]):
         how = f" has not the {len(lengths)} shards of {split} that {_INFO} has"
         raise damaged(folder / _MANIFEST, how)
     return found
 
 
-def _lengths(folder: Path, split: str) -> list[int]:
-    """Records of each shard, as TFDS knows them."""
-    file = folder / _INFO
-    try:
-        named = {about["name"]: about for about in regular.read_json(file)["splits"]}
-        return [int(length) for length in named[split].get("shardLengths", [])]
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        raise damaged(file, f" cannot be read ({error})") from None
+def _lengths(folder: Path, split: str, manifest: dict) -> list[int] | None:
+    """Records of each shard, as TFDS knows them; None of a file that is not as it was written,
+    which is told where its sum is.
+    """
+    file, written = folder / _INFO, manifest["files"].get(_INFO)
+    if written is None or not file.is_file() or file_sha256(file) != written["sha256"]:
+        return None
+    named = {about["name"]: about for about in regular.read_json(file)["splits"]}
+    return [int(length) for length in named.get(split, {}).get("shardLengths", [])]
 
 
 def _manifest(folder: Path) -> dict:
