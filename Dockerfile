@@ -3,23 +3,22 @@
 #   docker build --build-arg PLATFORM=tpu --tag REGISTRY/moepp:tpu .
 #   docker run REGISTRY/moepp:tpu train --config=moepp_7b --workdir=gs://BUCKET/run
 #
-# Versions are pinned, hashes are not: each platform has other wheels, and an index never replaces a
-# file. CONTRIBUTING.md says how to install by hash from a mirror, and how to audit what is pinned.
+# requirements/image has every version and the SHA-256 of its files; pip refuses any other. They are
+# those of Linux on x86-64. CONTRIBUTING.md says how to audit them, also without a network.
 #
 # PLATFORM: cpu, tpu or cuda. RUN_AS: the user's number; 0, root, only where a host's devices ask
 # for it.
 FROM python:3.11-slim-bookworm
 
 WORKDIR /opt/moepp
-COPY requirements.txt ./
-COPY requirements requirements
+COPY requirements/image requirements/image
 ARG PLATFORM=cpu
 RUN case "$PLATFORM" in \
       cpu) set -- ;; \
-      tpu | cuda) set -- -r "requirements/$PLATFORM.txt" ;; \
+      tpu | cuda) set -- -r "requirements/image/$PLATFORM.txt" ;; \
       *) echo "error: PLATFORM=$PLATFORM must be cpu, tpu or cuda" >&2; exit 1 ;; \
     esac; \
-    pip install --no-cache-dir -r requirements.txt -r requirements/cloud.txt "$@"
+    pip install --no-cache-dir --require-hashes -r requirements/image/cpu.txt "$@"
 
 COPY configs configs
 COPY moepp_jax moepp_jax

@@ -6,7 +6,7 @@ PY := .venv/bin/python
 # Pages of 2 MiB for what computes on CPU (docs/PERFORMANCE.md); other C libraries do not read it.
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
-.PHONY: help train test chaos endurance test-slow test-torch test-eval test-newest test-tpu-compile test-gpu-compile test-browser test-wandb test-site site pods gpu-pods gpu-report check format benchmark programs peers curves lock clean
+.PHONY: help train test chaos endurance test-slow test-torch test-eval test-newest test-tpu-compile test-gpu-compile test-browser test-wandb test-site site pods gpu-pods gpu-report check format benchmark programs peers curves lock hashes clean
 
 help:
 	@echo "make train      train a tiny MoE++ model and its vanilla twin on real text, and compare them"
@@ -33,6 +33,7 @@ help:
 	@echo "make curves     how time, memory and operations grow with tokens, experts, choices, width"
 	@echo "make programs   write down what the compiler makes of fixed layers, for make test to hold"
 	@echo "make lock       pin what pyproject.toml asks for: requirements.txt, requirements/*.txt"
+	@echo "make hashes     the image's lists, with hashes: requirements/image/*.txt; a part of make lock"
 
 .venv/run: requirements.txt pyproject.toml
 	@echo "setting up .venv with $(PYTHON): about a minute, 1.2 GB"
@@ -158,6 +159,17 @@ lock: .venv/dev
 	agree="--constraint requirements.txt"; for extra in cloud cuda dev docs eval hf tpu wandb; do \
 	  $(LOCK) $$agree --extra $$extra --output-file requirements/$$extra.txt; \
 	  agree="$$agree --constraint requirements/$$extra.txt"; done
+	$(MAKE) hashes
+
+# The image's files: the same versions, each with the index's hashes of its files (nothing is
+# fetched), for the Linux of TPU and GPU machines; cuda.txt and tpu.txt have what they add to cpu.txt.
+HASHES := $(PY) -m uv pip compile --quiet --no-deps --no-header --no-annotate --generate-hashes \
+  --python-version 3.11 --python-platform x86_64-manylinux_2_31
+hashes: .venv/dev
+	$(HASHES) requirements.txt requirements/cloud.txt --output-file requirements/image/cpu.txt
+	for platform in cuda tpu; do \
+	  $(HASHES) requirements/$$platform.txt --output-file requirements/image/$$platform.txt \
+	    $$(sed -n 's/^\([^ =]*\)==.*/--no-emit-package \1/p' requirements/image/cpu.txt); done
 
 # What `make test` compares the compiler's numbers with: after a gain, or a loss that is wanted.
 programs: .venv/dev

@@ -59,3 +59,27 @@ def test_files_that_contributors_are_sent_to_are_there():
     assert len(named) > 10
     gone = {name for name in named if not (ROOT / name).exists()}
     assert all(re.search(new, name) for name in gone), gone
+
+
+def pins(name: str) -> set[str]:
+    """`package==version` of a list of requirements, without markers and hashes."""
+    return set(re.findall(r"^[\w.-]+==[^\s;]+", (ROOT / name).read_text(), re.MULTILINE))
+
+
+def test_every_list_of_requirements_agrees_with_the_first():
+    extras = sorted((ROOT / "requirements").glob("*.txt"))
+    assert len(extras) == 8
+    for extra in extras:
+        missing = pins("requirements.txt") - pins(str(extra))
+        assert not missing, f"{extra.name} lacks {missing}: make lock"
+
+
+def test_the_image_has_the_pinned_versions_and_their_hashes():
+    cpu = pins("requirements/image/cpu.txt")
+    assert cpu == pins("requirements.txt") | pins("requirements/cloud.txt"), "make hashes"
+    for platform in "cuda", "tpu":
+        added = pins(f"requirements/image/{platform}.txt")
+        assert added == pins(f"requirements/{platform}.txt") - cpu, "make hashes"
+    for file in (ROOT / "requirements/image").iterdir():
+        for pin in re.split(r"\n(?=\w)", file.read_text()):
+            assert re.search(r"--hash=sha256:[0-9a-f]{64}", pin), f"{file.name}: {pin}"
