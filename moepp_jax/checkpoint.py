@@ -130,7 +130,7 @@ class Checkpoints:
         if step in self.steps():
             if step not in self._policy.damaged:
                 return
-            self._manager.delete(step)
+            self._remove_damaged(step)
         metrics = {name: float(value) for name, value in (metrics or {}).items()}
         items = _split(state)
         meta = {"metrics": metrics, "shapes": _shapes(items)}
@@ -147,6 +147,15 @@ class Checkpoints:
                 ),
                 force=True,  # orbax would silently skip a step before a damaged one
             )
+
+    def _remove_damaged(self, step: int) -> None:
+        try:
+            self._manager.delete(step)
+        except OSError as error:
+            raise SaveError(
+                f"checkpoint {step} in {self._folder} is damaged, and cannot be removed to be "
+                f"saved again: {reason(error)}; remove it by hand"
+            ) from error
 
     def save_params(self, step: int, params: Any) -> None:
         """Starts to save a step of parameters alone, of leaves that `handlers` can write."""

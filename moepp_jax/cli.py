@@ -137,8 +137,12 @@ def _visible(error: Exception) -> str:
 
 
 def _but_of_orbax(said: logging_of_python.LogRecord) -> bool:
-    """Its threads tell of an error, in a traceback each, before it is raised: see `SaveError`."""
-    return not (said.exc_info and "orbax" in Path(said.pathname).parts)
+    """Its threads tell of an error, in a traceback each, before it is raised: see `SaveError`.
+
+    And it warns of metadata that a damaged step lacks, of which the run tells itself.
+    """
+    where = Path(said.pathname).parts
+    return not ("orbax" in where and (said.exc_info or "metadata" in where))
 
 
 def _but_of_closed_loops(what: Any) -> None:

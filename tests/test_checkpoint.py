@@ -378,6 +378,11 @@ def test_a_step_that_may_not_be_read_is_a_damaged_one(tmp_path):
         with unprivileged(), Checkpoints(tmp_path, 2) as checkpoints:
             assert checkpoints.latest_intact_step(reports.append) == 10
             assert "checkpoint 20 is damaged" in reports.pop(0), name
+            if name == "20":
+                with pytest.raises(
+                    SaveError, match=r"20 in .* cannot be removed to be .*: Permission d"
+                ):
+                    checkpoints.save(20, _state())
         (tmp_path / "checkpoints" / name).chmod(0o700)
     (tmp_path / "checkpoints").chmod(0)
     with unprivileged(), pytest.raises(CheckpointError, match=r"checkpoints cannot be read: Permi"):

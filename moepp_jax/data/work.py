@@ -10,11 +10,13 @@ from __future__ import annotations
 import concurrent.futures
 import json
 import multiprocessing
+import sys
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from datetime import timedelta
+from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -90,6 +92,7 @@ def _do(folder: Path, job: Job, advance: Advance) -> None:
 def _share_out(folder: Path, jobs: Sequence[Job], workers: int, meter: Meter) -> None:
     # Not forked: a process that has started JAX or TensorStore has threads.
     context = multiprocessing.get_context("spawn")
+    _begin_to_track()
     read, stop = context.Value("q", 0), context.Value("b", 0)
     pool = ProcessPoolExecutor(workers, context, worker.start, (read, stop))
     try:
@@ -122,6 +125,16 @@ def _advance(num_bytes: int) -> None:
         raise _StoppedError
     with read.get_lock():
         read.value += num_bytes
+
+
+def _begin_to_track() -> None:
+    """Python's process that removes the semaphores of one that was killed, without its warning."""
+    before = sys.warnoptions[:]
+    sys.warnoptions.append("ignore:resource_tracker")  # is given to it
+    try:
+        resource_tracker.ensure_running()
+    finally:
+        sys.warnoptions[:] = before
 
 
 def _do_in_worker(folder: Path, job: Job) -> None:

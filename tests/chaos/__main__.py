@@ -24,11 +24,34 @@ os.environ.setdefault("PJRT_NPROC", "32")
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from tests.chaos import copies, damage, disks, meshes, peers, signals, together, trial
+from tests.chaos import (
+    copies,
+    damage,
+    disks,
+    forbidden,
+    meshes,
+    peers,
+    signals,
+    strays,
+    together,
+    trial,
+    workers,
+)
 from tests.chaos.room import Room
 from tests.chaos.trial import Lost, Result, Trial
 
-FAULTS = (signals, damage, disks, copies, together, meshes, peers)
+FAULTS = (
+    signals,
+    workers,
+    damage,
+    strays,
+    disks,
+    forbidden,
+    copies,
+    together,
+    meshes,
+    peers,
+)
 
 
 def main(arguments: list[str] | None = None) -> int:

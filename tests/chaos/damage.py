@@ -7,7 +7,6 @@ last state, bit for bit.
 from __future__ import annotations
 
 import functools
-import hashlib
 import os
 import re
 import shutil
@@ -16,7 +15,7 @@ from pathlib import Path
 from random import Random
 
 from tests.chaos.recipe import SAVE_EVERY, STEPS
-from tests.chaos.room import Room, require_ended, require_one_line
+from tests.chaos.room import Room, contents, require_ended, require_one_line
 from tests.chaos.trial import Trial, dice
 
 # The checkpoint that an interrupted run goes on from.
@@ -82,23 +81,17 @@ def _require_found_or_harmless(
 ) -> None:
     run, intact = Path(arguments[-1].removeprefix("--workdir=")), file.read_bytes()
     damage()
-    before = _contents(run)
+    before = contents(run)
     said = room.said(arguments)
     if said.status == 0:
         return room.require_equal(run)
     require_one_line(said)
-    if _contents(run) == before:
+    if contents(run) == before:
         return None
     _remove(file)
     file.write_bytes(intact)
     require_ended(room.said(arguments))
     return room.require_whole(run)
-
-
-def _contents(folder: Path) -> dict[Path, str]:
-    """A sum of every file."""
-    files = [file for file in folder.rglob("*") if file.is_file()]
-    return {file: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
 
 
 def _remove(file: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import os
 import re
 import shutil
@@ -11,6 +12,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -90,12 +92,21 @@ class Room:
 
     def arguments(self, run: Path, data: Path | None = None) -> list[str]:
         """Of the command that is the job, new or to go on."""
-        config = f"--config={Path(recipe.__file__).relative_to(ROOT)}:{data or self.data}"
-        return ["train", config, f"--workdir={run}"]
+        return ["train", recipe_of(data or self.data), f"--workdir={run}"]
 
-    def start(self, run: Path, *flags: str) -> subprocess.Popen:
-        """The job, with more flags, in a process to be broken."""
-        command, pipe = [*MAIN, *self.arguments(run), *flags], subprocess.PIPE
+    def start(self, run: Path, *flags: str, under: Sequence[str] = ()) -> subprocess.Popen:
+        """The job, with more flags, in a process to be broken.
+
+        Args:
+          under: a command that runs it.
+        """
+        return self.popen([*self.arguments(run), *flags], under)
+
+    def popen(
+        self, arguments: Sequence[str], under: Sequence[str] = (), moepp: Sequence[str] = MAIN
+    ) -> subprocess.Popen:
+        """`moepp` with these arguments, in a process to be broken."""
+        command, pipe = [*under, *moepp, *arguments], subprocess.PIPE
         return subprocess.Popen(
             command, cwd=ROOT, env=self.environment, stdout=pipe, stderr=pipe, text=True
         )
@@ -166,6 +177,17 @@ class Room:
             state = checkpoints.restore(recipe.STEPS, self._abstract)
         leaves = jax.tree_util.tree_leaves_with_path(jax.device_get(state))
         return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
+
+
+def recipe_of(data: Path) -> str:
+    """The flag of the job's recipe, with its data in this folder."""
+    return f"--config={Path(recipe.__file__).relative_to(ROOT)}:{data}"
+
+
+def contents(folder: Path) -> dict[Path, str]:
+    """A sum of every file."""
+    files = [file for file in folder.rglob("*") if file.is_file()]
+    return {f.relative_to(folder): hashlib.sha256(f.read_bytes()).hexdigest() for f in files}
 
 
 def require_ended(said: Said) -> Said:

@@ -1,0 +1,89 @@
+"""What a run may not read or write any more: one line, or the run goes on without it."""
+
+from __future__ import annotations
+
+import functools
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+from moepp_jax.checkpoint import SaveError
+from tests.chaos.recipe import SAVE_EVERY, STEPS
+from tests.chaos.room import Room, ended, require_one_line
+from tests.chaos.signals import wait
+from tests.chaos.trial import Lost, Missed, Trial
+
+# What permission is taken from, and those that are left.
+BEFORE = {
+    "the run's folder": (".", 0o500),
+    "checkpoints": ("checkpoints", 0),
+    "the newest checkpoint": (f"checkpoints/{STEPS - SAVE_EVERY}", 0),
+    "the oldest checkpoint": (f"checkpoints/{SAVE_EVERY}", 0),
+    "metrics.jsonl": ("metrics.jsonl", 0),
+    "tensorboard": ("tensorboard", 0),
+    "config.json": ("config.json", 0),
+    "tokenizer.model": ("tokenizer.model", 0),
+}
+WHILE = ("the run's folder", "checkpoints", "the oldest checkpoint", "metrics.jsonl", "tensorboard")
+
+
+def trials(room: Room, kills: int, seed: int) -> Iterator[Trial]:
+    for what in BEFORE:
+        yield Trial(
+            "permission lost before it goes on", what, functools.partial(_before, room, what)
+        )
+    for what in WHILE:
+        yield Trial("permission lost while it trains", what, functools.partial(_while, room, what))
+
+
+def _before(room: Room, what: str, folder: Path) -> None:
+    run = folder / "run"
+    room.interrupted(run)
+    with _Lost(run, what):
+        _require_told(_start(room, run))
+    room.require_resumed(run)
+
+
+def _while(room: Room, what: str, folder: Path) -> None:
+    run = folder / "run"
+    process = _start(room, run)
+    wait(process, (run / "checkpoints" / str(SAVE_EVERY) / "checksums.json").exists)
+    with _Lost(run, what):
+        _require_told(process)
+    room.require_resumed(run)
+
+
+class _Lost:
+    """Takes permission from a part of a run, and gives it back."""
+
+    def __init__(self, run: Path, what: str):
+        name, self.mode = BEFORE[what]
+        self.path = run / name
+        self.had = self.path.stat().st_mode
+
+    def __enter__(self) -> None:
+        self.path.chmod(self.mode)
+
+    def __exit__(self, *error: object) -> None:
+        self.path.chmod(self.had)
+
+
+def _start(room: Room, run: Path) -> subprocess.Popen:
+    """The job, of one for whom permissions count, as they do not for root."""
+    if os.geteuid() != 0:
+        return room.start(run)
+    if not shutil.which("setpriv"):
+        raise Missed("root's permissions cannot be put down here: no setpriv")
+    return room.start(run, under=("setpriv", "--bounding-set=-dac_override,-dac_read_search"))
+
+
+def _require_told(process: subprocess.Popen) -> None:
+    """It ends in good order, or with one line, and says what it misses."""
+    said = ended(process)
+    if said.status != 0:
+        require_one_line(said, SaveError.STATUS, 1)
+        if not re.search("Permission denied|read-only for you", said.err):
+            raise Lost(f"did not say why: {said.err}")
