@@ -107,6 +107,7 @@ def train(
             if first and wandb:
                 wandb_log.send(wandb, workdir, report)
             return state
+        _try_evaluation(parts, state.params, dataset)
         copies.begin()
         with contextlib.ExitStack() as stack:
             tracer = stack.enter_context(Profile(workdir, profile, config.train.steps - step))
@@ -195,6 +196,13 @@ def _make(config: Config, workdir: str | os.PathLike, dataset: Dataset, parent, 
     open_workdir(workdir, config, of_parent | run_data.files(dataset))
     if before.train.steps < config.train.steps:
         report(optim.change(before, config, step))
+
+
+def _try_evaluation(parts, params, dataset: Dataset) -> None:
+    """What would not compile, not fit or not be read there is found before anything is trained."""
+    rows = processes.Rows(mesh_lib.batch_sharding(parts.mesh), parts.config.train.batch_size)
+    evaluate = evaluate_lib.make_evaluate(parts)
+    evaluate_lib.evaluate_mixture(evaluate, params, dataset, 1, rows.indices)
 
 
 def _writer(config: Config, workdir: str | os.PathLike, step: int, report) -> MetricsWriter:
@@ -288,7 +296,7 @@ def _headline(config: Config, mesh, step: int) -> str:
 
 def _next(config: Config, workdir: str | os.PathLike, step: int) -> str:
     if step < config.train.steps:
-        return "compiling the step first, which takes seconds to minutes"
+        return "compiling evaluation and the step first, which takes seconds to minutes"
     return (
         f"nothing is left to train: to go on, --config=run:{workdir} --config.train.steps=N "
         f"--workdir={workdir} with more steps"

@@ -256,7 +256,7 @@ def pretended(
         return step
 
     def make_evaluate(parts):
-        def evaluate(params, batches, through):
+        def evaluate(params, batches, through=iter):
             clock[0] += seconds_of_evaluation
             names = ("eval_loss", "eval_perplexity", "eval_ffn_experts_per_token", "eval_tokens")
             return dict.fromkeys(names, 1.0)
@@ -407,3 +407,22 @@ def test_metrics_are_json_that_anyone_can_read(finished):
     folder, *_ = finished
     for line in (folder / "metrics.jsonl").read_text().splitlines():
         json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+
+
+def test_evaluation_that_cannot_be_done_is_found_before_anything_is_trained(
+    data, tmp_path, monkeypatch
+):
+    def on_device(parts):
+        def sums(params, batch):
+            raise ValueError("RESOURCE_EXHAUSTED: 38.7 GiB")
+
+        return sums
+
+    evaluate_lib.make_evaluate.cache_clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluate_lib, "make_sums", on_device)
+        with pytest.raises(ValueError, match="RESOURCE_EXHAUSTED"):
+            train(config(data), tmp_path / "run", print)
+    evaluate_lib.make_evaluate.cache_clear()
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+    assert not (tmp_path / "run" / "checkpoints").exists()
