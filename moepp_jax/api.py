@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -15,6 +16,7 @@ from jaxtyping import Array, Float
 from moepp_jax import mesh as mesh_lib
 from moepp_jax import model as model_lib
 from moepp_jax import vocabulary
+from moepp_jax.checkpoint import only_verified
 from moepp_jax.config import Config, GenerateConfig
 from moepp_jax.data import Tokenizer
 from moepp_jax.errors import ConfigError
@@ -253,6 +255,7 @@ def load(
     all_devices: bool = False,
     only_generate: bool = False,
     zero_offset: float | None = None,
+    strict: bool = False,
 ) -> Model:
     """The model of a work directory.
 
@@ -265,6 +268,7 @@ def load(
         held once, as generation reads it, and in the dtype of arithmetic.
       zero_offset: instead of config.moe.rule.zero_offset, on the logits of zero-computation
         experts: above 0 tokens run fewer FFN experts, below 0 more.
+      strict: a checkpoint without checksums, which cannot be verified, is refused.
 
     Raises:
       ConfigError, CheckpointError: the directory holds no run, no checkpoint, not that step, or a
@@ -274,7 +278,8 @@ def load(
     if zero_offset is not None:
         run = run._replace(config=run.config.replace("moe.rule", zero_offset=zero_offset))
     mesh = over_all_devices(run.config) if all_devices else None
-    params = run.params(mesh, as_used=only_generate)
+    with only_verified() if strict else contextlib.nullcontext():
+        params = run.params(mesh, as_used=only_generate)
     name, at = Path(run.workdir).name, run.step or 0
     return Model(run.config, params, run.tokenizer(), mesh, only_generate, name, at, run.ends())
 

@@ -1,6 +1,7 @@
 """A trained model in Python: logits, text, and errors that say what is wrong."""
 
 import json
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -188,6 +189,16 @@ def test_no_texts_without_a_tokenizer(theirs):
         theirs[0].generate("text")
     with pytest.raises(ConfigError, match="has no tokenizer: give token ids to stop at"):
         theirs[0].generate([[1]], stop="text")
+
+
+def test_what_cannot_be_verified_is_refused_where_that_is_asked_for(folder, tmp_path, capsys):
+    moepp_jax.load(folder, strict=True)
+    shutil.copytree(folder, tmp_path / "run")
+    (tmp_path / "run" / "checkpoints" / "3" / "checksums.json").unlink()
+    with pytest.raises(CheckpointError, match=r"checkpoint 3 .* cannot be verified"):
+        moepp_jax.load(tmp_path / "run", strict=True)
+    moepp_jax.load(tmp_path / "run")
+    assert "cannot be verified" in capsys.readouterr().err
 
 
 def test_what_cannot_be_loaded(folder, tmp_path):

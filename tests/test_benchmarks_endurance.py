@@ -14,6 +14,9 @@ LEAKS = """
 import sys, threading, time
 kept = []
 for step in range(1, 101):
+    print(f"\\rprepares: {step}/100", end="", flush=True)
+    time.sleep(0.01)
+for step in range(1, 101):
     if step % 10 == 0:
         kept += [bytearray(b"1" * 2_000_000), open("/dev/null")]
         threading.Thread(target=time.sleep, args=(60,), daemon=True).start()
@@ -54,8 +57,10 @@ def test_what_grows_too_much_is_told():
     assert line.startswith("train: open files grew by 40 ")
 
 
-def test_a_command_is_watched_by_its_bar():
-    seen = [*watching.watch((sys.executable, "-c", LEAKS, "0"), 100, 0.05)]
+def test_a_command_is_watched_by_its_last_bar():
+    seen = []
+    for sample in watching.watch((sys.executable, "-c", LEAKS, "0"), 100, 0.05):
+        seen = endurance._of_last_bar([*seen, sample])
     assert len(seen) > 15 and seen[-1].done > 0.8
     assert [s.done for s in seen] == sorted(s.done for s in seen)
     row = {"job": "leaks", "numbers": endurance.growth(seen)}

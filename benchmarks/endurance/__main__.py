@@ -92,10 +92,18 @@ def measure(name: str, room: jobs.Room, every: float, console: Console) -> dict[
     with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
         task = bar.add_task(name, total=1.0)
         for sample in watching.watch(job.command, job.count, every):
-            samples.append(sample)
+            samples = _of_last_bar([*samples, sample])
             bar.update(task, completed=sample.done)
     row = {"job": name, "count": job.count, "unit": job.unit, "numbers": growth(samples)}
     return row | {"samples": [list(s) for s in _thinned(samples)]}
+
+
+def _of_last_bar(samples: list[Sample]) -> list[Sample]:
+    """Without those of a bar before, as of what is prepared, and what is done after the last."""
+    *before, newest = samples
+    if not before or newest.done < before[-1].done:
+        return [newest]
+    return before if before[-1].done == 1.0 else samples
 
 
 def _thinned(samples: Sequence[Sample], most: int = 200) -> list[Sample]:
