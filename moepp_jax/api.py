@@ -16,12 +16,12 @@ from jaxtyping import Array, Float
 from moepp_jax import mesh as mesh_lib
 from moepp_jax import model as model_lib
 from moepp_jax import vocabulary
-from moepp_jax.checkpoint import only_verified
 from moepp_jax.config import Config, GenerateConfig
 from moepp_jax.data import Tokenizer
 from moepp_jax.errors import ConfigError
 from moepp_jax.generation import Generator, Reader, Speed
 from moepp_jax.run import open_run
+from moepp_jax.verified import only_verified
 
 if TYPE_CHECKING:
     from moepp_jax.analysis.shown import Routing

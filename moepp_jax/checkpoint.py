@@ -7,11 +7,10 @@ without it a flipped byte would restore silently. Each process sums up the files
 first one what orbax makes of them, before orbax commits the step, in its background thread, so a
 step is never there without them. Before a step is used each process reads its share of the bytes.
 One that has lost them, or is of a version that wrote none, cannot be verified: it is used where
-there is no other, which is said, and refused `only_verified`.
+there is no other, which is said, and refused `only_verified` (see `verified`).
 """
 
 import contextlib
-import contextvars
 import errno
 import os
 import shutil
@@ -24,17 +23,16 @@ import jax
 import orbax.checkpoint as ocp
 from flax.serialization import from_state_dict, to_state_dict
 
-from moepp_jax import checksums, processes, regular, summed
+from moepp_jax import checksums, regular, summed
 from moepp_jax.retention import NewestAndBest
 from moepp_jax.storage import AnyPath, is_full, is_local, open_path, reason, room
+from moepp_jax.verified import Verifier
 
 _ARRAYS = ("params", "rest")
 _ITEMS = (*_ARRAYS, "meta")
 
 # Attempts, a tenth of a second apart.
 _REMOVALS = 20
-
-_ONLY_VERIFIED = contextvars.ContextVar("only_verified", default=False)
 
 
 class CheckpointError(ValueError):
@@ -49,16 +47,6 @@ class SaveError(CheckpointError):
     """
 
     STATUS = 74
-
-
-@contextlib.contextmanager
-def only_verified() -> Iterator[None]:
-    """Checkpoints that are opened in this context give nothing that cannot be verified."""
-    before = _ONLY_VERIFIED.set(True)
-    try:
-        yield
-    finally:
-        _ONLY_VERIFIED.reset(before)
 
 
 class Checkpoints:
@@ -79,9 +67,7 @@ class Checkpoints:
     def __init__(self, workdir: str | os.PathLike, keep: int, handlers: Any = None):
         folder = open_path(workdir)
         self._folder = (folder.absolute() if is_local(folder) else folder) / "checkpoints"
-        self._only_verified = _ONLY_VERIFIED.get()
-        self._doubted: set[int] = set()  # what has been said so
-        self._intact: dict[int, frozenset[str]] = {}  # items that were verified here
+        self._verifier = Verifier(self._folder)
         self._saving: int | None = None
         self._bytes = 0  # that it takes at most, of this process
         self._failure: Exception | None = None  # why this process has not written its part
@@ -135,7 +121,7 @@ class Checkpoints:
         items = _split(state)
         meta = {"metrics": metrics, "shapes": _shapes(items)}
         self._saving, self._bytes = step, _bytes_here(items)
-        self._intact.pop(step, None)
+        self._verifier.forget(step)
         self._remove_leftovers()
         self._policy.note(step, metrics)
         with self._telling():
@@ -207,7 +193,7 @@ class Checkpoints:
         self.wait()
         doubts = {}
         for step in reversed(self.steps()):
-            damage, doubt = self._verdict(step, _ITEMS)
+            damage, doubt = self._verifier.verdict(step, _ITEMS)
             if damage is None and doubt is None:
                 self._policy.damaged |= doubts.keys()
                 return step
@@ -389,16 +375,15 @@ class Checkpoints:
 
     def _require_intact(self, step: int, items: Iterable[str]) -> str | None:
         """Returns why nobody knows whether it is, if so."""
-        damage, doubt = self._verdict(step, items)
+        damage, doubt = self._verifier.verdict(step, items)
         if damage is not None:
             raise self._error(step, f"is damaged: {damage}")
         return doubt
 
     def _require_allowed(self, step: int, doubt: str, report: Callable[[str], Any]) -> None:
-        if self._only_verified:
+        if self._verifier.strict:
             raise self._error(step, f"cannot be verified: {doubt}; without --strict it is used")
-        if step not in self._doubted:
-            self._doubted.add(step)
+        if self._verifier.is_first_doubt(step):
             report(
                 f"checkpoint {step} in {self._folder} cannot be verified, as {doubt}; it is used "
                 "as it is (--strict would refuse it)"
@@ -428,25 +413,6 @@ class Checkpoints:
         others = ", ".join(str(other) for other in self.steps() if other != step)
         there = f"; steps that may be used instead: {others}" if others else ""
         return CheckpointError(f"checkpoint {step} in {self._folder} {why}{there}")
-
-    def _verdict(self, step: int, items: Iterable[str]) -> checksums.Verdict:
-        """What is wrong with a step's files. Each process reads a share, all return alike."""
-        items, folder = frozenset(items), self._folder / str(step)
-        if items <= self._intact.get(step, frozenset()):
-            return checksums.Verdict()
-        share = checksums.Share(jax.process_index(), jax.process_count())
-
-        def mine() -> str:
-            # A model that was converted has no `rest`.
-            found = checksums.verdict(folder, items, items - {"rest"}, share)
-            return "\n".join(" ".join((said or "").split()) for said in found)
-
-        told = [said.partition("\n") for said in processes.of_each(mine)]
-        damages, _, doubts = zip(*told, strict=True)
-        found = checksums.Verdict(*(next(filter(None, said), None) for said in (damages, doubts)))
-        if not any(found):
-            self._intact[step] = items | self._intact.get(step, frozenset())
-        return found
 
     def _remove_leftovers(self, looks: int = 1) -> None:
         """What saves that failed or were killed have left, while nothing is being saved.

@@ -114,7 +114,7 @@ def run(name: str) -> None:
     """One command, with the flags of sys.argv."""
     from absl import flags
 
-    from moepp_jax import checkpoint, cli
+    from moepp_jax import cli, verified
 
     module = load(name)
 
@@ -122,7 +122,7 @@ def run(name: str) -> None:
         words = argv[1:]
         words.remove(name)
         strict = "strict" in flags.FLAGS and flags.FLAGS.strict
-        with checkpoint.only_verified() if strict else contextlib.nullcontext():
+        with verified.only_verified() if strict else contextlib.nullcontext():
             module.run(words)
 
     with ending.EndsSoon(seconds=20.0):

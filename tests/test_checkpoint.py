@@ -19,8 +19,9 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from moepp_jax import checksums
-from moepp_jax.checkpoint import CheckpointError, Checkpoints, SaveError, only_verified
+from moepp_jax.checkpoint import CheckpointError, Checkpoints, SaveError
 from moepp_jax.errors import ConfigError
+from moepp_jax.verified import only_verified
 from tests.unprivileged import unprivileged
 
 

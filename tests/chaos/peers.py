@@ -22,6 +22,9 @@ BOUND = distributed.HEARTBEAT_TIMEOUT + 60
 
 _GONE = "^error: another process of this run is gone|another task died"
 
+# Of one whose collective meets what a peer sends that has heard already; it hears nothing more.
+_TORN = "gloo::EnforceNotMet"
+
 # Of a run that is watched closely: a stopped process is then found before JAX misses it.
 _HANG = ("--config.train.hang_seconds=5", "--config.train.hang_factor=2")
 
@@ -83,8 +86,9 @@ def _wait_for(job: jobs.Job, path: Path) -> None:
 
 
 def _named(victim: int) -> str:
-    """What a run that is watched says before it ends."""
-    return rf"^(?:error: )?process \d+ of \d+: no .* has ended for .*late: .*process {victim} on "
+    """What a run that is watched says of it, or of one that is silent before JAX ends all."""
+    late = rf"no .* has ended for .*late: .*process {victim} on "
+    return rf"^(?:error: )?process \d+ of \d+: (?:{late}|no sign of life of process {victim} on )"
 
 
 def _require_others_end(job: jobs.Job, victim: int) -> list[str]:
@@ -103,8 +107,11 @@ def _require_others_end(job: jobs.Job, victim: int) -> list[str]:
         said.append(err)
         if process.returncode == STATUS and re.search(_named(victim), err, re.M):
             continue
-        if process.returncode not in (1, -signal.SIGABRT) or not re.search(_GONE, err, re.M):
+        known = re.search(_GONE, err, re.M) or _TORN in err
+        if process.returncode not in (1, -signal.SIGABRT) or not known:
             raise Lost(f"process {number} ended with {process.returncode}: {err[-400:]}")
+    if not any(re.search(f"{_GONE}|{_named(victim)}", err, re.M) for err in said):
+        raise Lost(f"nobody says that one is gone: {said}")
     return said
 
 
