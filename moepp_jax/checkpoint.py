@@ -75,6 +75,7 @@ class Checkpoints:
         self._policy = NewestAndBest(keep)
         self._require_folder()
         try:
+            self._require_regular_metadata()
             self._manager = _Manager(
                 self._folder,
                 handler_registry=handlers
@@ -105,6 +106,13 @@ class Checkpoints:
             )
         if self._folder.exists():
             raise CheckpointError(f"{self._folder} is no folder: a run keeps its checkpoints there")
+
+    def _require_regular_metadata(self) -> None:
+        """Of what orbax reads of each step before its sums are looked at."""
+        if is_local(self._folder):
+            for file in self._folder.glob("*/_CHECKPOINT_METADATA"):
+                if file.exists():
+                    regular.require(file, regular.SMALL)
 
     def save(self, step: int, state: Any, metrics: Mapping[str, Any] | None = None) -> None:
         """Starts to save a step; a step that is there already, and not damaged, stays as it is.

@@ -371,6 +371,16 @@ def test_an_old_step_that_cannot_be_removed_ends_no_run(tmp_path, capsys):
     assert said.count("checkpoint 2 is saved, but 1 in ") == said.count("cannot all be rem") == 1
 
 
+@pytest.mark.parametrize("put", [os.mkfifo, lambda file: file.symlink_to("/dev/zero")])
+def test_what_orbax_would_wait_for_or_read_for_ever_is_refused(tmp_path, put):
+    _save(tmp_path, 10)
+    file = tmp_path / "checkpoints" / "10" / "_CHECKPOINT_METADATA"
+    file.unlink()
+    put(file)
+    with pytest.raises(CheckpointError, match=r"cannot be read: it is a .*_CHECKPOINT_METADATA"):
+        Checkpoints(tmp_path, 2)
+
+
 def test_a_step_that_may_not_be_read_is_a_damaged_one(tmp_path):
     _save(tmp_path, 10, 20)
     reports = []

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from moepp_jax.checkpoint import CheckpointError
 from tests.chaos.recipe import EVAL_EVERY, SAVE_EVERY, STEPS
 from tests.chaos.room import Room, Said, ended
 from tests.chaos.trial import Lost, Missed, Trial, dice
@@ -54,10 +55,19 @@ def _asked(room: Room, number: signal.Signals, when: float | random.Random, fold
     time.sleep(when if isinstance(when, float) else when.uniform(0, room.seconds[1]))
     process.send_signal(number)
     said = ended(process)
-    if said.status == 0:
+    if said.status == 0 or (said.status == -number and _is_over(room, run)):
         raise Missed("the run had ended")
     _require_polite(said, number)
     room.require_resumed(run)
+
+
+def _is_over(room: Room, run: Path) -> bool:
+    """Whether all was done, and Python was about to end the process, without its handlers."""
+    try:
+        room.require_whole(run)
+    except (Lost, CheckpointError):
+        return False
+    return True
 
 
 def _require_polite(said: Said, number: signal.Signals) -> None:
