@@ -33,6 +33,9 @@ _AT = "v5p:4x4x4"
 _USUAL = 0.75
 _OTHERS = {"0.6B": "8+4", "1B": "16+4", "2B": "32+8"}
 _LARGEST = "16+4, larger"
+_EXPERTS = {"7B": _LARGEST} | _OTHERS
+# What is spared where a token's choice costs nothing; all else is of every token.
+_SPARED = (parts.DISPATCH, parts.EXPERTS, parts.COMBINE, parts.EXCHANGE)
 _LEAST_SHARE, _MARGIN = 1 / 3, 0.03
 
 Row = Mapping[str, float]
@@ -72,7 +75,7 @@ class StepTime(Study):
         if vanilla is None or usual is None or len(ours) < len(TAUS):
             return [Verdict(MISSING, "some of the 7B's rows are not there yet")]
         ratios = {tau: _faster(vanilla, row, "experts") for tau, row in ours.items()}
-        off = {tau: ratio / _theory(results.scale, tau) - 1 for tau, ratio in ratios.items()}
+        off = {tau: ratio / _theory(results.scale, "7B", tau) - 1 for tau, ratio in ratios.items()}
         said = ", ".join(f"{ratios[tau]:.2f} at {tau:g} ({off[tau]:+.1%})" for tau in TAUS)
         follows = max(map(abs, off.values())) <= _MARGIN
         step, experts = _faster(vanilla, usual, "step"), ratios[_USUAL]
@@ -129,7 +132,7 @@ class StepTime(Study):
             "",
             *markdown.table(["part", *map(_short, filter(rows.get, at))], _by_part(rows, at)),
             "",
-            *markdown.table(["", *_COLUMNS], _totals(rows, every)),
+            *markdown.table(["", *_COLUMNS], _totals(results.scale, rows, every)),
             "",
             _NOTES,
             "",
@@ -138,14 +141,22 @@ class StepTime(Study):
 
 _NOTES = """\
 Of two numbers the first is with links at their peak, the second with links at a quarter of it. The
-speed-ups are over the vanilla row of the same model and slice. Nothing here ran on a TPU: the step
-is compiled as far as its schedule, and the slowest of what each instruction needs is added up, as
+speed-ups are over the vanilla row of the same model and slice, at most by the theory: if dispatch,
+experts, combine and the exchange took no more than FFN experts' share of the vanilla row's, and all
+else as long as there, zero-computation experts nothing. Nothing here ran on a TPU: the step is
+compiled as far as its schedule, and the slowest of what each instruction needs is added up, as
 `moepp compile --profile` does and says (docs/PODS.md). The batch is the paper's 2,048 sequences, or
 one a chip where there are more chips.
 
 The compiler of TPUs has to be there (`make pods` puts it beside the environment)."""
-_COLUMNS = ("step, ms", "speed-up", "experts' speed-up", "tokens/s a chip", "MFU, nominal")
-_COLUMNS += ("MFU, realised", "exchange in full, ms", "not hidden, ms", "GiB a chip")
+_COLUMNS = ("step, ms", "speed-up", "at most, peak links", "experts' speed-up", "tokens/s a chip")
+_COLUMNS += (
+    "MFU, nominal",
+    "MFU, realised",
+    "exchange in full, ms",
+    "not hidden, ms",
+    "GiB a chip",
+)
 
 
 def _config(scale: Scale, size: str, tau: float | None) -> Config:
@@ -154,10 +165,17 @@ def _config(scale: Scale, size: str, tau: float | None) -> Config:
     return scale.variant("", kind, fields, of=scale.sizes[size]).config
 
 
-def _theory(scale: Scale, tau: float) -> float:
+def _theory(scale: Scale, model: str, tau: float) -> float:
     """How much faster the experts are than the vanilla twin's (paper, section 3.4)."""
-    vanilla = _config(scale, _LARGEST, None)
-    return 1 / flops.cost_ratio(_config(scale, _LARGEST, tau), vanilla)
+    ours, vanilla = (_config(scale, _EXPERTS[model], t) for t in (tau, None))
+    return 1 / flops.cost_ratio(ours, vanilla)
+
+
+def _at_most(vanilla: Row, theory: float) -> float:
+    """A step's speed-up if all that is spared is spared in full, with links at their peak."""
+    step = vanilla["predicted_ms_peak"]
+    spared = sum(vanilla[_column(part)] for part in _SPARED) * (1 - 1 / theory)
+    return step / (step - spared)
 
 
 def _predict(config: Config, text: str, folder: Path | None) -> Row:
@@ -206,7 +224,7 @@ def _by_part(rows: Mapping[str, Row], names: list[str]) -> list[list[str]]:
     return [[part, *(f"{row[_column(part)]:,.1f}" for row in shown)] for part in parts.ALL]
 
 
-def _totals(rows: Mapping[str, Row], names: list[str]) -> list[list[str]]:
+def _totals(scale: Scale, rows: Mapping[str, Row], names: list[str]) -> list[list[str]]:
     lines = []
     for name in names:
         if name not in rows:
@@ -217,8 +235,12 @@ def _totals(rows: Mapping[str, Row], names: list[str]) -> list[list[str]]:
         def ends(column: str, form: str, row: Row = row) -> str:
             return " to ".join(format(row[f"{column}_{end}"], form) for end in _ENDS)
 
-        faster, experts = "", ""
+        faster, most, experts = "", "", ""
         if vanilla and vanilla is not row:
+            model, _, tau = name.split(", ")
+            most = (
+                f"{_at_most(vanilla, _theory(scale, model, float(tau.removeprefix('tau ')))):.2f}"
+            )
             faster = " to ".join(f"{_faster(vanilla, row, 'step', end):.2f}" for end in _ENDS)
             experts = f"{_faster(vanilla, row, 'experts'):.2f}"
         hidden = _column(parts.EXCHANGE)
@@ -227,6 +249,7 @@ def _totals(rows: Mapping[str, Row], names: list[str]) -> list[list[str]]:
                 name,
                 ends("predicted_ms", ",.0f"),
                 faster,
+                most,
                 experts,
                 ends("tokens_per_second_per_chip", ",.0f"),
                 ends("mfu", ".1%"),

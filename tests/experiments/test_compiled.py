@@ -117,6 +117,7 @@ def test_predicted_steps_beside_the_theory(vanilla, outcome):
         "a step at 0.75 is 1.20 times as fast, 60",
     )
     page = "\n".join(of.more(found))
+    assert vanilla != 1 or "| 1.20 to 1.19 | 1.20 | 1.33 |" in page
     assert page.count("\n| 7B, v5p:4x4x4, ") == 6 and "| 0.6B, vanilla |" in page
     assert len(of.figure(found).axes) == 2
     some = study.results_of(of, PAPER, [], rows[:3])
