@@ -140,25 +140,39 @@ def show(found: Sequence[Mapping[str, Any]], console: Console) -> None:
 
 
 def figure(rows: Sequence[Mapping[str, Any]]) -> Figure:
-    """A row of panels for each cost, a panel for each size, a line for each mode and pass."""
+    """A row of panels for each cost, a panel for each size, a line and its slope for each mode and
+    pass."""
     costs = [cost for cost in COSTS if any(row.get(cost) is not None for row in rows)]
     sizes = list(dict.fromkeys(row["size"] for row in rows))
+    found = {(s["mode"], s["pass"], s["size"], s["cost"]): s["slope"] for s in slopes(rows)}
     drawn = drawing.new(3 * len(sizes), 2.6 * len(costs))
     panels = drawn.subplots(len(costs), len(sizes), squeeze=False, sharey="row", sharex="col")
     for (i, cost), (j, size) in itertools.product(enumerate(costs), enumerate(sizes)):
         axes = panels[i, j]
         own = [r for r in rows if r["size"] == size and r.get(cost) is not None]
-        for key in dict.fromkeys((r["mode"], r["pass"]) for r in own):
+        for number, key in enumerate(dict.fromkeys((r["mode"], r["pass"]) for r in own)):
             line = [(r["value"], r[cost]) for r in own if (r["mode"], r["pass"]) == key]
             label = f"{key[0]}, {key[1].replace('_', ' and ')}"
-            axes.loglog(*zip(*line, strict=True), "o-", ms=3, label=label)
+            axes.loglog(*zip(*line, strict=True), "o-", ms=3, color=f"C{number}", label=label)
+            if (slope := found.get((*key, size, cost))) is not None:
+                power = rf"${size}^{{{slope:.2f}}}$"
+                where = dict(transform=axes.transAxes, va="top", fontsize=8)
+                axes.text(0.03, 0.97 - 0.09 * number, power, color=f"C{number}", **where)
         axes.grid(alpha=0.3)
+        axes.margins(y=0.3)
+        values = sorted({r["value"] for r in own})
+        axes.set_xticks(values, map(_short, values))
+        axes.set_xticks([], minor=True)
         if i == len(costs) - 1:
             axes.set_xlabel(NAMES[size])
         if j == 0:
             axes.set_ylabel(cost.replace("_", " "))
-    panels[0, 0].legend(fontsize=6)
+    panels[0, 0].legend(fontsize=6, loc="lower right")
     return drawn
+
+
+def _short(value: int) -> str:
+    return f"{value // 1024}k" if value >= 1024 else str(value)
 
 
 def main() -> None:

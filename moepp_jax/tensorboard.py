@@ -12,9 +12,13 @@ from tensorboardX.summary import scalar
 # Seconds between two visits to the disk.
 _FLUSH_EVERY = 10.0
 
+# Bytes after which another file is begun, which TensorBoard reads after the one before: under an
+# object store the newest one is written again and again, as long as it grows.
+_LARGE = 16 * 2**20
+
 
 class Events:
-    """Writes an event file; where that fails it says so once, and writes no more.
+    """Writes event files; where that fails it says so once, and writes no more.
 
     tensorboardX's own writer has a thread, which dies of a full disk and then lets the run wait for
     it without end.
@@ -30,6 +34,7 @@ class Events:
     ):
         self._folder, self._report = folder, report
         self._writer: EventsWriter | None = None
+        self._files = self._size = 0  # how many there are, and bytes of the newest one
         self._flushed = time.monotonic()
         self._try(self._open)
         if purge_step is not None:
@@ -51,12 +56,21 @@ class Events:
 
     def _open(self) -> None:
         self._folder.mkdir(parents=True, exist_ok=True)
-        self._writer = EventsWriter(str(self._folder / "events"))
+        # By name a file is behind all of before: it begins with the second in which it was begun.
+        self._writer = EventsWriter(str(self._folder / "events"), f".{self._files:06}")
+        self._files, self._size = self._files + 1, 0
+
+    def _open_another(self) -> None:
+        self._writer.close()
+        self._open()
 
     def _write(self, event: Event) -> None:
+        if self._writer is not None and self._size >= _LARGE:
+            self._try(self._open_another)
         if self._writer is None:
             return
         event.wall_time = time.time()
+        self._size += event.ByteSize()
         self._try(lambda: self._writer.write_event(event))
         if time.monotonic() - self._flushed > _FLUSH_EVERY:
             self.flush()

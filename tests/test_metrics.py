@@ -12,8 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from rich.console import Console
+from tensorboardX.proto.event_pb2 import Event
 
-from moepp_jax import log, progress, watch
+from moepp_jax import log, progress, tensorboard, watch
 from moepp_jax.data import prepare
 from moepp_jax.errors import ConfigError
 from moepp_jax.guard import Guard
@@ -223,6 +224,29 @@ def test_scalars_go_to_tensorboard_too(tmp_path):
     (events,) = (tmp_path / "tensorboard").iterdir()
     written = events.read_bytes()
     assert b"loss" in written and b"load" not in written
+
+
+def test_a_large_event_file_is_followed_by_another(tmp_path, monkeypatch):
+    """What TensorBoard reads is every number once, in their order; an old file never grows."""
+    monkeypatch.setattr(tensorboard, "_LARGE", 1000)
+    with MetricsWriter(tmp_path, resume_step=0) as metrics:
+        for step in range(1, 101):
+            metrics.write(step, loss=float(step))
+    files = sorted((tmp_path / "tensorboard").iterdir())
+    assert len(files) >= 3 and max(file.stat().st_size for file in files) < 2500
+    records = [record for file in files for record in _records(file.read_bytes())]
+    events = [Event.FromString(record) for record in records]
+    logged = [(e.step, e.summary.value[0].simple_value) for e in events if e.summary.value]
+    assert logged == [(step, float(step)) for step in range(1, 101)]
+    assert sum(e.HasField("session_log") for e in events) == 1  # later files purge nothing
+
+
+def _records(content: bytes):
+    """Of TensorFlow's record format: length, its sum, the record, its sum."""
+    while content:
+        end = 12 + int.from_bytes(content[:8], "little")
+        yield content[12:end]
+        content = content[end + 4 :]
 
 
 def _console(**options):
