@@ -12,6 +12,7 @@ Refuted   if either is not so with links at their peak.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -175,7 +176,7 @@ def _at_most(vanilla: Row, theory: float) -> float:
     """A step's speed-up if all that is spared is spared in full, with links at their peak."""
     step = vanilla["predicted_ms_peak"]
     spared = sum(vanilla[_column(part)] for part in _SPARED) * (1 - 1 / theory)
-    return step / (step - spared)
+    return step / (step - spared) if spared < step else math.inf
 
 
 def _predict(config: Config, text: str, folder: Path | None) -> Row:
