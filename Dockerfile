@@ -18,7 +18,9 @@ RUN case "$PLATFORM" in \
       tpu | cuda) set -- -r "requirements/image/$PLATFORM.txt" ;; \
       *) echo "error: PLATFORM=$PLATFORM must be cpu, tpu or cuda" >&2; exit 1 ;; \
     esac; \
-    pip install --no-cache-dir --require-hashes -r requirements/image/cpu.txt "$@"
+    pip install --no-cache-dir --require-hashes -r requirements/image/build.txt && \
+    pip install --no-cache-dir --require-hashes --no-build-isolation \
+      -r requirements/image/cpu.txt "$@"
 
 COPY configs configs
 COPY moepp_jax moepp_jax

@@ -21,9 +21,10 @@ from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
+from etils import epath
 from flax.serialization import from_state_dict, to_state_dict
 
-from moepp_jax import checksums, regular, summed
+from moepp_jax import checksums, processes, regular, summed
 from moepp_jax.retention import NewestAndBest
 from moepp_jax.storage import AnyPath, is_full, is_local, open_path, reason, room
 from moepp_jax.verified import Verifier
@@ -90,7 +91,8 @@ class Checkpoints:
                     ),
                 ),
             )
-        except (OSError, RecursionError) as error:  # the latter of JSON that is too deep
+        # The others of metadata that orbax takes for JSON as it writes it.
+        except (OSError, RecursionError, ValueError, TypeError, LookupError) as error:
             raise CheckpointError(f"{self._folder} cannot be read: {reason(error)}") from error
         for step in self.steps():
             self._policy.note(step, _metrics(self._folder / str(step)))
@@ -108,11 +110,14 @@ class Checkpoints:
             raise CheckpointError(f"{self._folder} is no folder: a run keeps its checkpoints there")
 
     def _require_regular_metadata(self) -> None:
-        """Of what orbax reads of each step before its sums are looked at."""
-        if is_local(self._folder):
-            for file in self._folder.glob("*/_CHECKPOINT_METADATA"):
-                if file.exists():
-                    regular.require(file, regular.SMALL)
+        """Of what orbax reads of the newest step before its sums are looked at."""
+        if not is_local(self._folder) or not self._folder.is_dir():
+            return
+        steps = [entry for entry in self._folder.iterdir() if entry.name.isdigit()]
+        newest = max(steps, key=lambda entry: int(entry.name), default=None)
+        if newest is not None:
+            with contextlib.suppress(FileNotFoundError, PermissionError):
+                regular.require(newest / "_CHECKPOINT_METADATA", regular.SMALL)
 
     def save(self, step: int, state: Any, metrics: Mapping[str, Any] | None = None) -> None:
         """Starts to save a step; a step that is there already, and not damaged, stays as it is.
@@ -143,13 +148,24 @@ class Checkpoints:
             )
 
     def _remove_damaged(self, step: int) -> None:
-        try:
-            self._manager.delete(step)
-        except OSError as error:
+        """By the first process; all others hear of it if it fails."""
+        folder = epath.Path(self._folder / str(step))
+
+        def remove() -> str:
+            try:
+                if jax.process_index() == 0:
+                    folder.rmtree()
+            except OSError as error:
+                return reason(error)
+            return ""
+
+        why = processes.of_each(remove)[0]
+        self._manager.reload()
+        if why:
             raise SaveError(
-                f"checkpoint {step} in {self._folder} is damaged, and cannot be removed to be "
-                f"saved again: {reason(error)}; remove it by hand"
-            ) from error
+                f"checkpoint {step} in {self._folder} cannot be used, nor be removed to be saved "
+                f"again: {why}; remove it by hand"
+            )
 
     def save_params(self, step: int, params: Any) -> None:
         """Starts to save a step of parameters alone, of leaves that `handlers` can write."""
@@ -182,11 +198,17 @@ class Checkpoints:
         if step is not None:
             return step
         steps = self.steps()
-        summed = [s for s in steps if checksums.are_there(self._folder / str(s))] or steps
+        summed = [s for s in steps if self._is_summed_up(s)] or steps
         best, of_all = self._policy.best(summed), self._policy.best(steps)
         if of_all not in (best, *summed):
             self._caution(f"the best checkpoint, {of_all}, cannot be verified: --step takes it")
         return max(summed, default=None) if best is None else best
+
+    def _is_summed_up(self, step: int) -> bool:
+        """Whether there is a sum of each of its files; whether they are right is not looked at."""
+        folder = self._folder / str(step)
+        doubt = checksums.listed(folder, _ITEMS, ("params", "meta")).doubt
+        return checksums.are_there(folder) and doubt is None
 
     def latest_intact_step(self, report: Callable[[str], Any] = print) -> int | None:
         """The newest step whose files are as they were saved; None if nothing was saved yet.

@@ -97,9 +97,11 @@ def verdict(
         looks for files that are missing, too.
     """
     wrong = listed(folder, items, required) if share.process == 0 else Verdict()
-    if wrong.damage is not None or not (folder / _FILE).exists():
+    if wrong.damage is not None:
         return wrong
     try:
+        if not (folder / _FILE).exists():
+            return wrong
         parts = [part for part in _parts(_read(folder)) if _item(part.name) in items]
     except OSError as error:
         return Verdict(damage=_unreadable(error))

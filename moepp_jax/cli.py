@@ -141,8 +141,8 @@ def _but_of_orbax(said: logging_of_python.LogRecord) -> bool:
 
     And it warns of metadata that a damaged step lacks, of which the run tells itself.
     """
-    where = Path(said.pathname).parts
-    return not ("orbax" in where and (said.exc_info or "metadata" in where))
+    _, orbax, where = Path(said.pathname).as_posix().rpartition("/orbax/checkpoint/")
+    return not (orbax and (said.exc_info or "metadata/" in where))
 
 
 def _but_of_closed_loops(what: Any) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import jax
+import numpy as np
 
 from moepp_jax import debugging, flops, optim, processes, run_data, wandb_log, watch
 from moepp_jax import evaluate as evaluate_lib
@@ -107,7 +108,6 @@ def train(
             if first and wandb:
                 wandb_log.send(wandb, workdir, report)
             return state
-        _try_evaluation(parts, state.params, dataset)
         copies.begin()
         with contextlib.ExitStack() as stack:
             tracer = stack.enter_context(Profile(workdir, profile, config.train.steps - step))
@@ -198,13 +198,6 @@ def _make(config: Config, workdir: str | os.PathLike, dataset: Dataset, parent, 
         report(optim.change(before, config, step))
 
 
-def _try_evaluation(parts, params, dataset: Dataset) -> None:
-    """What would not compile, not fit or not be read there is found before anything is trained."""
-    rows = processes.Rows(mesh_lib.batch_sharding(parts.mesh), parts.config.train.batch_size)
-    evaluate = evaluate_lib.make_evaluate(parts)
-    evaluate_lib.evaluate_mixture(evaluate, params, dataset, 1, rows.indices)
-
-
 def _writer(config: Config, workdir: str | os.PathLike, step: int, report) -> MetricsWriter:
     t = config.train
     # Two intervals: the save after the first may not have been whole yet when the run ended.
@@ -233,6 +226,8 @@ def _loop(parts, train_step, dataset: Dataset, state, step, beside: _Beside):
     evaluate = evaluate_lib.make_evaluate(parts)
     evaluate = functools.partial(evaluate, through=watched.waited_for)
     rows = processes.Rows(mesh_lib.batch_sharding(parts.mesh), t.batch_size)
+    with log.paused(state), watched.phase("evaluation"):
+        _try_evaluation(evaluate, state.params, dataset, rows.indices)
     batches = itertools.islice(dataset.train_batches(step, rows.indices), t.steps - step)
     for batch in watched.waited_for(log.waited_for(_one_ahead(map(rows.place, batches)))):
         tracer.before_step()
@@ -271,6 +266,17 @@ def _loop(parts, train_step, dataset: Dataset, state, step, beside: _Beside):
             break
     copies.close()
     return state, step
+
+
+def _try_evaluation(evaluate, params, dataset: Dataset, rows: np.ndarray) -> None:
+    """What would not compile, not fit or not be read there is found before anything is trained."""
+    try:
+        evaluate_lib.evaluate_mixture(evaluate, params, dataset, 1, rows)
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" in str(error):  # is told elsewhere, with what helps
+            raise
+        why = str(error).strip().splitlines()[0]
+        raise ConfigError(f"evaluation does not run on these devices: {why}") from error
 
 
 def _one_ahead(batches: Iterator) -> Iterator:

@@ -191,9 +191,17 @@ def holds_start(path: str | os.PathLike) -> bool:
     folder = open_path(path)
     saved, measured = folder / "checkpoints", folder / _METRICS
     steps = [entry for entry in saved.iterdir() if entry.name.isdigit()] if saved.is_dir() else []
-    if not holds_run(path) or not steps or any((step / "rest").exists() for step in steps):
+    if not holds_run(path) or not steps or any(map(_has_rest, steps)):
         return False
     return not measured.exists() or not size(measured)
+
+
+def _has_rest(step: AnyPath) -> bool:
+    """Whether it is of a training state; what may not be looked into is none from elsewhere."""
+    try:
+        return (step / "rest").exists()
+    except PermissionError:
+        return True
 
 
 def read_config(

@@ -22,6 +22,7 @@ from moepp_jax import checksums
 from moepp_jax.checkpoint import CheckpointError, Checkpoints, SaveError
 from moepp_jax.errors import ConfigError
 from moepp_jax.verified import only_verified
+from moepp_jax.workdir import holds_start
 from tests.unprivileged import unprivileged
 
 
@@ -391,7 +392,7 @@ def test_a_step_that_may_not_be_read_is_a_damaged_one(tmp_path):
             assert "checkpoint 20 is damaged" in reports.pop(0), name
             if name == "20":
                 with pytest.raises(
-                    SaveError, match=r"20 in .* cannot be removed to be .*: Permission d"
+                    SaveError, match=r"20 in .* nor be removed to be .*: Permission d"
                 ):
                     checkpoints.save(20, _state())
         (tmp_path / "checkpoints" / name).chmod(0o700)
@@ -427,6 +428,34 @@ def test_the_newest_and_the_best_are_kept_also_after_a_restart(tmp_path):
         checkpoints.save(70, _state(), {"eval_loss": 2.5})
         assert (checkpoints.best_step(), checkpoints.latest_step()) == (70, 70)
     assert {entry.name for entry in (tmp_path / "checkpoints").iterdir()} == {"60", "70"}
+
+
+def test_a_step_of_which_one_sum_is_gone_is_chosen_after_those_with_all(tmp_path, capsys):
+    _save(tmp_path, 10, 20)
+    file = tmp_path / "checkpoints" / "20" / "checksums.json"
+    sums = json.loads(file.read_text())
+    file.write_text(json.dumps(dict([*sums.items()][1:])))
+    with Checkpoints(tmp_path, 2) as checkpoints:
+        assert checkpoints.choose(None) == 10 and checkpoints.choose(20) == 20
+
+
+def test_an_old_step_that_cannot_be_read_is_no_hindrance(tmp_path):
+    """Neither its metadata nor what is in it is asked for, where a newer step is whole."""
+    _save(tmp_path, 10, 20)
+    old = tmp_path / "checkpoints" / "10"
+    (old / "_CHECKPOINT_METADATA").unlink()
+    os.mkfifo(old / "_CHECKPOINT_METADATA")
+    (tmp_path / "config.json").write_text("{}")
+    old.chmod(0)
+    try:
+        with unprivileged(), Checkpoints(tmp_path, 2) as checkpoints:
+            assert checkpoints.latest_intact_step() == 20
+            assert not holds_start(tmp_path)
+            for share in (checksums.Share(0, 2), checksums.Share(1, 2)):
+                found = checksums.verdict(old, ["params"], ["params"], share)
+                assert "cannot be read: Permission denied" in found.damage
+    finally:
+        old.chmod(0o700)
 
 
 def test_a_step_that_is_there_stays_as_it_is(tmp_path):

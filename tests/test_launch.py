@@ -172,11 +172,14 @@ def test_the_image_has_what_it_copies():
 @pytest.mark.parametrize("platform", ["cpu", "tpu", "cuda"])
 def test_the_image_installs_what_is_pinned_by_hash(platform, stage):
     (install,) = [text for name, text in instructions() if name == "RUN" and "pip" in text]
-    (call,) = succeed(stage, "sh", "-c", install, PLATFORM=platform)
-    files = [after for before, after in itertools.pairwise(call) if before == "-r"]
+    calls = succeed(stage, "sh", "-c", install, PLATFORM=platform)
+    files = [
+        [after for before, after in itertools.pairwise(call) if before == "-r"] for call in calls
+    ]
     extra = [] if platform == "cpu" else [f"requirements/image/{platform}.txt"]
-    assert files == ["requirements/image/cpu.txt", *extra]
-    assert "--require-hashes" in call
+    assert files == [["requirements/image/build.txt"], ["requirements/image/cpu.txt", *extra]]
+    assert all("--require-hashes" in call for call in calls)
+    assert "--no-build-isolation" in calls[1]  # which would fetch what is not pinned
     wrong = stage.run("sh", "-c", install, PLATFORM="gpu")
     assert wrong.returncode == 1 and "PLATFORM=gpu must be cpu, tpu or cuda" in wrong.stderr
 

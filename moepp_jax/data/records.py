@@ -122,7 +122,7 @@ def _manifest(folder: Path) -> dict:
     try:
         manifest = regular.read_json(folder / _MANIFEST)
         files = {
-            n: {"size": f["size"], "sha256": f["sha256"]} for n, f in manifest["files"].items()
+            n: {"size": int(f["size"]), "sha256": f["sha256"]} for n, f in manifest["files"].items()
         }
         return {"files": files, "shards": dict(manifest["shards"])}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:

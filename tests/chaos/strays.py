@@ -55,7 +55,10 @@ def _unverified(room: Room, content: str | None, strict: bool, folder: Path) -> 
     for sums in (run / "checkpoints").glob("*/checksums.json"):
         sums.unlink() if content is None else sums.write_text(content)
     if strict:
-        require_one_line(room.said([*room.arguments(run), "--strict"]))
+        said = room.said([*room.arguments(run), "--strict"])
+        require_one_line(said)
+        if "cannot be verified" not in said.err:
+            raise Lost(f"did not say that it cannot be verified: {said.err}")
         return
     said = room.require_resumed(run)
     if "cannot be verified" not in said.out + said.err:

@@ -16,7 +16,7 @@ import psutil
 
 from tests.chaos.room import Room, Said, contents, ended, recipe_of, require_ended
 from tests.chaos.signals import wait
-from tests.chaos.trial import Lost, Trial, dice
+from tests.chaos.trial import Lost, Missed, Trial, dice
 from tests.tiny import TEXT
 
 _STATUS = {signal.SIGKILL: -9, signal.SIGTERM: 143, signal.SIGINT: 130}
@@ -57,6 +57,8 @@ def _asked(room: Room, number: signal.Signals, delay: float, folder: Path) -> No
     workers[:] = parent.children(recursive=True)
     process.send_signal(number)
     said = ended(process)
+    if said.status == 0:
+        raise Missed("all was prepared")
     _, alive = psutil.wait_procs(workers, timeout=_LIMIT)
     if alive:
         raise Lost(f"{len(alive)} of its processes still ran after {_LIMIT:g} s")
@@ -68,8 +70,8 @@ def _asked(room: Room, number: signal.Signals, delay: float, folder: Path) -> No
 
 
 def _require_polite(said: Said, status: int) -> None:
-    lines = said.err.strip().splitlines()
-    if said.status != status or len(lines) > 1:
+    words = {143: "terminated", 130: "interrupted"}.get(status, "")
+    if said.status != status or said.err.strip() != words:
         raise Lost(f"ended with status {said.status}, not {status}: {said.err[-600:]}")
 
 
