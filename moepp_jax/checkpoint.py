@@ -113,7 +113,8 @@ class Checkpoints:
         """Of what orbax reads of the newest step before its sums are looked at."""
         if not is_local(self._folder) or not self._folder.is_dir():
             return
-        steps = [entry for entry in self._folder.iterdir() if entry.name.isdigit()]
+        there = self._folder.iterdir()
+        steps = [entry for entry in there if entry.name.isdigit() and entry.is_dir()]
         newest = max(steps, key=lambda entry: int(entry.name), default=None)
         if newest is not None:
             with contextlib.suppress(FileNotFoundError, PermissionError):
