@@ -166,3 +166,40 @@ def test_a_process_that_cannot_write_holds_no_other_up(tmp_path, process):
             assert said[1].endswith("; 2 saves in a row have failed")
             assert float(re.search(r"^seconds (.*)$", out, re.MULTILINE)[1]) < 100
     assert sorted(entry.name for entry in (tmp_path / "checkpoints").iterdir()) == ["70", "73"]
+
+
+# Root's permissions are put down in every thread, before there is a second one.
+STUCK = """
+from moepp_jax.checkpoint import SaveError
+
+with Checkpoints(workdir, 2) as checkpoints:
+    assert checkpoints.latest_intact_step(print) == 70
+    try:
+        checkpoints.save(71, state)
+    except SaveError as error:
+        print("refused", error, flush=True)
+    checkpoints.look_again()
+    checkpoints.save(72, state)
+    checkpoints.wait()
+    print("steps", *checkpoints.steps(), flush=True)
+"""
+
+
+def test_a_step_that_no_process_may_read_or_remove_is_told_in_all_and_they_go_on(tmp_path):
+    lowered = "from tests import unprivileged\nnow = unprivileged.unprivileged()\nnow.__enter__()\n"
+    program = ["-c", lowered + COMMON + STUCK]
+    both = "".join(SAVE.replace("7", step) for step in ("70", "71"))
+    with Job([tmp_path], of=2, program=["-c", COMMON + both]) as job:
+        job.ended(0, 0)
+    (tmp_path / "checkpoints" / "71").chmod(0)
+    try:
+        with Job([tmp_path], of=2, program=program) as job:
+            said = [out for out, _ in job.ended(0, 0)]
+    finally:
+        (tmp_path / "checkpoints" / "71").chmod(0o700)
+    for out in said:
+        assert "checkpoint 71 is damaged, looking for an older one: it cannot be read: Perm" in out
+        assert re.search(
+            r"^refused checkpoint 71 in .* nor be removed .*: Permission den", out, re.M
+        )
+        assert re.search(r"^steps .*72$", out, re.M)
