@@ -162,12 +162,12 @@ lock: .venv/dev
 	$(MAKE) hashes
 
 # The image's files: the same versions, each with the index's hashes of its files (nothing is
-# fetched), for the Linux of TPU and GPU machines; cuda.txt and tpu.txt have what they add to cpu.txt, build.txt
-# what builds the one package that has no wheel.
+# fetched), for the Linux of TPU and GPU machines; cuda.txt and tpu.txt have what they add to
+# cpu.txt, build.txt what builds the one package that has no wheel.
 HASHES := $(PY) -m uv pip compile --quiet --no-deps --no-header --no-annotate --generate-hashes \
   --python-version 3.11 --python-platform x86_64-manylinux_2_31
 hashes: .venv/dev
-	grep -E '^(setuptools|wheel)==' requirements/dev.txt | $(HASHES) - --output-file requirements/image/build.txt
+	grep -E '^(packaging|setuptools|wheel)==' requirements/dev.txt | $(HASHES) - --output-file requirements/image/build.txt
 	$(HASHES) requirements.txt requirements/cloud.txt --output-file requirements/image/cpu.txt
 	for platform in cuda tpu; do \
 	  $(HASHES) requirements/$$platform.txt --output-file requirements/image/$$platform.txt \

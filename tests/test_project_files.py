@@ -83,3 +83,10 @@ def test_the_image_has_the_pinned_versions_and_their_hashes():
     for file in (ROOT / "requirements/image").iterdir():
         for pin in re.split(r"\n(?=\w)", file.read_text()):
             assert re.search(r"--hash=sha256:[0-9a-f]{64}", pin), f"{file.name}: {pin}"
+
+
+def test_what_builds_in_the_image_is_whole():
+    """pip, held to hashes, takes nothing that is not in the list: `wheel` needs `packaging`."""
+    names = {pin.partition("==")[0] for pin in pins("requirements/image/build.txt")}
+    assert names == {"packaging", "setuptools", "wheel"}
+    assert pins("requirements/image/build.txt") <= pins("requirements/dev.txt"), "make hashes"

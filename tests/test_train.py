@@ -256,7 +256,7 @@ def pretended(
         return step
 
     def make_evaluate(parts):
-        def evaluate(params, batches, through=iter):
+        def evaluate(params, batches, through):
             clock[0] += seconds_of_evaluation
             names = ("eval_loss", "eval_perplexity", "eval_ffn_experts_per_token", "eval_tokens")
             return dict.fromkeys(names, 1.0)

@@ -125,7 +125,7 @@ def _manifest(folder: Path) -> dict:
             n: {"size": int(f["size"]), "sha256": f["sha256"]} for n, f in manifest["files"].items()
         }
         return {"files": files, "shards": dict(manifest["shards"])}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ArithmeticError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise damaged(folder / _MANIFEST, f" cannot be read ({error})") from None
 
 
