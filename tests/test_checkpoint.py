@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -450,10 +451,11 @@ def test_an_old_step_that_cannot_be_read_is_no_hindrance(tmp_path):
     try:
         with unprivileged(), Checkpoints(tmp_path, 2) as checkpoints:
             assert checkpoints.latest_intact_step() == 20
-            assert not holds_start(tmp_path)
             for share in (checksums.Share(0, 2), checksums.Share(1, 2)):
                 found = checksums.verdict(old, ["params"], ["params"], share)
                 assert "cannot be read: Permission denied" in found.damage
+            shutil.rmtree(tmp_path / "checkpoints" / "20")  # which is looked into first or last
+            assert not holds_start(tmp_path)
     finally:
         old.chmod(0o700)
 
