@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -278,7 +277,7 @@ def load(
     if zero_offset is not None:
         run = run._replace(config=run.config.replace("moe.rule", zero_offset=zero_offset))
     mesh = over_all_devices(run.config) if all_devices else None
-    with only_verified() if strict else contextlib.nullcontext():
+    with only_verified("strict=True" if strict else ""):
         params = run.params(mesh, as_used=only_generate)
     name, at = Path(run.workdir).name, run.step or 0
     return Model(run.config, params, run.tokenizer(), mesh, only_generate, name, at, run.ends())

@@ -10,44 +10,20 @@ One that has lost them, or is of a version that wrote none, cannot be verified: 
 there is no other, which is said, and refused `only_verified` (see `verified`).
 """
 
-import contextlib
-import errno
 import os
-import shutil
-import sys
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
-from etils import epath
 from flax.serialization import from_state_dict, to_state_dict
 
-from moepp_jax import checksums, processes, regular, summed
-from moepp_jax.retention import NewestAndBest
-from moepp_jax.storage import AnyPath, is_full, is_local, open_path, reason, room
+from moepp_jax import checksums, regular
+from moepp_jax.steps import ITEMS, CheckpointError, SaveError, Steps, caution
+from moepp_jax.storage import AnyPath, is_local, open_path
 from moepp_jax.verified import Verifier
 
-_ARRAYS = ("params", "rest")
-_ITEMS = (*_ARRAYS, "meta")
-
-# Attempts, a tenth of a second apart.
-_REMOVALS = 20
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that is not there, is damaged or is of another model; the message says which."""
-
-
-class SaveError(CheckpointError):
-    """A checkpoint that cannot be written; the message says why, and which ones there are.
-
-    Attributes:
-      STATUS: with which a command ends for it: an error of input or output, as sysexits.h has it.
-    """
-
-    STATUS = 74
+__all__ = ["CheckpointError", "Checkpoints", "SaveError"]
 
 
 class Checkpoints:
@@ -69,56 +45,10 @@ class Checkpoints:
         folder = open_path(workdir)
         self._folder = (folder.absolute() if is_local(folder) else folder) / "checkpoints"
         self._verifier = Verifier(self._folder)
-        self._saving: int | None = None
-        self._bytes = 0  # that it takes at most, of this process
-        self._failure: Exception | None = None  # why this process has not written its part
-        self._is_summed = handlers is None  # by each process, as it is written
-        self._policy = NewestAndBest(keep)
-        self._require_folder()
-        try:
-            self._require_regular_metadata()
-            self._manager = _Manager(
-                self._folder,
-                handler_registry=handlers
-                or summed.handlers(_ARRAYS, self._sum_own, self._hear_of_failure),
-                options=ocp.CheckpointManagerOptions(
-                    create=False,
-                    save_root_metadata=False,
-                    preservation_policy=self._policy,
-                    async_options=ocp.AsyncOptions(
-                        post_finalization_callback=self._write_checksums,
-                        barrier_sync_fn=summed.barrier(),
-                    ),
-                ),
-            )
-        # The others of metadata that orbax takes for JSON as it writes it.
-        except (OSError, RecursionError, ValueError, TypeError, LookupError) as error:
-            raise CheckpointError(f"{self._folder} cannot be read: {reason(error)}") from error
+        self._steps = Steps(self._folder, keep, handlers)
+        self._policy = self._steps.policy
         for step in self.steps():
             self._policy.note(step, _metrics(self._folder / str(step)))
-
-    def _require_folder(self) -> None:
-        """Steps that only seem not to be there must not be replaced by a new beginning."""
-        if not is_local(self._folder) or self._folder.is_dir():
-            return
-        if self._folder.is_symlink():
-            raise CheckpointError(
-                f"{self._folder} is a link to {os.readlink(self._folder)}, which is no folder: "
-                "mount the disk where the checkpoints are, or remove the link to start anew"
-            )
-        if self._folder.exists():
-            raise CheckpointError(f"{self._folder} is no folder: a run keeps its checkpoints there")
-
-    def _require_regular_metadata(self) -> None:
-        """Of what orbax reads of the newest step before its sums are looked at."""
-        if not is_local(self._folder) or not self._folder.is_dir():
-            return
-        there = self._folder.iterdir()
-        steps = [entry for entry in there if entry.name.isdigit() and entry.is_dir()]
-        newest = max(steps, key=lambda entry: int(entry.name), default=None)
-        if newest is not None:
-            with contextlib.suppress(FileNotFoundError, PermissionError):
-                regular.require(newest / "_CHECKPOINT_METADATA", regular.SMALL)
 
     def save(self, step: int, state: Any, metrics: Mapping[str, Any] | None = None) -> None:
         """Starts to save a step; a step that is there already, and not damaged, stays as it is.
@@ -130,59 +60,24 @@ class Checkpoints:
         if step in self.steps():
             if step not in self._policy.damaged:
                 return
-            self._remove_damaged(step)
+            self._steps.remove(step)
         metrics = {name: float(value) for name, value in (metrics or {}).items()}
         items = _split(state)
         meta = {"metrics": metrics, "shapes": _shapes(items)}
-        self._saving, self._bytes = step, _bytes_here(items)
         self._verifier.forget(step)
-        self._remove_leftovers()
         self._policy.note(step, metrics)
-        with self._telling():
-            self._manager.save(
-                step,
-                args=ocp.args.Composite(
-                    meta=ocp.args.JsonSave(meta),
-                    **{name: ocp.args.StandardSave(tree) for name, tree in items.items()},
-                ),
-                force=True,  # orbax would silently skip a step before a damaged one
-            )
-
-    def _remove_damaged(self, step: int) -> None:
-        """By the first process; all others hear of it if it fails."""
-        folder = epath.Path(self._folder / str(step))
-
-        def remove() -> str:
-            try:
-                if jax.process_index() == 0:
-                    folder.rmtree()
-            except OSError as error:
-                return reason(error)
-            return ""
-
-        why = processes.of_each(remove)[0]
-        self._manager.reload()
-        if why:
-            raise SaveError(
-                f"checkpoint {step} in {self._folder} cannot be used, nor be removed to be saved "
-                f"again: {why}; remove it by hand"
-            )
+        saved = {name: ocp.args.StandardSave(tree) for name, tree in items.items()}
+        self._steps.save(step, {"meta": ocp.args.JsonSave(meta)} | saved, _bytes_here(items))
 
     def save_params(self, step: int, params: Any) -> None:
         """Starts to save a step of parameters alone, of leaves that `handlers` can write."""
-        shapes = _shapes({"params": params})
-        self._saving = step
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                meta=ocp.args.JsonSave({"metrics": {}, "shapes": shapes}),
-                params=ocp.args.PyTreeSave(params),
-            ),
-        )
+        meta = {"metrics": {}, "shapes": _shapes({"params": params})}
+        items = {"meta": ocp.args.JsonSave(meta), "params": ocp.args.PyTreeSave(params)}
+        self._steps.save(step, items)
 
     def steps(self) -> list[int]:
         """In ascending order; one that is being saved is among them."""
-        return sorted(self._manager.all_steps())
+        return self._steps.numbers()
 
     def latest_step(self) -> int | None:
         return max(self.steps(), default=None)
@@ -202,13 +97,13 @@ class Checkpoints:
         summed = [s for s in steps if self._is_summed_up(s)] or steps
         best, of_all = self._policy.best(summed), self._policy.best(steps)
         if of_all not in (best, *summed):
-            self._caution(f"the best checkpoint, {of_all}, cannot be verified: --step takes it")
+            caution(f"the best checkpoint, {of_all}, cannot be verified: --step takes it")
         return max(summed, default=None) if best is None else best
 
     def _is_summed_up(self, step: int) -> bool:
         """Whether there is a sum of each of its files; whether they are right is not looked at."""
         folder = self._folder / str(step)
-        doubt = checksums.listed(folder, _ITEMS, ("params", "meta")).doubt
+        doubt = checksums.listed(folder, ITEMS, ("params", "meta")).doubt
         return checksums.are_there(folder) and doubt is None
 
     def latest_intact_step(self, report: Callable[[str], Any] = print) -> int | None:
@@ -224,7 +119,7 @@ class Checkpoints:
         self.wait()
         doubts = {}
         for step in reversed(self.steps()):
-            damage, doubt = self._verifier.verdict(step, _ITEMS)
+            damage, doubt = self._verifier.verdict(step, ITEMS)
             if damage is None and doubt is None:
                 self._policy.damaged |= doubts.keys()
                 return step
@@ -304,87 +199,30 @@ class Checkpoints:
         Raises:
           SaveError: what is being saved cannot be written.
         """
-        with self._telling():
-            failed = None
-            try:
-                self._manager.wait_until_finished()
-            except Exception as error:
-                failed = error
-            # Of both this is the cause, and in a process that is not the first it is alone.
-            failed, self._failure = self._failure or failed, None
-            if failed is not None:
-                raise failed
+        self._steps.wait()
 
     def look_again(self) -> None:
         """At which steps there are, where another process may have failed to save one."""
-        self._manager.reload()
-
-    @contextlib.contextmanager
-    def _telling(self) -> Iterator[None]:
-        """What goes wrong in saving, as one error; nothing of the step is left behind."""
-        try:
-            yield
-        except Exception as error:  # orbax and TensorStore raise bare ones
-            why = reason(error)
-            if is_local(self._folder) and is_full(error):
-                why += f", where {room(self._existing())} and it takes up to {self._bytes:,} bytes"
-            self._manager.reload()  # orbax forgot the steps that the save was to replace
-            if self._is_saved_but_for_others(error):
-                return
-            self._remove_leftovers(looks=5)
-            there = ", ".join(map(str, self.steps()))
-            kept = f"steps {there} are kept" if there else "there is no other one"
-            raise SaveError(
-                f"checkpoint {self._saving} in {self._folder} cannot be saved: {why}; {kept}"
-            ) from error
-
-    def _is_saved_but_for_others(self, error: Exception) -> bool:
-        """Whether the step is there, and what went wrong was that older ones could not go."""
-        step = self._saving
-        if jax.process_index() != 0 or step not in self.steps():
-            return False  # process 0 alone removes
-        stuck = self._policy.superfluous(self.steps())
-        if not stuck or any(checksums.listed(self._folder / str(step), _ITEMS, ("params", "meta"))):
-            return False
-        self._policy.stuck |= stuck
-        self._caution(
-            f"checkpoint {step} is saved, but {', '.join(map(str, sorted(stuck)))} in "
-            f"{self._folder}, which it replaces, cannot all be removed: {reason(error)}; the run "
-            "goes on, remove them by hand"
-        )
-        return True
-
-    def _existing(self) -> AnyPath:
-        return next(place for place in (self._folder, *self._folder.parents) if place.exists())
+        self._steps.look_again()
 
     def close(self) -> None:
         """
         Raises:
           SaveError: what is being saved cannot be written.
         """
-        self.wait()  # in every process: orbax would tell the first one alone
-        self._manager.close()
+        self._steps.close()
 
     def __enter__(self) -> "Checkpoints":
         return self
 
-    def __exit__(self, *error: object) -> None:
-        # A process that fails would wait here for the others, which wait for it; and who waits for
-        # a save that cannot be finished may wait for ever.
-        unfinished = error[0] is not None and issubclass(error[0], SaveError)
-        if error[0] is None:
-            self.close()
-        elif jax.process_count() == 1 and not unfinished:
-            try:
-                self.close()
-            except Exception:  # of a save that fails too; the first one is told
-                self._remove_leftovers(looks=5)
+    def __exit__(self, *error: Any) -> None:
+        self._steps.leave(error[0])
 
     def _read(self, step: int | None, items: dict[str, Any]) -> dict[str, Any]:
         self._verify(step, items)
         targets = {name: ocp.args.StandardRestore(tree) for name, tree in items.items()}
         try:
-            return dict(self._manager.restore(step, args=ocp.args.Composite(**targets)).items())
+            return self._steps.restore(step, targets)
         except Exception as error:  # orbax raises bare ones
             said = str(error).partition(" See full TensorStore details")[0]
             raise self._error(step, f"cannot be read: {said}") from error
@@ -395,7 +233,7 @@ class Checkpoints:
         self._require_shapes(step, items)
         doubt = self._require_intact(step, items)
         if doubt is not None:
-            self._require_allowed(step, doubt, self._caution)
+            self._require_allowed(step, doubt, caution)
 
     def _require_there(self, step: int | None) -> None:
         self.wait()
@@ -412,17 +250,13 @@ class Checkpoints:
         return doubt
 
     def _require_allowed(self, step: int, doubt: str, report: Callable[[str], Any]) -> None:
-        if self._verifier.strict:
-            raise self._error(step, f"cannot be verified: {doubt}; without --strict it is used")
+        if asked := self._verifier.strict:
+            raise self._error(step, f"cannot be verified: {doubt}; without {asked} it is used")
         if self._verifier.is_first_doubt(step):
             report(
                 f"checkpoint {step} in {self._folder} cannot be verified, as {doubt}; it is used "
-                "as it is (--strict would refuse it)"
+                "as it is (--strict would refuse it, and load(strict=True))"
             )
-
-    def _caution(self, line: str) -> None:
-        if jax.process_index() == 0:
-            print(line, file=sys.stderr)
 
     def _require_shapes(self, step: int, items: dict[str, Any]) -> None:
         saved = self._saved_shapes(step)
@@ -444,62 +278,6 @@ class Checkpoints:
         others = ", ".join(str(other) for other in self.steps() if other != step)
         there = f"; steps that may be used instead: {others}" if others else ""
         return CheckpointError(f"checkpoint {step} in {self._folder} {why}{there}")
-
-    def _remove_leftovers(self, looks: int = 1) -> None:
-        """What saves that failed or were killed have left, while nothing is being saved.
-
-        Args:
-          looks: how often nothing must be found; threads of a save that has just failed may still
-            write there.
-        """
-        if not is_local(self._folder) or jax.process_index() != 0 or not self._folder.is_dir():
-            return
-        for _ in range(_REMOVALS):
-            left = [*self._folder.glob(f"*{ocp.path.atomicity.TMP_DIR_SUFFIX}")]
-            looks -= not left
-            if not looks:
-                break
-            for folder in left:
-                shutil.rmtree(folder, ignore_errors=True)
-            time.sleep(0.1)
-
-    def _sum_own(self, item: str) -> None:
-        """Called in every process when its files of an item are written."""
-        process, folder = jax.process_index(), self._being_saved()
-        written = folder / f"{item}{ocp.path.atomicity.TMP_DIR_SUFFIX}"
-        written = written if written.exists() else folder / item  # of a bucket
-        name = f"ocdbt.process_{process}"
-        checksums.write_own(folder, f"{item}.{process}", written / name, f"{item}/{name}")
-
-    def _hear_of_failure(self, error: Exception) -> None:
-        self._failure = self._failure or error
-
-    def _write_checksums(self) -> None:
-        """Called by orbax on process 0 when all is written, before the folder gets its name."""
-        if self._failure is not None:
-            raise self._failure
-        of = jax.process_count() if self._is_summed else 0
-        writers = [f"{item}.{process}" for item in _ARRAYS for process in range(of)]
-        try:
-            checksums.write(self._being_saved(), _ITEMS, writers)
-        except FileNotFoundError as error:
-            raise OSError(errno.EIO, f"not every process has written its part ({error})") from error
-
-    def _being_saved(self) -> AnyPath:
-        folder = self._folder / f"{self._saving}{ocp.path.atomicity.TMP_DIR_SUFFIX}"
-        # A bucket's has its name from the start, and a last file completes it.
-        return folder if folder.exists() else self._folder / str(self._saving)
-
-
-class _Manager(ocp.CheckpointManager):
-    """Orbax's, but it never asks for a preemption itself.
-
-    It would do so from its thread and for the step that it saves, which the run has passed: JAX
-    takes the last step that was asked about for the one that the process is at.
-    """
-
-    def reached_preemption(self, step: int) -> bool:
-        return False
 
 
 def _bytes_here(tree: Any) -> int:

@@ -99,7 +99,7 @@ def explained(parts: state_lib.Assembly) -> Callable:
             with jax.transfer_guard("allow"):
                 number = int(jax.device_get(state.step)) + 1
                 said = first(state_lib.step_function(parts), parts.mesh, state, batch)
-            raise DivergedError(f"step {number}: {said}")
+            raise DivergedError(f"step {number}: {said}", number)
         return after, metrics
 
     return step

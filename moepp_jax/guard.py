@@ -147,13 +147,16 @@ def require_sound(train: TrainConfig, step: int, values: Mapping[str, Any], guar
         if guard.longest >= train.max_skipped:
             raise DivergedError(
                 f"step {step}: {guard.longest} updates in a row were left out, and "
-                f"config.train.max_skipped = {train.max_skipped}; the newest: {place(guard)}"
+                f"config.train.max_skipped = {train.max_skipped}; the newest: {place(guard)}",
+                int(guard.first),
             )
         return
     try:
         require_finite(step, values)
     except DivergedError as error:
-        raise DivergedError(f"{error} ({place(guard)})" if guard.first >= 0 else error) from None
+        if guard.first < 0:
+            raise
+        raise DivergedError(f"{error} ({place(guard)})", int(guard.first)) from None
 
 
 def place(guard: Guard) -> str:
@@ -165,7 +168,4 @@ def place(guard: Guard) -> str:
         where += "the first with a gradient that is not finite"
     else:
         where = "no layer has numbers that are not finite"
-    return (
-        f"first at step {guard.first}, where {where}; `moepp data batch {guard.first}` with this "
-        "run's --workdir shows the texts of its batch"
-    )
+    return f"first at step {guard.first}, where {where}"

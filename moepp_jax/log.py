@@ -14,7 +14,7 @@ from moepp_jax import flops
 from moepp_jax import guard as guard_lib
 from moepp_jax.analysis import health
 from moepp_jax.config import Config
-from moepp_jax.data import Dataset
+from moepp_jax.data import Dataset, summarise_batch
 from moepp_jax.metrics import MetricsWriter
 from moepp_jax.progress import Progress
 from moepp_jax.watch import Watch
@@ -125,7 +125,10 @@ class Log:
         new, self._skipped = int(guard.unsound) - self._skipped, int(guard.unsound)
         if new > 0:
             updates = "1 update was" if new == 1 else f"{new} updates were"
-            self._progress.message(f"step {step}: {updates} left out, {guard_lib.place(guard)}")
+            self._progress.message(
+                f"step {step}: {updates} left out, {guard_lib.place(guard)}; "
+                f"{summarise_batch(self._dataset, int(guard.first))}"
+            )
 
     def held_out(self, step: int, values: dict[str, Any]) -> None:
         """Writes the row of an evaluation."""

@@ -53,7 +53,6 @@ if __name__ == "__main__":
 elif __name__ == "__mp_main__":
     ending.leave_to_parent()
 
-import contextlib
 import importlib
 import os
 import sys
@@ -122,7 +121,7 @@ def run(name: str) -> None:
         words = argv[1:]
         words.remove(name)
         strict = "strict" in flags.FLAGS and flags.FLAGS.strict
-        with verified.only_verified() if strict else contextlib.nullcontext():
+        with verified.only_verified("--strict" if strict else ""):
             module.run(words)
 
     with ending.EndsSoon(seconds=20.0):

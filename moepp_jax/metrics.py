@@ -44,7 +44,15 @@ _VITAL = ("loss", "grad_norm", "eval_loss")
 
 
 class DivergedError(ArithmeticError):
-    """A run whose numbers are not finite any more; the message names the step and the numbers."""
+    """A run whose numbers are not finite any more; the message names the step and the numbers.
+
+    Attributes:
+      began: the step in whose batch that began, if it is known.
+    """
+
+    def __init__(self, said: str, began: int | None = None):
+        super().__init__(said)
+        self.began = began
 
 
 def require_finite(step: int, values: Mapping[str, Any]) -> None:

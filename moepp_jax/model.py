@@ -181,7 +181,10 @@ def moe_of(config: Config, dispatch: str, platform: str, mesh: Mesh | None = Non
     c, sequences = config.moe, 1
     if dispatch == "capacity":
         path = moe_lib.with_capacity(
-            c.gamma, kernels.experts_function(platform), kernels.exchanged(platform)
+            c.gamma,
+            kernels.experts_function(platform),
+            kernels.exchanged(platform),
+            kernels.slots_tile(platform),
         )
         sequences = max(1, c.group_size // config.data.seq_len)
     else:
@@ -189,7 +192,7 @@ def moe_of(config: Config, dispatch: str, platform: str, mesh: Mesh | None = Non
             kernels.grouped_function(platform),
             kernels.move(platform, mesh),
             c.exchange_buffer or None,
-            kernels.tile(platform),
+            kernels.buffer_tile(platform),
         )
     return moe_lib.MoE(c.rule, moe_lib.in_parts(path, c.exchange_parts), c.input_scale, sequences)
 

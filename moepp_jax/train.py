@@ -19,7 +19,7 @@ from moepp_jax import parent as parent_lib
 from moepp_jax import state as state_lib
 from moepp_jax.checkpoint import CheckpointError, Checkpoints
 from moepp_jax.config import Config
-from moepp_jax.data import Dataset, describe
+from moepp_jax.data import Dataset, describe, summarise_batch
 from moepp_jax.errors import ConfigError
 from moepp_jax.guard import require_sound
 from moepp_jax.interrupt import Stopped, StopRequest
@@ -136,7 +136,7 @@ def train(
             except DivergedError as error:
                 with watched.phase("save"):
                     checkpoints.wait()  # in all processes: each has seen the same numbers
-                raise DivergedError(_diverged(error, checkpoints.latest_step())) from None
+                raise _diverged(error, dataset, checkpoints.latest_step()) from None
     if step < config.train.steps:
         raise Stopped(stop.signal, step)
     return state
@@ -320,11 +320,13 @@ def _rule(config: Config) -> str:
     return f"{kind}, at most {rule.most} and at balance {sum(rule.load):.2f} a token"
 
 
-def _diverged(error: DivergedError, newest: int | None) -> str:
+def _diverged(error: DivergedError, dataset: Dataset, newest: int | None) -> DivergedError:
     kept = "there is no checkpoint yet" if newest is None else f"checkpoint {newest} is the newest"
-    return (
-        f"{error}: the run has diverged and was stopped; {kept}. The same command would compute "
-        "the same again: --config.train.on_nonfinite=skip goes on without such updates; or give "
-        "another --workdir, and a lower config.optim.lr, a longer config.optim.warmup_steps or a "
-        "lower config.optim.clip_norm"
+    batch = f"; {summarise_batch(dataset, error.began)}" if error.began else ""
+    return DivergedError(
+        f"{error}: the run has diverged and was stopped; {kept}{batch}. The same command would "
+        "compute the same again: --config.train.on_nonfinite=skip goes on without such updates; or "
+        "give another --workdir, and a lower config.optim.lr, a longer config.optim.warmup_steps "
+        "or a lower config.optim.clip_norm",
+        error.began,
     )

@@ -11,13 +11,17 @@ import jax
 from moepp_jax import checksums, processes
 from moepp_jax.storage import AnyPath
 
-_ONLY_VERIFIED = contextvars.ContextVar("only_verified", default=False)
+_ONLY_VERIFIED = contextvars.ContextVar("only_verified", default="")
 
 
 @contextlib.contextmanager
-def only_verified() -> Iterator[None]:
-    """Checkpoints that are opened in this context give nothing that cannot be verified."""
-    before = _ONLY_VERIFIED.set(True)
+def only_verified(asked: str = "strict") -> Iterator[None]:
+    """Checkpoints that are opened in this context give nothing that cannot be verified.
+
+    Args:
+      asked: how that was asked for, as an error says it; "": it was not, and they give all.
+    """
+    before = _ONLY_VERIFIED.set(asked)
     try:
         yield
     finally:
@@ -31,7 +35,7 @@ class Verifier:
       folder: of the checkpoints.
 
     Attributes:
-      strict: what cannot be verified is refused.
+      strict: how it was asked for to refuse what cannot be verified; "": it is given.
     """
 
     def __init__(self, folder: AnyPath):

@@ -79,7 +79,10 @@ def free_port() -> int:
 
 
 class Job:
-    """The processes of one command, with so many devices each; on leaving, they are killed."""
+    """The processes of one command, with so many devices each; on leaving, they are killed.
+
+    Each may be run by a command (`under`), as `setpriv`, which becomes it.
+    """
 
     def __init__(
         self,
@@ -89,13 +92,14 @@ class Job:
         program=MAIN,
         flags=lambda number: [],
         devices=LOCAL_DEVICES,
+        under=(),
     ):
         clean = {k: v for k, v in os.environ.items() if not k.startswith(SET_HERE)}
         xla = os.environ["XLA_FLAGS"].replace("device_count=8", f"device_count={devices}")
         self.port = free_port()
         self.processes = [
             subprocess.Popen(
-                [sys.executable, *program, *map(str, arguments), *flags(i)],
+                [*under, sys.executable, *program, *map(str, arguments), *flags(i)],
                 cwd=ROOT,
                 env=clean | {"XLA_FLAGS": xla} | environment(self.port, i, of),
                 stdout=subprocess.PIPE,

@@ -265,7 +265,9 @@ def test_what_cannot_be_verified_is_refused_where_that_is_asked_for(tmp_path):
         with Checkpoints(tmp_path, 2) as checkpoints:
             assert checkpoints.latest_intact_step() == 10
         (tmp_path / "checkpoints" / "10" / "checksums.json").unlink()
-        said = r"checkpoint 10 in .* cannot be verified: it has no checksums.json; without --strict"
+        said = (
+            r"checkpoint 10 in .* cannot be verified: it has no checksums.json; without strict it"
+        )
         with Checkpoints(tmp_path, 2) as checkpoints:
             with pytest.raises(CheckpointError, match=said):
                 checkpoints.latest_intact_step(lambda line: None)

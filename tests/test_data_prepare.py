@@ -4,6 +4,7 @@ import dataclasses
 import errno
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -258,9 +259,11 @@ def test_a_shard_that_is_damaged_or_missing_is_found(whole, tmp_path):
         with pytest.raises(storage.DataError, match=f"{file.name} is missing"):
             tokens.TokenDocuments(folder, split)
         file.write_bytes(made[name])
-    (folder / "manifest.json").write_text("{")
-    with pytest.raises(storage.DataError, match=r"manifest\.json cannot be read"):
-        tokens.TokenDocuments(folder, "train")
+    endless = re.sub(r'"size": \d+', '"size": 1e999', (folder / "manifest.json").read_text())
+    for text in ("{", "[]", endless):
+        (folder / "manifest.json").write_text(text)
+        with pytest.raises(storage.DataError, match=r"manifest\.json cannot be read"):
+            tokens.TokenDocuments(folder, "train")
 
 
 def test_no_flipped_byte_is_ever_read(whole, tmp_path):

@@ -92,6 +92,7 @@ def test_a_step_of_training(rule):
     router["w"] = router["w"].at[1, 0, 0].set(-1000.0)
     with pytest.raises(DivergedError) as error:
         step(state, batch)
+    assert error.value.began == 2
     said = str(error.value)
     marks = {"PlantedRule": "sqrt", "PlantedBackwardRule": "mul"}
     assert said.startswith(f"step 2: the first NaN is the result of {marks[rule]} at tests/planted")

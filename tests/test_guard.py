@@ -1,5 +1,6 @@
 """Gradients that cannot be right: found, told of with layer and texts, and left out if asked."""
 
+import re
 import signal
 
 import jax
@@ -13,6 +14,8 @@ from moepp_jax import mesh as mesh_lib
 from moepp_jax import state as state_lib
 from moepp_jax.analysis import health
 from moepp_jax.checkpoint import Checkpoints
+from moepp_jax.data import Dataset, summarise_batch
+from moepp_jax.data.dataset import Origin
 from moepp_jax.data.reading import Training
 from moepp_jax.errors import ConfigError
 from moepp_jax.interrupt import Stopped, StopRequest
@@ -125,8 +128,13 @@ def data(tmp_path_factory):
 def test_a_run_that_stops_says_at_which_step_and_which_texts(data, tmp_path, monkeypatch):
     lose(monkeypatch, [4])
     said = r"step 6: loss = nan.* \(first at step 5, .* block 2 .*`moepp data batch 5`"
-    with pytest.raises(DivergedError, match=said):
+    with pytest.raises(DivergedError, match=said) as error:
         train(config(data), tmp_path, report=lambda line: None)
+    assert error.value.began == 5
+    named = re.search(r"batch of step 5 has 8 rows of text, documents (.*?);", str(error.value))[1]
+    origins = run_data.open_data(config(data), tmp_path).of_batch(4)
+    spans = sorted({(origin.first, origin.last) for origin in origins})
+    assert named == ", ".join(f"{a} to {b}" if a < b else f"{a}" for a, b in spans)
     with Checkpoints(tmp_path, keep=2) as checkpoints:
         assert checkpoints.steps() == [4]
     # The same folder goes on without that batch.
@@ -139,7 +147,9 @@ def test_a_run_that_stops_says_at_which_step_and_which_texts(data, tmp_path, mon
 def test_a_run_that_skips_is_the_same_when_it_was_interrupted(data, tmp_path, monkeypatch, capsys):
     lose(monkeypatch, [2, 5, 6])
     whole = train(config(data, **SKIP), tmp_path / "whole", report=lambda line: None)
-    assert "step 6: 1 update was left out, first at step 6" in capsys.readouterr().out
+    said = " ".join(capsys.readouterr().out.split())
+    assert "step 6: 1 update was left out, first at step 6" in said
+    assert "; the batch of step 6 has 8 rows of text, documents" in said
 
     def asked(request, step):
         request.signal = signal.SIGTERM if step == 6 else None
@@ -172,6 +182,19 @@ def test_the_documents_of_a_batch(data, tmp_path):
         of_row = np.concatenate(documents[origin.first : origin.last + 1])
         held = np.lib.stride_tricks.sliding_window_view(of_row, len(tokens))
         assert (held == tokens).all(axis=1).any()
+
+
+def test_the_sources_and_documents_of_a_large_batch_are_a_few_words(data, tmp_path, monkeypatch):
+    c = config(data)
+    dataset = run_data.open_data(c, tiny.run_folder(tmp_path, c))
+    web = [Origin("web", row, 1000 * row, 1000 * row + row % 2) for row in range(12)]
+    origins = {6: [*web[::-1], web[0], Origin("books", 3, 4, 4)]}
+    monkeypatch.setattr(Dataset, "of_batch", lambda dataset, step: origins[step])
+    assert summarise_batch(dataset, 7) == (
+        "the batch of step 7 has 1 row of books, documents 4; 13 rows of web, documents 0, 1,000 "
+        "to 1,001, 2,000, 3,000 to 3,001, 4,000, 5,000 to 5,001, 6,000, 7,000 to 7,001 and 4 more; "
+        "`moepp data batch 7` with this run's --workdir shows how they begin"
+    )
 
 
 @pytest.mark.parametrize(

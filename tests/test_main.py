@@ -1,6 +1,7 @@
 """The command line as its users meet it: real processes, killed and continued, and its errors."""
 
 import json
+import logging
 import os
 import re
 import shutil
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import orbax.checkpoint as orbax
 import pytest
 
 from moepp_jax import cli, main
@@ -508,3 +510,19 @@ def test_every_error_is_one_line_and_leaves_nothing(run_folder, folder):
     assert forks.stdout.split() == ["1"] * len(listed) + ["130"]
     assert (said / str(len(listed))).read_text() == "\ninterrupted\n"
     assert not (folder / "new").exists() and not (folder / "elsewhere").exists()
+
+
+@pytest.mark.parametrize(
+    "file, raised, level, said",
+    [
+        (f"{orbax.__path__[0]}/_src/multihost/multihost.py", True, "ERROR", False),
+        (f"{orbax.__path__[0]}/_src/metadata/checkpoint.py", False, "WARNING", False),
+        (f"{orbax.__path__[0]}/checkpoint_manager.py", False, "WARNING", True),
+        (str(ROOT / "moepp_jax" / "checkpoint.py"), True, "ERROR", True),
+        ("/home/me/metadata/mine.py", False, "WARNING", True),
+    ],
+)
+def test_of_orbax_what_an_error_says_already_is_not_logged(file, raised, level, said):
+    error = (OSError, OSError("full"), None) if raised else None
+    record = logging.LogRecord("absl", getattr(logging, level), file, 1, "a line", (), error)
+    assert cli._but_of_orbax(record) == said

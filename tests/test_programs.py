@@ -48,16 +48,15 @@ def test_nothing_that_was_won_is_lost(case):
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_what_is_written_down_is_near_the_ideal(case):
-    """Slots are whole ones, and an expert's fill whole tiles. Dropless backward computes the
-    products of x once more, 22 for 18, and an expert's last block is filled up to eight rows.
+    """Slots are whole ones. Dropless backward computes the products of x once more, 22 for 18, and
+    an expert's last block is filled up to eight rows.
     """
     S = programs.SHAPE.tokens // programs.SHAPE.groups
     n_ffn, groups = programs.SHAPE.n_ffn, programs.SHAPE.groups // case.devices
     tau, others = (1, 0) if case.tau is None else (case.tau, 4)
     rows = S * groups * layer.TOP_K * tau / (tau * n_ffn + others)  # of an expert
     if case.mode == "capacity":
-        slots = math.ceil(layer.GAMMA * rows / groups) * groups
-        bound = math.ceil(slots / dispatch.TILE) * dispatch.TILE / (layer.GAMMA * rows)
+        bound = math.ceil(layer.GAMMA * rows / groups) * groups / (layer.GAMMA * rows)
     else:
         bound = (rows * case.devices + 8) / (rows * case.devices)
         bound *= 1 if case.way == "forward" else 22 / 18

@@ -1,7 +1,13 @@
 """Text to batches: corpus -> tokenizer -> tokens -> packed rows -> mixture -> `Dataset`."""
 
 from moepp_jax.data.dataset import Dataset
-from moepp_jax.data.loader import describe, describe_batch, open_dataset, prepare
+from moepp_jax.data.loader import (
+    describe,
+    describe_batch,
+    open_dataset,
+    prepare,
+    summarise_batch,
+)
 from moepp_jax.data.packing import Batch, PackedRows
 from moepp_jax.data.storage import DataError
 from moepp_jax.data.tokenizer import Tokenizer
@@ -16,4 +22,5 @@ __all__ = [
     "describe_batch",
     "open_dataset",
     "prepare",
+    "summarise_batch",
 ]

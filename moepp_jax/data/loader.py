@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from moepp_jax.config import Config
-from moepp_jax.data.dataset import Dataset
+from moepp_jax.data.dataset import Dataset, Origin
 from moepp_jax.data.prepare import prepare_sources, prepared_sources
 from moepp_jax.data.sources import Report
 
@@ -69,3 +69,31 @@ def describe_batch(dataset: Dataset, step: int) -> str:
         begins = repr(text[:60])
         lines.append(f"{i:5}  {origin.source:12}  {origin.row:9,}  {documents:>15}  {begins}")
     return "\n".join(lines)
+
+
+# Rows of a source that a line has room for.
+_FEW = 8
+
+
+def summarise_batch(dataset: Dataset, step: int) -> str:
+    """In words, how many rows of that batch each source has, and of which documents they are.
+
+    Args:
+      step: as the metrics count it, from 1 on.
+    """
+    by_source: dict[str, list[Origin]] = {}
+    for origin in dataset.of_batch(step - 1):
+        by_source.setdefault(origin.source, []).append(origin)
+    each = "; ".join(_of_source(name, origins) for name, origins in sorted(by_source.items()))
+    return (
+        f"the batch of step {step} has {each}; `moepp data batch {step}` with this run's --workdir "
+        "shows how they begin"
+    )
+
+
+def _of_source(name: str, origins: list[Origin]) -> str:
+    spans = sorted({(origin.first, origin.last) for origin in origins})
+    said = [f"{a:,}" if a == b else f"{a:,} to {b:,}" for a, b in spans[:_FEW]]
+    more = f" and {len(spans) - _FEW:,} more" if len(spans) > _FEW else ""
+    rows = "1 row" if len(origins) == 1 else f"{len(origins):,} rows"
+    return f"{rows} of {name}, documents {', '.join(said)}{more}"

@@ -103,19 +103,16 @@ class Rows(NamedTuple):
     few: Int[Array, ""] | None = None
 
 
-# A TPU keeps rows in tiles of eight: an expert's rows that do not fill theirs are copied to be
-# exchanged.
-TILE = 8
-
-
-def capacity_rows(experts_GSK: Int[Array, "G S K"], plan: Plan, n_ffn: int, slots: int) -> Rows:
+def capacity_rows(
+    experts_GSK: Int[Array, "G S K"], plan: Plan, n_ffn: int, slots: int, tile: int = 1
+) -> Rows:
     """Rows of a buffer (E, B), the order in which the exchange and the experts read it.
 
-    An expert's B rows are its slots (G, C), then empty rows up to a whole tile.
+    An expert's B rows are its slots (G, C), then empty rows up to a multiple of `tile`.
     """
     G, S, K = experts_GSK.shape
     group = jnp.arange(G)[:, None, None]
-    of_expert = -(-G * slots // TILE) * TILE
+    of_expert = -(-G * slots // tile) * tile
     row = experts_GSK * of_expert + group * slots + plan.slot
     row = jnp.where(plan.kept & (experts_GSK < n_ffn), row, n_ffn * of_expert)
     return _rows(row.reshape(G * S, K), n_ffn * of_expert)

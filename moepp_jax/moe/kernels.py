@@ -32,7 +32,16 @@ def grouped_function(platform: str) -> Callable:
     return ragged_swiglu if platform == "tpu" else Blocked(swiglu)
 
 
-def tile(platform: str) -> int:
+def slots_tile(platform: str) -> int:
+    """For `paths.with_capacity`: an expert's rows on a device are a multiple of it.
+
+    A TPU keeps rows in tiles of eight: an expert's that do not fill theirs are copied to be
+    exchanged. GPUs multiply in tiles of eight or more. CPUs take rows as they come.
+    """
+    return 1 if platform == "cpu" else 8
+
+
+def buffer_tile(platform: str) -> int:
     """For `paths.dropless`: rows of a buffer that is none of the worst case are a multiple of it.
 
     XLA on TPU has a kernel for `jax.lax.ragged_dot` only of whole tiles: in silence it else
@@ -69,7 +78,7 @@ def _by_rows(blocked: Callable, params, rows_RD, counts_E):
     as much moves as is read.
     """
     R, E = len(rows_RD), len(counts_E)
-    if tile("tpu") <= R:
+    if buffer_tile("tpu") <= R:
         return ragged_swiglu(params, rows_RD, counts_E)
     return (blocked if 3 * R < E else all_of_few)(params, rows_RD, counts_E)
 

@@ -25,6 +25,7 @@ def with_capacity(
     gamma: float,
     expert: Callable = swiglu,
     exchanged: Callable = exchange.by_expert,
+    tile: int = 1,
 ) -> Path:
     """Every expert has slots for gamma times its load at balance; what does not fit is dropped.
 
@@ -35,6 +36,7 @@ def with_capacity(
       expert: (params stacked over E, rows (E, B, D)) -> rows (E, B, D).
       exchanged: (expert, params, rows (E, B, D), axis) -> rows (E, B, D): `exchange.by_expert` or
         `exchange.by_device`.
+      tile: an expert's rows on a device are a multiple of it; what its slots do not fill is empty.
     """
 
     def path(x_GSD, routing: Routing, params, rule: Rule, axis: str | None, sequences: int = 1):
@@ -44,7 +46,7 @@ def with_capacity(
         slots = max(capacity_N[:n_ffn])
         with jax.named_scope("dispatch"):
             plan = dispatch.assign(routing.experts, capacity_N, sequences)
-            rows = dispatch.capacity_rows(routing.experts, plan, n_ffn, slots)
+            rows = dispatch.capacity_rows(routing.experts, plan, n_ffn, slots, tile)
             buffer = dispatch.gather(x_GSD.reshape(G * S, D), rows).reshape(n_ffn, -1, D)
         with jax.named_scope("experts"):
             y = exchanged(expert, params, buffer, axis)

@@ -31,6 +31,7 @@ from tests.chaos import (
     forbidden,
     meshes,
     peers,
+    several,
     signals,
     strays,
     together,
@@ -51,6 +52,7 @@ FAULTS = (
     together,
     meshes,
     peers,
+    several,
 )
 
 

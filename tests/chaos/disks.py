@@ -11,7 +11,7 @@ import re
 import resource
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from moepp_jax.checkpoint import SaveError
@@ -20,7 +20,7 @@ from tests.chaos.room import Room, ended, require_ended, require_one_line
 from tests.chaos.trial import Lost, Missed, Trial
 
 # What does not fit is a checkpoint, or something else of the run.
-_ENDS = (SaveError.STATUS, 1)
+ENDS = (SaveError.STATUS, 1)
 
 # Of what the whole run takes.
 SHARES = (0.01, 0.1, 0.3, 0.5, 0.7, 0.9)
@@ -28,10 +28,10 @@ SHARES = (0.01, 0.1, 0.3, 0.5, 0.7, 0.9)
 
 def trials(room: Room, kills: int, seed: int) -> Iterator[Trial]:
     for share in SHARES:
-        for kind, fault in (("bytes", _no_bytes), ("files", _no_files)):
-            case = f"{share:.0%} of its {kind} fit"
+        for kind in ("bytes", "files"):
+            fault = functools.partial(_no_room, room, kind, share)
             yield Trial(
-                f"disk without room for more {kind}", case, functools.partial(fault, room, share)
+                f"disk without room for more {kind}", f"{share:.0%} of its {kind} fit", fault
             )
     for share in SHARES:
         fault = functools.partial(_small_files, room, share)
@@ -76,19 +76,22 @@ def _size(folder: Path) -> int:
     return sum(-(-size // 4096) * 4096 for size in sizes)
 
 
-def _no_bytes(room: Room, share: float, folder: Path) -> None:
-    size = int(share * _size(room.whole))
-    with disk(folder / "disk", size=size) as there:
-        _require_stopped(room.start(there / "run"), there / "run")
-        _remount(there, "size=1g")
-        room.require_resumed(there / "run")
+@contextlib.contextmanager
+def with_room_for(
+    whole: Path, kind: str, share: float, folder: Path
+) -> Iterator[tuple[Path, Callable[[], None]]]:
+    """A disk for a share of a run's bytes or files, and what makes it large enough."""
+    options: dict[str, int | str] = {"size": int(share * _size(whole))}
+    if kind == "files":
+        options = {"size": "1g", "nr_inodes": int(share * _files(whole)) + 2}
+    with disk(folder, **options) as there:
+        yield there, lambda: _remount(there, "size=1g,nr_inodes=100000")
 
 
-def _no_files(room: Room, share: float, folder: Path) -> None:
-    files = int(share * len([*room.whole.rglob("*")])) + 2
-    with disk(folder / "disk", size="1g", nr_inodes=files) as there:
+def _no_room(room: Room, kind: str, share: float, folder: Path) -> None:
+    with with_room_for(room.whole, kind, share, folder / "disk") as (there, make_room):
         _require_stopped(room.start(there / "run"), there / "run")
-        _remount(there, "nr_inodes=100000")
+        make_room()
         room.require_resumed(there / "run")
 
 
@@ -106,7 +109,15 @@ def _require_stopped(process: subprocess.Popen, run: Path) -> None:
     said = ended(process)
     if said.status == 0:
         return
-    require_one_line(said, *_ENDS)
+    require_one_line(said, *ENDS)
+    require_nothing_half(run)
+
+
+def require_nothing_half(run: Path) -> None:
+    """
+    Raises:
+      Lost: something half-written was left.
+    """
     half = [file for file in run.rglob("*") if file.name.endswith(("-tmp", ".tmp"))]
     if half:
         raise Lost(f"left {half[0].relative_to(run)} behind")
@@ -124,7 +135,7 @@ def _goes_on(room: Room, kind: str, folder: Path) -> None:
         limits = {"bytes": f"size={_size(there) + 8192}", "files": f"nr_inodes={_files(there) + 4}"}
         _remount(there, limits[kind])
         said = ended(room.start(run, *flags, "--config.train.save_every=3"))
-        require_one_line(said, *_ENDS)
+        require_one_line(said, *ENDS)
         warned = re.findall(r"^warning: checkpoint (\d+) .* cannot be saved", said.out, re.M)
         if warned != [str(step) for step in range(6, recipe.STEPS, 3)]:
             raise Lost(f"did not warn at each checkpoint and go on: {said.out[-900:]}")
@@ -140,7 +151,7 @@ def _data_on_full_disk(room: Room, share: float, folder: Path) -> None:
     run = folder / "run"
     with disk(folder / "disk", size=int(share * _size(room.data))) as there:
         said = room.said(room.arguments(run, there / "data"))
-        require_one_line(said, *_ENDS)
+        require_one_line(said, *ENDS)
         if run.exists():
             raise Lost("there is a run without its data")
         _remount(there, "size=1g")
@@ -157,7 +168,7 @@ def _read_only(room: Room, what: str, folder: Path) -> None:
             shutil.copytree(folder / "copy", run, ignore=shutil.ignore_patterns(what))
             (run / what).symlink_to(there, target_is_directory=True)
         _remount(there, "ro")
-        require_one_line(room.said(room.arguments(run)), *_ENDS)
+        require_one_line(room.said(room.arguments(run)), *ENDS)
         _remount(there, "rw")
         room.require_resumed(run)
 
@@ -165,6 +176,6 @@ def _read_only(room: Room, what: str, folder: Path) -> None:
 def _empty_read_only(room: Room, folder: Path) -> None:
     with disk(folder / "disk", size="1g") as there:
         _remount(there, "ro")
-        require_one_line(room.said(room.arguments(there / "run")), *_ENDS)
+        require_one_line(room.said(room.arguments(there / "run")), *ENDS)
         _remount(there, "rw")
         room.require_resumed(there / "run")

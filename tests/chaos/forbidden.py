@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import re
@@ -28,7 +29,9 @@ BEFORE = {
     "tokenizer.model": ("tokenizer.model", 0),
 }
 # A run that goes on ends in good order without these.
-_SPARED = ("the oldest checkpoint", "tensorboard")
+SPARED = ("the oldest checkpoint", "tensorboard")
+
+SAID = "Permission denied|read-only for you"
 
 WHILE = ("the run's folder", "checkpoints", "the oldest checkpoint", "metrics.jsonl", "tensorboard")
 
@@ -45,9 +48,9 @@ def trials(room: Room, kills: int, seed: int) -> Iterator[Trial]:
 def _before(room: Room, what: str, folder: Path) -> None:
     run = folder / "run"
     room.interrupted(run)
-    with _Lost(run, what):
+    with taken(run, what):
         said = _require_told(_start(room, run))
-    if said.status != 0 and what in _SPARED:
+    if said.status != 0 and what in SPARED:
         raise Lost(f"ended for what it can spare: {said.err}")
     room.require_resumed(run)
 
@@ -56,33 +59,39 @@ def _while(room: Room, what: str, folder: Path) -> None:
     run = folder / "run"
     process = _start(room, run)
     wait(process, (run / "checkpoints" / str(SAVE_EVERY) / "checksums.json").exists)
-    with _Lost(run, what):
+    with taken(run, what):
         _require_told(process)
     room.require_resumed(run)
 
 
-class _Lost:
-    """Takes permission from a part of a run, and gives it back."""
+@contextlib.contextmanager
+def taken(run: Path, what: str) -> Iterator[None]:
+    """Permission for a part of a run is gone, and in the end there again."""
+    name, mode = BEFORE[what]
+    path = run / name
+    had = path.stat().st_mode
+    path.chmod(mode)
+    try:
+        yield
+    finally:
+        path.chmod(had)
 
-    def __init__(self, run: Path, what: str):
-        name, self.mode = BEFORE[what]
-        self.path = run / name
-        self.had = self.path.stat().st_mode
 
-    def __enter__(self) -> None:
-        self.path.chmod(self.mode)
+def for_whom_it_counts() -> tuple[str, ...]:
+    """A command that runs another as one for whom permissions count, as they do not for root.
 
-    def __exit__(self, *error: object) -> None:
-        self.path.chmod(self.had)
+    Raises:
+      Missed: there is none here.
+    """
+    if os.geteuid() != 0:
+        return ()
+    if not shutil.which("setpriv"):
+        raise Missed("root's permissions cannot be put down here: no setpriv")
+    return ("setpriv", "--bounding-set=-dac_override,-dac_read_search")
 
 
 def _start(room: Room, run: Path) -> subprocess.Popen:
-    """The job, of one for whom permissions count, as they do not for root."""
-    if os.geteuid() != 0:
-        return room.start(run)
-    if not shutil.which("setpriv"):
-        raise Missed("root's permissions cannot be put down here: no setpriv")
-    return room.start(run, under=("setpriv", "--bounding-set=-dac_override,-dac_read_search"))
+    return room.start(run, under=for_whom_it_counts())
 
 
 def _require_told(process: subprocess.Popen) -> Said:
@@ -90,6 +99,6 @@ def _require_told(process: subprocess.Popen) -> Said:
     said = ended(process)
     if said.status != 0:
         require_one_line(said, SaveError.STATUS, 1)
-        if not re.search("Permission denied|read-only for you", said.err):
+        if not re.search(SAID, said.err):
             raise Lost(f"did not say why: {said.err}")
     return said

@@ -7,7 +7,7 @@ import re
 import signal
 import subprocess
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 from moepp_jax import distributed
@@ -15,6 +15,7 @@ from moepp_jax.watch import STATUS
 from tests import jobs
 from tests.chaos.recipe import SAVE_EVERY
 from tests.chaos.room import Room
+from tests.chaos.team import Team, wait_for
 from tests.chaos.trial import Lost, Missed, Trial
 
 # Seconds in which the others must have ended: what the package states, and some to spare.
@@ -27,8 +28,6 @@ _TORN = "gloo::EnforceNotMet"
 
 # Of a run that is watched closely: a stopped process is then found before JAX misses it.
 _HANG = ("--config.train.hang_seconds=5", "--config.train.hang_factor=2")
-
-_MAIN = jobs.STUCK_AFTER.format(batches=12)
 
 
 def trials(room: Room, kills: int, seed: int) -> Iterator[Trial]:
@@ -43,46 +42,20 @@ def trials(room: Room, kills: int, seed: int) -> Iterator[Trial]:
                 yield Trial(f"one process {what}, watched", f"process {victim} of {of}", fault)
 
 
-def _job(room: Room, run: Path, of: int, silent: int = -1, more: Sequence[str] = ()) -> jobs.Job:
-    compiled = {k: v for k, v in room.environment.items() if k.startswith("JAX_")}
-    mesh = [f"--config.mesh.{axis}=2" for axis in ("fsdp", "expert")]
-    arguments = room.arguments(run) + mesh + ["--config.mesh.data=-1", *more]
-    return jobs.Job(
-        arguments,
-        of=of,
-        environment=lambda port, number, of: jobs.slurm(port, number, of) | compiled,
-        program=["-c", _MAIN],
-        flags=lambda number: ["--stuck"] if number == silent else [],
-    )
-
-
 def _without(
     room: Room, of: int, victim: int, what: str, folder: Path, watched: bool = False
 ) -> None:
-    run, more = folder / "run", _HANG if watched else ()
+    run, team, more = folder / "run", Team(room, of), _HANG if watched else ()
     with room.several:
-        whole = _whole(room, of)
-        with _job(room, run, of, victim if what == "silent" else -1, more) as job:
-            _wait_for(job, run / "checkpoints" / str(SAVE_EVERY))
+        with team.job(run, *more, silent=victim if what == "silent" else -1) as job:
+            wait_for(job, (run / "checkpoints" / str(SAVE_EVERY)).exists)
             if what != "silent":
                 number = signal.SIGKILL if what == "dead" else signal.SIGSTOP
                 job.processes[victim].send_signal(number)
-            said = _require_others_end(job, victim)
+            said = require_others_end(job, victim)
             if watched and not any(re.search(_named(victim), err, re.M) for err in said):
                 raise Lost(f"process {victim} is not named: {said}")
-        with _job(room, run, of) as job:
-            _end(job)
-    room.require_whole(run, whole)
-
-
-def _wait_for(job: jobs.Job, path: Path) -> None:
-    deadline = time.monotonic() + jobs.SECONDS
-    while not path.exists():
-        if any(process.poll() is not None for process in job.processes):
-            raise Missed("the run had ended")
-        if time.monotonic() > deadline:
-            raise Lost("the run hangs before anything was broken")
-        time.sleep(0.01)
+        team.require_resumed(run)
 
 
 def _named(victim: int) -> str:
@@ -91,8 +64,12 @@ def _named(victim: int) -> str:
     return rf"^(?:error: )?process \d+ of \d+: (?:{late}|no sign of life of process {victim} on )"
 
 
-def _require_others_end(job: jobs.Job, victim: int) -> list[str]:
-    """What they say."""
+def require_others_end(job: jobs.Job, victim: int) -> list[str]:
+    """What they say.
+
+    Raises:
+      Lost, Missed: one hangs, or does not say why it ends; the run had ended.
+    """
     deadline = time.monotonic() + BOUND
     said = []
     for number, process in enumerate(job.processes):
@@ -113,23 +90,3 @@ def _require_others_end(job: jobs.Job, victim: int) -> list[str]:
     if not any(re.search(f"{_GONE}|{_named(victim)}", err, re.M) for err in said):
         raise Lost(f"nobody says that one is gone: {said}")
     return said
-
-
-def _end(job: jobs.Job) -> None:
-    for number, process in enumerate(job.processes):
-        try:
-            _, err = process.communicate(timeout=jobs.SECONDS)
-        except subprocess.TimeoutExpired:
-            raise Lost(f"process {number} still ran {jobs.SECONDS} s after its start") from None
-        if process.returncode != 0:
-            raise Lost(f"process {number} ended with {process.returncode}: {err[-400:]}")
-
-
-def _whole(room: Room, of: int) -> Path:
-    """The run of so many processes that nobody disturbed."""
-    run = room.folder / f"whole-of-{of}"
-    if not (run / "ended").exists():
-        with _job(room, run, of) as job:
-            _end(job)
-        (run / "ended").touch()
-    return run

@@ -48,12 +48,17 @@ def _stray(room: Room, stray: str, folder: Path) -> None:
     room.require_resumed(run)
 
 
+def without_sums(run: Path, content: str | None) -> None:
+    """Of no checkpoint they are left: nothing, or this, is in their place."""
+    for sums in (run / "checkpoints").glob("*/checksums.json"):
+        sums.unlink() if content is None else sums.write_text(content)
+
+
 def _unverified(room: Room, content: str | None, strict: bool, folder: Path) -> None:
     """None of the checkpoints can be verified: a warning, or an error where that is asked for."""
     run = folder / "run"
     room.interrupted(run)
-    for sums in (run / "checkpoints").glob("*/checksums.json"):
-        sums.unlink() if content is None else sums.write_text(content)
+    without_sums(run, content)
     if strict:
         said = room.said([*room.arguments(run), "--strict"])
         require_one_line(said)

@@ -50,10 +50,10 @@ def capacity_plan(case):
     return jax.jit(dispatch.assign, static_argnums=1)(jnp.asarray(case.experts), case.capacity)
 
 
-def capacity_rows(case):
-    rows = jax.jit(dispatch.capacity_rows, static_argnums=(2, 3))
+def capacity_rows(case, tile=1):
+    rows = jax.jit(dispatch.capacity_rows, static_argnums=(2, 3, 4))
     plan = capacity_plan(case)
-    return rows(jnp.asarray(case.experts), plan, case.n_ffn, case.capacity[0]), plan
+    return rows(jnp.asarray(case.experts), plan, case.n_ffn, case.capacity[0], tile), plan
 
 
 def sorted_rows(case):
@@ -126,16 +126,16 @@ def check_inverse(rows, has_row):
     np.testing.assert_array_equal(assignment[~filled], row.size)
 
 
-@given(routings())
+@given(routings(), st.sampled_from([1, 8]))
 @SETTINGS
-def test_capacity_rows(case):
+def test_capacity_rows(case, tile):
     """Row (expert, group and slot) for every kept assignment to an FFN expert, none for others."""
-    rows, plan = capacity_rows(case)
+    rows, plan = capacity_rows(case, tile)
     has_row = np.asarray(plan.kept) & (case.experts < case.n_ffn)
     check_inverse(rows, has_row)
     G, slots = len(case.experts), case.capacity[0]
     of_expert = len(rows.assignment) // case.n_ffn
-    assert of_expert % dispatch.TILE == 0 and 0 <= of_expert - G * slots < dispatch.TILE
+    assert of_expert % tile == 0 and 0 <= of_expert - G * slots < tile
     group = np.broadcast_to(np.arange(G)[:, None, None], has_row.shape)
     place = case.experts * of_expert + group * slots + plan.slot
     got = np.asarray(rows.row)[has_row.reshape(-1, has_row.shape[-1])]
