@@ -28,7 +28,7 @@ help:
 	@echo "make gpu-report  on a machine with GPUs: is it right, and how fast beside theory; ten minutes"
 	@echo "make check      lint and format checks"
 	@echo "make format     mend what they find, where it can be mended"
-	@echo "make benchmark  time the layer, and decoding, against their limits and a vanilla MoE"
+	@echo "make benchmark  time the layer, a step by part, and decoding, against their limits and a vanilla MoE"
 	@echo "make peers      the layer beside those of transformers, PyTorch and JAX: installs both"
 	@echo "make curves     how time, memory and operations grow with tokens, experts, choices, width"
 	@echo "make programs   write down what the compiler makes of fixed layers, for make test to hold"
@@ -55,11 +55,12 @@ help:
 	  $$(grep '^libtpu==' requirements/tpu.txt)
 	@touch $@
 
-# Beside the other packages too: what XLA for CUDA needs to compile, a tenth of what it needs to run.
+# Beside the other packages too: what XLA for CUDA needs to compile, and cuDNN, without whose version
+# JAX does not ask for its attention.
 .venv/gpu: .venv/dev requirements/cuda.txt
-	@echo "adding the compiler for NVIDIA GPUs"
+	@echo "adding the compiler for NVIDIA GPUs: 940 MB to fetch, 1.7 GB"
 	@$(PY) -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $@ \
-	  $$(grep -E '^(jax-cuda12-pjrt|jax-cuda12-plugin|nvidia-cuda-nvcc-cu12)==' requirements/cuda.txt)
+	  $$(grep -E '^(jax-cuda12-pjrt|jax-cuda12-plugin|nvidia-cuda-nvcc-cu12|nvidia-cudnn-cu12)==' requirements/cuda.txt)
 	@touch $@
 
 train: .venv/run
@@ -125,7 +126,7 @@ test-newest: .venv/run
 	.venv/newest/bin/python -m pytest --numprocesses=auto --maxprocesses=4 --dist=worksteal
 
 pods: .venv/tpu
-	PYTHONPATH=.venv/tpu $(PY) -m experiments.run pods step_time --scale=paper
+	PYTHONPATH=.venv/tpu $(PY) -m experiments.run pods step_time step_changes --scale=paper
 
 # The plugin would look for a card, and be of no use when there is none.
 gpu-pods: .venv/gpu
@@ -146,6 +147,7 @@ format: .venv/dev
 
 benchmark: .venv/run
 	$(PY) -m benchmarks.layer --models 0.6B 1B 2B 7B --json benchmarks/results/layer.json
+	$(PY) -m benchmarks.step --json benchmarks/results/step.json --figure benchmarks/results/step
 	$(PY) -m benchmarks.decode --json benchmarks/results/decode.json
 	$(PY) -m benchmarks.variable --json benchmarks/results/variable.json
 	$(PY) -m benchmarks.data --json benchmarks/results/data.json

@@ -24,7 +24,9 @@ if __name__ == "__main__":
 
 import argparse
 import functools
+import itertools
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -36,6 +38,7 @@ from rich.console import Console
 from moepp_jax import moe
 from moepp_jax.benchmarks import bare, layer_table, needed, programs, timing
 from moepp_jax.moe import kernels, param
+from moepp_jax.storage import write_atomic
 
 TAUS = (0.1, 0.25, 0.5, 0.75, 1.0)
 GAMMA = 1.1
@@ -266,25 +269,38 @@ def measure(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--json", type=Path, help="write the rows to this file")
+    parser.add_argument("--json", type=Path, help="put the rows into this file, as they come")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--modes", nargs="+", choices=MODES, default=MODES)
     parser.add_argument("--passes", nargs="+", choices=PASSES, default=PASSES)
     parser.add_argument("--models", nargs="+", choices=MODELS, default=["0.6B"])
     args = parser.parse_args()
-    found = []
     for model in args.models:
-        timed = functools.partial(measure, MODELS[model], rounds=args.rounds)
-        rows = [row for mode in args.modes for way in args.passes for row in timed(mode, way)]
-        shape = MODELS[model]
+        shape, rows = MODELS[model], []
+        for mode, way in itertools.product(args.modes, args.passes):
+            new = [{"model": model} | row for row in measure(shape, mode, way, args.rounds)]
+            jax.clear_caches()  # programs that are kept leave the 7B's no room
+            if args.json:
+                put(args.json, new)
+            rows += new
         title = (
             f"MoE++ layer of the {model} model, T={shape.tokens}, D={shape.width}, "
             f"F={shape.ffn_size}, K={TOP_K}, float32, {timing.machine()}"
         )
         layer_table.show(rows, title, Console(width=160))
-        found += [{"model": model} | row for row in rows]
-    if args.json:
-        args.json.write_text(json.dumps(found, indent=1) + "\n")
+
+
+def put(file: Path, rows: Sequence[dict]) -> None:
+    """Writes them beside those that the file has of other models, modes and passes."""
+
+    def of(row: dict) -> tuple[int, int, int]:
+        place = [*MODELS].index(row["model"])
+        return place, MODES.index(row["mode"]), PASSES.index(row["pass"])
+
+    new = {of(row) for row in rows}
+    there = json.loads(file.read_text()) if file.exists() else []
+    kept = [row for row in there if of(row) not in new]
+    write_atomic(file, json.dumps(sorted([*kept, *rows], key=of), indent=1) + "\n")
 
 
 if __name__ == "__main__":

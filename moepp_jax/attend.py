@@ -34,6 +34,15 @@ def kernel(c: ModelConfig, platform: str, axes: tuple[str, ...] = ()) -> Packed:
       axes: of the shard_map in which it is called.
 
     Raises:
+      ConfigError: see `chosen`.
+    """
+    return _KERNELS[chosen(c, platform)](c, axes)
+
+
+def chosen(c: ModelConfig, platform: str) -> str:
+    """Its name: "xla", "splash" or "cudnn".
+
+    Raises:
       ConfigError: the kernel asked for is of another platform, or cannot compute this model.
     """
     own = _OF_PLATFORM.get(platform, "xla")
@@ -52,7 +61,7 @@ def kernel(c: ModelConfig, platform: str, axes: tuple[str, ...] = ()) -> Packed:
     if obstacle:
         _say(f"attention is computed by XLA, not by {name}, which cannot: {obstacle}")
         name = "xla"
-    return _KERNELS[name](c, axes)
+    return name
 
 
 def xla(c: ModelConfig, axes: tuple[str, ...] = ()) -> Packed:

@@ -44,6 +44,11 @@ class Chip:
     tf32_flops: float | None = None
     float32_flops: float | None = None
 
+    def peak(self, arithmetic: str) -> float:
+        """Operations a second of products: "tf32", "f32", or what is bfloat16 or as fast."""
+        own = {"tf32": self.tf32_flops, "f32": self.float32_flops}
+        return own.get(arithmetic) or self.flops
+
 
 CHIPS: dict[str, Chip] = {
     "v4": Chip(

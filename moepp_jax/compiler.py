@@ -18,17 +18,28 @@ _OPTIONS: dict[str, dict[str, bool | str]] = {
     "gpu": {"xla_gpu_enable_latency_hiding_scheduler": True},
     "cpu": {},
 }
+# Scores of plain attention go through memory: with more of a TPU's own beside the products XLA
+# fuses more of what is done with them.
+_OF_PLAIN_ATTENTION: dict[str, dict[str, bool | str]] = {
+    "tpu": {"xla_tpu_scoped_vmem_limit_kib": "65536"}
+}
 _ASYNCHRONOUS = ("xla_tpu_enable_async_all_to_all", "xla_tpu_enable_async_ragged_all_to_all")
 _NAMES = {"cuda": "gpu", "rocm": "gpu"}
 
 
-def options(platform: str, limited_routing: bool = False) -> dict[str, bool | str]:
+def options(
+    platform: str, limited_routing: bool = False, plain_attention: bool = False
+) -> dict[str, bool | str]:
     """For `jax.jit(..., compiler_options=...)`.
 
     Args:
       platform: `jax.Device.platform`.
       limited_routing: `moe.kernels.limited_routing` of the mesh: nothing is exchanged there while
         something else runs.
+      plain_attention: attention is no fused kernel (`attend.chosen`).
     """
-    chosen = _OPTIONS[_NAMES.get(platform, platform)]
+    platform = _NAMES.get(platform, platform)
+    chosen = _OPTIONS[platform]
+    if plain_attention:
+        chosen = chosen | _OF_PLAIN_ATTENTION.get(platform, {})
     return {k: v for k, v in chosen.items() if not (limited_routing and k in _ASYNCHRONOUS)}

@@ -14,7 +14,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from moepp_jax import compiler, guard, model, moe, optim
+from moepp_jax import attend, compiler, guard, model, moe, optim
 from moepp_jax import mesh as mesh_lib
 from moepp_jax.config import Config
 from moepp_jax.mesh import AXES
@@ -174,11 +174,16 @@ def make_train_step(
     Whoever asks for the same one soon gets the same one, compiled already.
     """
     shardings = jax.tree.map(lambda leaf: leaf.sharding, parts.abstract)
+    options = compiler.options(
+        parts.platform,
+        kernels.limited_routing(parts.mesh),
+        attend.chosen(parts.config.model, parts.platform) == "xla",
+    )
     return jax.jit(
         step_function(parts),
         donate_argnums=0 if donated else (),
         out_shardings=(shardings, NamedSharding(parts.mesh, P())),
-        compiler_options=compiler.options(parts.platform, kernels.limited_routing(parts.mesh)),
+        compiler_options=options,
     )
 
 

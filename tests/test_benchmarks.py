@@ -84,11 +84,18 @@ def test_the_layer_command(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(layer, "TAUS", (0.75,))
     monkeypatch.setitem(layer.MODELS, "1B", SHAPE)
     out = tmp_path / "layer.json"
+    others = [{"mode": "capacity", "pass": "forward", "tau": tau} for tau in (0.5, 0.25)]
+    there = [{"model": model} | row for model in ("7B", "1B", "0.6B") for row in others]
+    out.write_text(json.dumps(there))
     given = f"layer --rounds=1 --models 1B --modes capacity --passes forward --json {out}"
     monkeypatch.setattr("sys.argv", given.split())
     layer.main()
     rows = json.loads(out.read_text())
-    assert [(row["model"], row["tau"]) for row in rows] == [("1B", None), ("1B", 0.75)]
+    assert [(row["model"], row["tau"]) for row in rows] == [
+        *(("0.6B", tau) for tau in (0.5, 0.25)),
+        *(("1B", tau) for tau in (None, 0.75)),
+        *(("7B", tau) for tau in (0.5, 0.25)),
+    ]
     assert "roofline" in capsys.readouterr().out
 
 

@@ -13,11 +13,20 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from moepp_jax import compiler, flops, state
+from moepp_jax import compiler, flops, remat, state
 from moepp_jax import mesh as mesh_lib
 from moepp_jax import model as model_lib
-from moepp_jax.chips import CHIPS, GB, of_kind
-from moepp_jax.compile import evaluation, findings, generation, hlo, remedies, tables, traffic
+from moepp_jax.chips import CHIPS, GB, GIB, of_kind
+from moepp_jax.compile import (
+    choice,
+    evaluation,
+    findings,
+    generation,
+    hlo,
+    remedies,
+    tables,
+    traffic,
+)
 from moepp_jax.compile import step as compile_lib
 from moepp_jax.compile.roofline import Interconnect
 from moepp_jax.compile.topology import Topology, devices
@@ -30,8 +39,7 @@ SIZES = {"mesh.data": 2, "mesh.fsdp": 2, "mesh.expert": 2}
 
 @pytest.fixture(scope="module")
 def config():
-    # 4 slots of 2 groups: as many rows as are exchanged, which come in eights.
-    return tiny.config(**SIZES | {"moe.gamma": 1.6})
+    return tiny.config(**SIZES)
 
 
 @pytest.fixture(scope="module")
@@ -303,6 +311,43 @@ def test_remedies_go_from_cheap_to_dear():
     assert found == {"flags": list(tried[-1]), "hbm_bytes": 5}
 
 
+def test_the_fastest_remat_that_fits_is_named():
+    c = tiny.config(**{"model.remat": "dots"})
+    own = {"hbm_bytes": 48 * GIB, "fits": True, "predicted_ms": [2100.0, 2300.0], "kernels": []}
+    own |= {"mfu_nominal": [0.47, 0.43]}
+    found = {
+        "none": {"hbm_bytes": 150 * GIB, "fits": False, "error": "RESOURCE_EXHAUSTED"},
+        "w_in": {"hbm_bytes": 74 * GIB, "fits": True, "predicted_ms": [2000.0, 2300.0]},
+        "attention": {"hbm_bytes": 96 * GIB, "fits": False, "predicted_ms": [1900.0, 1950.0]},
+    }
+    asked = []
+
+    def examined(changed):
+        assert changed.replace("model", remat="dots") == c
+        asked.append(changed.model.remat)
+        return found.get(changed.model.remat, own)
+
+    rows = choice.of_remat(c, own, examined)
+    assert [row["remat"] for row in rows] == list(remedies.REMAT) and "dots" not in asked
+    assert set(remedies.REMAT) == set(remat.POLICIES)
+    assert rows[2] == {"remat": "dots"} | {k: v for k, v in own.items() if k != "kernels"}
+    assert rows[0] == {"remat": "none", "hbm_bytes": 150 * GIB, "fits": False}
+    assert choice.best(rows)["remat"] == "w_in"
+    said = "The fastest that fits, by this prediction: --config.model.remat=w_in"
+    assert tables.of_remat({"remat_choices": rows}) == said and tables.of_remat({}) == ""
+    assert tables.of_remat({"remat_choices": rows[:1]}) == "With no model.remat does it fit."
+    console = Console(width=120, record=True)
+    console.print(tables._remat({"remat_choices": rows}))
+    lines = [line.split() for line in console.export_text().splitlines()]
+    assert ["none", "150.0", "does", "not", "fit"] in lines
+    assert ["dots", "48.0", "2.100", "2.300", "47.0%"] in lines
+
+
+def test_remat_is_chosen_of_what_is_predicted(config):
+    with pytest.raises(ConfigError, match="--choose_remat compares what --profile predicts"):
+        compile_lib.run(config, "v5p:2x2x2", chooses_remat=True)
+
+
 def test_nothing_helps():
     c = tiny.config(**{"train.batch_size": 8})
     assert remedies.find(c, 8, 1, lambda changed: 2) is None
@@ -386,6 +431,10 @@ def test_compiler_options():
     assert compiler.options("tpu")["xla_tpu_enable_async_all_to_all"] is True
     assert not any("async" in name for name in compiler.options("tpu", limited_routing=True))
     assert compiler.options("cuda") == compiler.options("gpu") != {}
+    plain = compiler.options("tpu", plain_attention=True)
+    assert plain == compiler.options("tpu") | {"xla_tpu_scoped_vmem_limit_kib": "65536"}
+    for platform in ("cpu", "gpu"):
+        assert compiler.options(platform, plain_attention=True) == compiler.options(platform)
     # Names of options are checked by the compiler; those of GPUs are known to all of them.
     assert jax.jit(lambda x: x + 1, compiler_options=compiler.options("gpu"))(1) == 2
 

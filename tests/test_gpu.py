@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 
 from moepp_jax.chips import CHIPS, GB
-from moepp_jax.compile import findings, gpu, hlo, tables
+from moepp_jax.compile import by_part, findings, gpu, hlo, parts, tables
 from moepp_jax.compile import step as compile_lib
 from moepp_jax.compile.hlo import custom_calls
 from moepp_jax.compile.switched import Switched
@@ -309,3 +309,46 @@ def test_bounds_are_of_each_arithmetic_and_what_is_unknown_is_named(module, caps
     assert "cuDNN attention bf16 2" in out
     assert "Not counted" in out and "Triton kernel blocks (1 times), somebody's (1 times)" in out
     assert findings.kernels(module, Topology.parse("cpu:8")) == []
+
+
+SCOPED = """\
+HloModule jit_step, is_scheduled=true, num_partitions=8
+
+%fused (l: bf16[4096,1024]) -> bf16[4096,1024] {
+  %l = bf16[4096,1024]{1,0} parameter(0)
+  ROOT %twice = bf16[4096,1024]{1,0} add(%l, %l), metadata={op_name="jit(step)/combine/add"}
+}
+
+ENTRY %main (a: bf16[4096,1024], f: f32[1024,1024]) -> bf16[4096,1024] {
+  %a = bf16[4096,1024]{1,0} parameter(0)
+  %f = f32[1024,1024]{1,0} parameter(1)
+  %x = bf16[4096,4096]{1,0} dot(%a, %a), lhs_contracting_dims={1}, rhs_contracting_dims={1}, metadata={op_name="jit(step)/experts/dot"}
+  %r = f32[1024,1024]{1,0} dot(%f, %f), lhs_contracting_dims={1}, rhs_contracting_dims={0}, operand_precision={highest,highest}, metadata={op_name="jit(step)/router/dot"}
+  %sent = bf16[4096,1024]{1,0} all-to-all(%a), replica_groups={{0,1,2,3,4,5,6,7}}, dimensions={0}
+  ROOT %y = bf16[4096,1024]{1,0} fusion(%sent), kind=kLoop, calls=%fused
+}
+"""  # noqa: E501
+
+
+def test_each_part_at_the_peaks_of_its_arithmetic_of_memory_and_of_links():
+    """Of a product of 4,096 x 1,024 x 4,096 in bfloat16 its operations, of one in float32 too; of a
+    sum what it reads and writes; of an exchange seven eighths of its rows over 450 GB/s.
+    """
+    chip = Topology.parse("h100:8").chip
+    devices = [SimpleNamespace(process_index=0)] * 8
+    module = hlo.parse(SCOPED)
+    found = by_part.roofline(module, chip, Switched(devices, chip))
+    rows = 4096 * 1024 * 2
+    expected = {
+        parts.ROUTER: (2 * 1024**3 / 67e12, "products"),
+        parts.EXPERTS: (2 * 4096 * 1024 * 4096 / 989e12, "products"),
+        parts.COMBINE: (2 * rows / 3350e9, "HBM"),
+        by_part.EXCHANGE: (rows * 7 / 8 / 450e9, "links"),
+    }
+    assert list(found) == list(expected)
+    for part, (seconds, bound) in expected.items():
+        assert found[part]["ms"] == pytest.approx(1e3 * seconds), part
+        assert found[part]["bound_by"] == bound
+    console = Console(width=120, record=True)
+    console.print(tables._roofline({"roofline": found}))
+    assert "experts" in console.export_text()

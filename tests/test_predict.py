@@ -16,7 +16,7 @@ from rich.console import Console
 
 from moepp_jax import mesh as mesh_lib
 from moepp_jax import worker
-from moepp_jax.chips import CHIPS
+from moepp_jax.chips import CHIPS, Chip
 from moepp_jax.commands import compile as command
 from moepp_jax.compile import figure, hlo, needs, parts, profile, rates, scheduled, tables
 from moepp_jax.compile import step as compile_lib
@@ -32,10 +32,10 @@ V5P = CHIPS["v5p"]
 LAUNCH = rates.LAUNCH
 
 
-def need(text: str, name: str) -> needs.Needs:
+def need(text: str, name: str, chip: Chip = V5P) -> needs.Needs:
     module = hlo.parse(f"HloModule m\n\n{text}")
     [computation] = [c for c in module.computations.values() if name in c.by_name]
-    return needs.of(module, computation, computation.by_name[name], V5P)
+    return needs.of(module, computation, computation.by_name[name], chip)
 
 
 def product(rows: int, contracted: int, columns: int) -> str:
@@ -126,9 +126,13 @@ def kernel(name: str) -> str:
 
 def test_a_kernel_that_is_known_costs_by_its_blocks():
     found = need(kernel("splash_mha_fwd"), "splash_mha_fwd.3")
-    # 2 x 2 blocks of 1,024, of which the causal ones are 3.
+    # 2 x 2 blocks of 1,024, of which the causal ones are 3; the heads on two cores.
     cycles = 32 * 16 * 3 * rates.block_cycles("splash_mha_fwd")
-    assert (found.seconds, found.kernel) == (pytest.approx(cycles / 1.75e9 + LAUNCH), None)
+    assert (found.seconds, found.kernel) == (pytest.approx(cycles / 2 / 1.75e9 + LAUNCH), None)
+    wide = need(kernel("splash_mha_fwd").replace(",128]", ",136]"), "splash_mha_fwd.3")
+    assert wide.seconds == pytest.approx(2 * cycles / 2 / 1.75e9 + LAUNCH)
+    found = need(kernel("splash_mha_fwd"), "splash_mha_fwd.3", CHIPS["v5e"])
+    assert found.seconds == pytest.approx(cycles / 1.5e9 + LAUNCH)
 
 
 def timeline(text: str, links: float = 1.0, dims=(4, 4)) -> Timeline:

@@ -19,7 +19,7 @@ from typing import NamedTuple
 from matplotlib.figure import Figure
 
 from moepp_jax import markdown
-from moepp_jax.chips import GIB
+from moepp_jax.chips import GB, GIB
 from moepp_jax.config import Config
 from moepp_jax.experiments import compiled, figures
 from moepp_jax.experiments.measure import Measurement
@@ -106,7 +106,10 @@ class Gpus(Study):
         head += [f"{label}, ms" for label in compiled.BOUNDS.values()]
         head += ["tokens/s at most", "MFU at most"]
         lines = markdown.table(head, (_cells(size, row) for size, row in rows.items()))
-        return [*lines, "", _NOTES, ""]
+        names = [size.name for size in rows]
+        of_parts = markdown.table(["ms at least", *names], _grid(rows, _PART, ",.4g"))
+        sent = markdown.table(["GB a GPU sends (how often)", *names], _grid(rows, _SENT, ",.2f"))
+        return [*lines, "", *of_parts, "", *sent, "", _NOTES, ""]
 
 
 _NOTES = """\
@@ -118,8 +121,11 @@ are at the published peaks of each arithmetic and overlap entirely. `not read` a
 operations the program does not tell. JAX takes 75 % of a card when it starts
 (XLA_PYTHON_CLIENT_MEM_FRACTION).
 
-Attention is XLA's here, which writes scores to memory: `make .venv/gpu` does without cuDNN, whose
-fused kernel a run on cards takes.
+Parts are at these peaks too, those of forward and backward together; they run beside each other in
+part, and the exchange is in full.
+
+Attention is cuDNN's fused kernel, as in a run on cards, in backward with the gradient of its mask,
+which nothing reads and JAX asks for all the same.
 
 The compiler has to be there (`make gpu-pods` puts it beside the environment)."""
 
@@ -141,8 +147,29 @@ def _compile(config: Config, size: Size, folder: Path | None) -> Mapping[str, fl
     for arithmetic in ("bf16", "tf32", "f32"):
         flops = sum(row["flops"] or 0 for row in kernels if row["arithmetic"] == arithmetic)
         values[f"{arithmetic}_tflop"] = flops / 1e12
+    for part, least in found.get("roofline", {}).items():
+        values[f"{_PART}{part}"] = least["ms"]
+    for row in found.get("collectives", []):
+        for column, of in ((_SENT, row["bytes"] / GB), (_OFTEN, float(row["count"]))):
+            values[column + row["kind"]] = values.get(column + row["kind"], 0.0) + of
     values["unread"] = float(sum(row["times"] for row in kernels if row["flops"] is None))
     return values
+
+
+# Columns of parts, and of kinds of collectives.
+_PART, _SENT, _OFTEN = "least ms: ", "GB: ", "times: "
+
+
+def _grid(rows: Mapping[Size, Mapping[str, float]], of: str, form: str) -> list[list[str]]:
+    """A line for each column that begins so, a cell for each row."""
+    names = dict.fromkeys(name for row in rows.values() for name in row if name.startswith(of))
+    lines = []
+    for name in names:
+        told = [format(row[name], form) if name in row else "" for row in rows.values()]
+        often = [row.get(name.replace(of, _OFTEN)) for row in rows.values()]
+        counts = [f" ({n:,.0f})" if n and of == _SENT else "" for n in often]
+        lines.append([name.removeprefix(of), *map("".join, zip(told, counts, strict=True))])
+    return lines
 
 
 def _rows(results: Results) -> dict[Size, Mapping[str, float]]:

@@ -1,7 +1,7 @@
 """How long is a training step, part by part, by what the compiler schedules?
 
 Question  where the time of the paper's models goes on TPU v5p that need not be there, MoE++ and
-          vanilla: the 7B at each tau, the other sizes, and the 7B from 8 to 4,096 chips.
+          vanilla: each size at each tau, and the 7B from 8 to 4,096 chips.
 Paper     section 3.4: FFN experts take tau N_FFN / (tau N_FFN + N_ZC) of a vanilla MoE's time;
           table 3 measures expert forward alone, and says nothing of a whole step.
 Claim     the 7B's experts follow that theory within 3 % at every tau, and at tau = 0.75 a whole
@@ -15,6 +15,7 @@ import functools
 import math
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from matplotlib.figure import Figure
 
@@ -30,11 +31,11 @@ from moepp_jax.experiments.studies import pods
 from moepp_jax.experiments.study import FAILS, HOLDS, MISSING, Results, Study, Verdict
 
 TAUS = (0.1, 0.25, 0.5, 0.75, 1.0)
-_AT = "v5p:4x4x4"
-_USUAL = 0.75
+AT = "v5p:4x4x4"
+USUAL = 0.75
 _OTHERS = {"0.6B": "8+4", "1B": "16+4", "2B": "32+8"}
-_LARGEST = "16+4, larger"
-_EXPERTS = {"7B": _LARGEST} | _OTHERS
+LARGEST = "16+4, larger"
+_EXPERTS = {"7B": LARGEST} | _OTHERS
 # What is spared where a token's choice costs nothing; all else is of every token.
 _SPARED = (parts.DISPATCH, parts.EXPERTS, parts.COMBINE, parts.EXCHANGE)
 _LEAST_SHARE, _MARGIN = 1 / 3, 0.03
@@ -42,7 +43,7 @@ _LEAST_SHARE, _MARGIN = 1 / 3, 0.03
 Row = Mapping[str, float]
 
 
-def named(model: str, tau: float | None, topology: str = _AT) -> str:
+def named(model: str, tau: float | None, topology: str = AT) -> str:
     """Of a row; tau is None for the vanilla twin."""
     return f"{model}, {topology}, {'vanilla' if tau is None else f'tau {tau:g}'}"
 
@@ -55,23 +56,21 @@ class StepTime(Study):
 
     def measurements(self, scale: Scale) -> list[Measurement]:
         wanted = {}
-        for tau in (None, *TAUS):
-            wanted[named("7B", tau)] = _config(scale, _LARGEST, tau), _AT
-        for model, size in _OTHERS.items():
-            for tau in (None, _USUAL):
-                wanted[named(model, tau)] = _config(scale, size, tau), _AT
+        for model, size in _EXPERTS.items():
+            for tau in (None, *TAUS):
+                wanted[named(model, tau)] = config_of(scale, size, tau), AT
         for topology, lies in pods.SIZES.items():
-            for tau in (None, _USUAL):
-                config = pods.on(_config(scale, _LARGEST, tau), lies)
+            for tau in (None, USUAL):
+                config = pods.on(config_of(scale, LARGEST, tau), lies)
                 wanted.setdefault(named("7B", tau, topology), (config, topology))
         return [
-            Measurement(name, None, functools.partial(_predict, *what))
+            Measurement(name, None, functools.partial(predict, *what))
             for name, what in wanted.items()
         ]
 
     def verdicts(self, results: Results) -> list[Verdict]:
         rows = _rows(results)
-        vanilla, usual = rows.get(named("7B", None)), rows.get(named("7B", _USUAL))
+        vanilla, usual = rows.get(named("7B", None)), rows.get(named("7B", USUAL))
         ours = {tau: rows[named("7B", tau)] for tau in TAUS if named("7B", tau) in rows}
         if vanilla is None or usual is None or len(ours) < len(TAUS):
             return [Verdict(MISSING, "some of the 7B's rows are not there yet")]
@@ -79,9 +78,9 @@ class StepTime(Study):
         off = {tau: ratio / _theory(results.scale, "7B", tau) - 1 for tau, ratio in ratios.items()}
         said = ", ".join(f"{ratios[tau]:.2f} at {tau:g} ({off[tau]:+.1%})" for tau in TAUS)
         follows = max(map(abs, off.values())) <= _MARGIN
-        step, experts = _faster(vanilla, usual, "step"), ratios[_USUAL]
+        step, experts = _faster(vanilla, usual, "step"), ratios[USUAL]
         share = (step - 1) / (experts - 1)
-        told = f"a step at {_USUAL:g} is {step:.2f} times as fast, {share:.0%} of the experts' gain"
+        told = f"a step at {USUAL:g} is {step:.2f} times as fast, {share:.0%} of the experts' gain"
         return [
             Verdict(HOLDS if follows else FAILS, f"experts, beside the theory: {said}"),
             Verdict(HOLDS if share >= _LEAST_SHARE else FAILS, told),
@@ -95,15 +94,15 @@ class StepTime(Study):
         shown = [named("7B", tau) for tau in (None, *TAUS) if named("7B", tau) in rows]
         bottom = [0.0] * len(shown)
         for number, part in enumerate(parts.ALL):
-            heights = [rows[name][_column(part)] for name in shown]
+            heights = [rows[name][column(part)] for name in shown]
             color = f"C{number}" if number < 10 else ("0.25", "0.6")[number - 10]
             stacked.bar(shown, heights, bottom=bottom, label=part, color=color, width=0.7)
             bottom = [a + b for a, b in zip(bottom, heights, strict=True)]
         stacked.set_xticks(range(len(shown)), [name.rpartition(", ")[2] for name in shown])
-        stacked.set(title=f"The 7B's step on {_AT}, links at their peak", ylabel="ms, predicted")
+        stacked.set(title=f"The 7B's step on {AT}, links at their peak", ylabel="ms, predicted")
         handles, labels = stacked.get_legend_handles_labels()
         stacked.legend(handles[::-1], labels[::-1], loc="center left", bbox_to_anchor=(1, 0.5))
-        for tau, label in ((None, "vanilla"), (_USUAL, "MoE++")):
+        for tau, label in ((None, "vanilla"), (USUAL, "MoE++")):
             there = [(pods.SIZES[at].chips, rows[named("7B", tau, at)]) for at in _sizes(rows, tau)]
             chips = [n for n, _ in there]
             color = "C0" if tau is None else "C1"
@@ -125,13 +124,15 @@ class StepTime(Study):
         if not rows:
             return []
         at = [named("7B", tau) for tau in (None, *TAUS)]
-        at += [named(model, tau) for model in _OTHERS for tau in (None, _USUAL)]
-        grown = [named("7B", tau, size) for size in pods.SIZES for tau in (None, _USUAL)]
-        every = [*at, *(name for name in grown if name not in at)]
+        others = [named(model, tau) for model in _OTHERS for tau in (None, *TAUS)]
+        usual = [named(model, tau) for model in _OTHERS for tau in (None, USUAL)]
+        shown = [*at, *usual]
+        grown = [named("7B", tau, size) for size in pods.SIZES for tau in (None, USUAL)]
+        every = [*at, *others, *(name for name in grown if name not in at)]
         return [
-            f"Each on {_AT}, ms with links at their peak:",
+            f"Each on {AT}, ms with links at their peak:",
             "",
-            *markdown.table(["part", *map(_short, filter(rows.get, at))], _by_part(rows, at)),
+            *markdown.table(["part", *map(_short, filter(rows.get, shown))], _by_part(rows, shown)),
             "",
             *markdown.table(["", *_COLUMNS], _totals(results.scale, rows, every)),
             "",
@@ -160,34 +161,38 @@ _COLUMNS += (
 )
 
 
-def _config(scale: Scale, size: str, tau: float | None) -> Config:
-    fields = {} if tau is None else {"moe.rule.tau": tau}
+def config_of(
+    scale: Scale, size: str, tau: float | None, changes: Mapping[str, Any] | None = None
+) -> Config:
+    """Of a size of the scale; tau is None for the vanilla twin."""
+    fields = ({} if tau is None else {"moe.rule.tau": tau}) | dict(changes or {})
     kind = VANILLA if tau is None else MOEPP
     return scale.variant("", kind, fields, of=scale.sizes[size]).config
 
 
 def _theory(scale: Scale, model: str, tau: float) -> float:
     """How much faster the experts are than the vanilla twin's (paper, section 3.4)."""
-    ours, vanilla = (_config(scale, _EXPERTS[model], t) for t in (tau, None))
+    ours, vanilla = (config_of(scale, _EXPERTS[model], t) for t in (tau, None))
     return 1 / flops.cost_ratio(ours, vanilla)
 
 
 def _at_most(vanilla: Row, theory: float) -> float:
     """A step's speed-up if all that is spared is spared in full, with links at their peak."""
     step = vanilla["predicted_ms_peak"]
-    spared = sum(vanilla[_column(part)] for part in _SPARED) * (1 - 1 / theory)
+    spared = sum(vanilla[column(part)] for part in _SPARED) * (1 - 1 / theory)
     return step / (step - spared) if spared < step else math.inf
 
 
-def _predict(config: Config, text: str, folder: Path | None) -> Row:
+def predict(config: Config, text: str, folder: Path | None) -> Row:
+    """What a step takes on a topology, and of a chip's memory, as a row."""
     topology = Topology.parse(text)
     found = compile.examine(config, devices(topology), topology, profiled="fast")
     values = {"fits": float(found["fits"]), "hbm_gib": found["hbm_bytes"] / GIB}
     if "parts_ms" not in found:
         return values
-    values |= {_column(part): ms[0] for part, ms in found["parts_ms"].items()}
+    values |= {column(part): ms[0] for part, ms in found["parts_ms"].items()}
     slow = {part: found["parts_ms"][part][1] for part in (parts.EXCHANGE, parts.COLLECTIVES)}
-    values |= {f"{_column(part)}_slow": ms for part, ms in slow.items()}
+    values |= {f"{column(part)}_slow": ms for part, ms in slow.items()}
     for name in ("predicted_ms", "exchange_ms", "tokens_per_second_per_chip", "mfu_realised"):
         values |= {f"{name}_{end}": ms for end, ms in zip(_ENDS, found[name], strict=True)}
     values |= {f"mfu_{end}": mfu for end, mfu in zip(_ENDS, found["mfu_nominal"], strict=True)}
@@ -197,13 +202,14 @@ def _predict(config: Config, text: str, folder: Path | None) -> Row:
 _ENDS = ("peak", "slow")
 
 
-def _column(part: str) -> str:
+def column(part: str) -> str:
+    """Of a part, in a row."""
     return f"{part.replace(' ', '_')}_ms"
 
 
 def _faster(vanilla: Row, row: Row, what: str, end: str = "peak") -> float:
-    column = f"predicted_ms_{end}" if what == "step" else _column(what)
-    return vanilla[column] / row[column]
+    name = f"predicted_ms_{end}" if what == "step" else column(what)
+    return vanilla[name] / row[name]
 
 
 def _rows(results: Results) -> dict[str, Row]:
@@ -222,7 +228,7 @@ def _short(name: str) -> str:
 
 def _by_part(rows: Mapping[str, Row], names: list[str]) -> list[list[str]]:
     shown = [rows[name] for name in names if name in rows]
-    return [[part, *(f"{row[_column(part)]:,.1f}" for row in shown)] for part in parts.ALL]
+    return [[part, *(f"{row[column(part)]:,.1f}" for row in shown)] for part in parts.ALL]
 
 
 def _totals(scale: Scale, rows: Mapping[str, Row], names: list[str]) -> list[list[str]]:
@@ -244,7 +250,7 @@ def _totals(scale: Scale, rows: Mapping[str, Row], names: list[str]) -> list[lis
             )
             faster = " to ".join(f"{_faster(vanilla, row, 'step', end):.2f}" for end in _ENDS)
             experts = f"{_faster(vanilla, row, 'experts'):.2f}"
-        hidden = _column(parts.EXCHANGE)
+        hidden = column(parts.EXCHANGE)
         lines.append(
             [
                 name,

@@ -7,6 +7,9 @@ compile ... --profile predicts the step's time by part, for TPUs: compiled as fa
 within seconds. --profile=full compiles to the end and tells the compiler's own numbers beside.
 With --figure=FILE.png, or beside the file of --json, it draws them next to the vanilla twin's.
 
+compile ... --profile --choose_remat predicts it with every model.remat, and names the fastest that
+fits.
+
 compile ... --generation compiles what `generate` runs too, for one device and for all of a host.
 """
 
@@ -19,7 +22,7 @@ from moepp_jax.commands import options
 from moepp_jax.compile import topology
 from moepp_jax.errors import ConfigError
 
-for _name in ("config", "topology", "json", "profile", "figure", "generation"):
+for _name in ("config", "topology", "json", "profile", "figure", "generation", "choose_remat"):
     flags.declare_key_flag(_name)
 
 _PROFILES = {None: None, "false": None, "true": "fast", "fast": "fast", "full": "full"}
@@ -36,6 +39,7 @@ def run(arguments: list[str]) -> None:
         profiled(options.PROFILE.value),
         options.FIGURE.value,
         options.GENERATION.value,
+        options.CHOOSE_REMAT.value,
     ):
         sys.exit(2)
 

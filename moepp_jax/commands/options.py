@@ -40,6 +40,9 @@ PROFILE = cli.define_with_optional_value(
 GENERATION = flags.DEFINE_bool(
     "generation", False, "compile generation too: on one device, and on all of a host"
 )
+CHOOSE_REMAT = flags.DEFINE_bool(
+    "choose_remat", False, "compile --profile: with every model.remat, and which one to take"
+)
 FIGURE = cli.define_path(
     "figure",
     None,

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 
 from moepp_jax import flops, state
 from moepp_jax.chips import Chip
-from moepp_jax.compile import hlo, traffic
+from moepp_jax.compile import by_part, hlo, traffic
 from moepp_jax.compile.gpu import PREALLOCATED
 from moepp_jax.compile.roofline import Interconnect
 from moepp_jax.compile.switched import Switched
@@ -95,6 +95,8 @@ def work(config: Config, mesh: Mesh, topology: Topology, module: hlo.Module) -> 
     if network is None:
         return report
     chip = topology.chip
+    if isinstance(network, Switched):
+        report["roofline"] = by_part.roofline(module, chip, network)
     bounds = {
         "arithmetic": arithmetic(report, chip),
         "hbm": report["hbm_traffic_bytes"] / chip.hbm_bandwidth,
@@ -120,8 +122,7 @@ def kernels(module: hlo.Module, topology: Topology) -> list[dict[str, Any]]:
 
 def _seconds(row: Mapping[str, Any], chip: Chip) -> float | None:
     """At the peak of the row's arithmetic."""
-    peaks = {"tf32": chip.tf32_flops, "f32": chip.float32_flops}
-    return row["flops"] and row["flops"] / peaks.get(row["arithmetic"], chip.flops)
+    return row["flops"] and row["flops"] / chip.peak(row["arithmetic"])
 
 
 def arithmetic(report: Mapping[str, Any], chip: Chip) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 
@@ -60,7 +61,8 @@ def of(
         kernel = _target(instruction) if own == "custom-call" else own
         if cycles := rates.block_cycles(kernel):
             blocks = hlo.attended(computation, instruction) / rates.BLOCK**2
-            busy[MXU] = cycles * blocks / rate.clock
+            blocks *= math.ceil(hlo.head_width(computation, instruction) / rates.HEAD)
+            busy[MXU] = cycles * blocks / rate.cores / rate.clock
             kernel = None
     else:
         rows, gathered, scattered = hlo.indexed(module, computation, instruction)

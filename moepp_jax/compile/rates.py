@@ -39,25 +39,29 @@ class Rates:
       clock: cycles a second.
       width: of the MXU, rows and columns.
       memory: of the peak bandwidth of the main memory, what copies and sums reach.
+      cores: of a chip, which share the heads of attention.
     """
 
     clock: float
     width: int
     memory: float
+    cores: int
 
 
 _RATES = {
-    "v5p": Rates(clock=1.75e9, width=128, memory=0.85),
-    "v5e": Rates(clock=1.5e9, width=128, memory=0.90),
-    "v6e": Rates(clock=1.75e9, width=256, memory=0.90),
+    "v5p": Rates(clock=1.75e9, width=128, memory=0.85, cores=2),
+    "v5e": Rates(clock=1.5e9, width=128, memory=0.90, cores=1),
+    "v6e": Rates(clock=1.75e9, width=256, memory=0.90, cores=1),
 }
 
-# Kernels that are no HLO, by their names: cycles of a block of attention, BLOCK x BLOCK, of a head
-# of 128 or less, on v5p; the two cores side by side. From a head of 2,048 tokens, causal: 3 blocks.
+# Kernels that are no HLO, by their names: a core's cycles of a block of attention, BLOCK x BLOCK,
+# of a head of HEAD or less, on v5p; those of other chips, whose matrix units differ, are taken to
+# need as many. From a head of 2,048 tokens, causal: 3 blocks.
+HEAD = 128
 _KERNELS = {
-    re.compile(r"splash_\w*dkv"): 35300 / 2 / 3,  # with the gradient of queries, if that is fused
-    re.compile(r"splash_\w*dq"): 18300 / 2 / 3,  # taken to cost what forward costs
-    re.compile(r"splash_\w*fwd"): 18300 / 2 / 3,
+    re.compile(r"splash_\w*dkv"): 35300 / 3,  # with the gradient of queries, if that is fused
+    re.compile(r"splash_\w*dq"): 18300 / 3,  # taken to cost what forward costs
+    re.compile(r"splash_\w*fwd"): 18300 / 3,
 }
 
 
@@ -68,5 +72,5 @@ def of(chip: Chip) -> Rates | None:
 
 
 def block_cycles(kernel: str) -> float | None:
-    """Cycles of a block of attention in a kernel, by its name; None for other kernels."""
+    """A core's cycles of a block of attention in a kernel, by its name; None for other kernels."""
     return next((cycles for name, cycles in _KERNELS.items() if name.search(kernel)), None)

@@ -10,7 +10,8 @@ from moepp_jax.config import Config
 from moepp_jax.errors import ConfigError
 
 _TRIES = 3
-_REMAT = ("none", "w_in", "dots", "attention", "routing", "exchanged", "full")
+# From the one that computes least again to the one that keeps least.
+REMAT = ("none", "w_in", "dots", "attention", "routing", "exchanged", "full")
 
 
 def find(
@@ -66,7 +67,7 @@ def _changes(config: Config, num_devices: int) -> Iterator[Config]:
         meshed = config
         if size != fsdp:
             meshed = config.replace("mesh", data=num_devices // (size * expert), fsdp=size)
-        for remat in _REMAT[_REMAT.index(config.model.remat) :]:
+        for remat in REMAT[REMAT.index(config.model.remat) :]:
             parts = config.train.accumulate
             while (config.train.batch_size // parts) % num_devices == 0:
                 try:

@@ -19,6 +19,7 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from moepp_jax import mesh as mesh_lib
 from moepp_jax import state, storage
 from moepp_jax.compile import (
+    choice,
     evaluation,
     findings,
     generation,
@@ -55,6 +56,7 @@ def run(
     profiled: str | None = None,
     figure_file: str | None = None,
     generates: bool = False,
+    chooses_remat: bool = False,
 ) -> bool:
     """Compiles, prints what was found, writes it to a file if one is named; does all of it fit?
 
@@ -65,12 +67,15 @@ def run(
       figure_file: a PNG of what is predicted of the step and of its vanilla twin's; by default it
         goes beside the JSON.
       generates: generation is compiled too, and is to fit one of the ways that it can be run.
+      chooses_remat: predicts the step with every `model.remat`, and names the fastest that fits.
 
     Raises:
       ConfigError: see `topology.devices` and `mesh.mesh_shape`; or a file's folder is missing.
     """
     if figure_file and not profiled:
         raise ConfigError(f"--figure={figure_file} shows what --profile predicts: give both")
+    if chooses_remat and profiled != "fast":
+        raise ConfigError("--choose_remat compares what --profile predicts: give --profile too")
     if profiled and json_file and not figure_file:
         figure_file = str(storage.open_path(json_file).with_suffix(".png"))
     file, drawing = _place("json", json_file), _place("figure", figure_file)
@@ -84,10 +89,14 @@ def run(
         console = Console(width=120)  # of a file or a pipe it cannot know
     with _spinner(console) as spinner:
         report = examine(config, there, topology, spinner.say, profiled)
+
+        def predicted(changed: Config) -> dict[str, Any]:
+            return examine(changed, there, topology, spinner.say, "fast")
+
         if drawing:
-            _draw(
-                drawing, config, report, lambda c: examine(c, there, topology, spinner.say, "fast")
-            )
+            _draw(drawing, config, report, predicted)
+        if chooses_remat:
+            report["remat_choices"] = choice.of_remat(config, report, predicted)
         if report["fits"] and profiled != "fast":
             spinner.say(f"compiling the evaluation for {topology.text}")
             mesh = mesh_lib.make_mesh(config, there)

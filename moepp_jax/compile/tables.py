@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from moepp_jax.chips import GIB
-from moepp_jax.compile import parts, profile
+from moepp_jax.compile import choice, parts, profile
 
 
 def show(report: dict[str, Any], console: Console) -> None:
@@ -24,6 +24,8 @@ def show(report: dict[str, Any], console: Console) -> None:
         if report["kernels"]:
             show_kernels(report["kernels"], console)
         console.print(_bounds(report))
+        if "roofline" in report:
+            console.print(_roofline(report))
         if "parts_ms" in report:
             show_profile(report, console)
         if loops := report["loops_counted_once"]:
@@ -31,7 +33,10 @@ def show(report: dict[str, Any], console: Console) -> None:
             console.print(f"{said} them runs more often than the tables say.", soft_wrap=True)
     if "generation" in report:
         console.print(_generation(report))
-    for said in (verdict(report), of_evaluation(report), of_generation(report)):
+    if "remat_choices" in report:
+        console.print(_remat(report))
+    sentences = (verdict(report), of_evaluation(report), of_generation(report), of_remat(report))
+    for said in sentences:
         if said:
             console.print(said, highlight=False, soft_wrap=True, markup=False)
 
@@ -84,6 +89,17 @@ _BY_THE_COMPILER = {
 }
 
 
+def _remat(r: dict[str, Any]) -> Table:
+    columns = ("GiB a chip", "step, s", "at a quarter", "MFU, nominal", "")
+    table = _table("Each model.remat, links at peak", "model.remat", *columns)
+    for row in r["remat_choices"]:
+        times = [f"{ms / 1e3:,.3f}" for ms in row.get("predicted_ms", ())] or ["", ""]
+        mfu = f"{row['mfu_nominal'][0]:.1%}" if "mfu_nominal" in row else ""
+        fits = "" if row["fits"] else "does not fit"
+        table.add_row(row["remat"], f"{row['hbm_bytes'] / GIB:,.1f}", *times, mfu, fits)
+    return table
+
+
 def show_kernels(rows: Sequence[dict[str, Any]], console: Console) -> None:
     console.print(_kernels(rows))
     if unread := [
@@ -123,6 +139,16 @@ def of_evaluation(report: dict[str, Any]) -> str:
         f"{what} A larger --config.train.accumulate, which evaluation follows, makes its parts "
         "smaller; --config.moe.eval_dispatch=capacity exchanges fixed slots, and drops."
     )
+
+
+def of_remat(report: dict[str, Any]) -> str:
+    """One sentence: which policy is the fastest that fits, if all were tried."""
+    if "remat_choices" not in report:
+        return ""
+    chosen = choice.best(report["remat_choices"])
+    if chosen is None:
+        return "With no model.remat does it fit."
+    return f"The fastest that fits, by this prediction: --config.model.remat={chosen['remat']}"
 
 
 def of_generation(report: dict[str, Any]) -> str:
@@ -273,6 +299,14 @@ def _megabytes(size: float | None) -> str:
 def _number(value: float) -> str:
     """With two places, or what is below one with two digits that say something."""
     return f"{value:,.2f}" if value >= 1 or value == 0 else f"{value:.2g}"
+
+
+def _roofline(r: dict[str, Any]) -> Table:
+    table = _table("Each part of a step, at peak figures", "part", "ms at least", "bound by")
+    for part, least in r["roofline"].items():
+        table.add_row(part, f"{least['ms']:,.1f}", least["bound_by"])
+    table.caption = "Parts that run beside each other do not add up."
+    return table
 
 
 def _bounds(r: dict[str, Any]) -> Table:

@@ -12,7 +12,7 @@ from moepp_jax.errors import ConfigError
 from moepp_jax.experiments import compiled, measure, report, run, runs, study
 from moepp_jax.experiments.measure import Measured
 from moepp_jax.experiments.scale import PAPER
-from moepp_jax.experiments.studies import gpus, pods, step_time
+from moepp_jax.experiments.studies import gpus, pods, step_changes, step_time
 from tests.experiments import small
 
 TPU = {"fits": True, "hbm_bytes": 24 * GIB, "hbm_limit_bytes": 95 * GIB, "wire_ratio": 1.1}
@@ -93,7 +93,7 @@ def predicted(config: Config, vanilla: float = 1.0) -> dict[str, float]:
     """Of a step: the experts as the theory has it, or off by a factor, and 50 ms of all else."""
     experts = 50 * config.moe.rule.ffn_load * vanilla
     row = {"fits": 1.0, "hbm_gib": 40.0, "kernels_not_estimated": 0.0}
-    row |= {step_time._column(part): 0.0 for part in parts.ALL}
+    row |= {step_time.column(part): 0.0 for part in parts.ALL}
     row |= {"experts_ms": experts, "attention_core_ms": 50.0}
     row |= {"exchange_not_hidden_ms_slow": 5.0, "collectives_ms_slow": 0.0}
     for name in ("exchange_ms", "tokens_per_second_per_chip", "mfu_realised", "mfu"):
@@ -125,6 +125,34 @@ def test_predicted_steps_beside_the_theory(vanilla, outcome):
     assert of.more(study.results_of(of, PAPER, [], [])) == []
 
 
+def test_changes_of_a_step_one_on_the_other():
+    of = study.find("step_changes")
+    wanted = of.measurements(PAPER)
+    configs = [one.take.args[0] for one in wanted]
+    usual = PAPER.variant("", of=PAPER.sizes["16+4, larger"]).config
+    recipe = configs[len(step_changes.CHANGES) - 1]
+    assert recipe == usual.replace("moe.rule", tau=0.75)
+    assert len(set(configs)) == len(configs) == 11
+    assert {c.batch_tokens for c in configs} == {usual.batch_tokens}
+
+    def found(faster: float, lacking: float):
+        rows = []
+        for number, one in enumerate(wanted):
+            row = predicted(recipe) | {"predicted_ms_peak": 500 - faster * number}
+            rows.append(Measured(*one.key, "m", row | ({"fits": 0.0} if lacking == number else {})))
+        return study.results_of(of, PAPER, [], rows)
+
+    good = found(10.0, -1)
+    assert [v.outcome for v in of.verdicts(good)] == [study.HOLDS, study.HOLDS]
+    assert [v.outcome for v in of.verdicts(found(0.0, 8))] == [study.FAILS, study.FAILS]
+    page = "\n".join(of.more(good))
+    assert "| fused attention | 490 to " in page and page.count("model.remat w_in | ") == 2
+    assert len(of.figure(good).axes[0].get_yticklabels()) == len(step_changes.CHANGES)
+    some = study.results_of(of, PAPER, [], good.measured[:3])
+    assert [v.outcome for v in of.verdicts(some)] == [study.MISSING]
+    assert of.more(study.results_of(of, PAPER, [], [])) == []
+
+
 def test_meshes_lie_on_their_hosts():
     """FFN experts within a host, and what the launchers start among the sizes."""
     for size in gpus.SIZES:
@@ -141,6 +169,7 @@ def _row(size, **values):
     usual |= {f"{name}_ms": 1.0 for name in ("arithmetic", "hbm", "interconnect")}
     usual |= {"bf16_tflop": 3.0, "tf32_tflop": 0.0, "f32_tflop": 0.1, "unread": 0.0}
     usual |= {"wire_ratio": 1.0, "tokens_per_second": 1e6, "mfu": 0.3, "hours": 1.0}
+    usual |= {"least ms: experts": 2.5, "GB: all-to-all": 1.25, "times: all-to-all": 96.0}
     return measure.Measured(size.name, measure.NO_RUN, 0, "machine", usual | values)
 
 
@@ -157,6 +186,8 @@ def test_what_is_said_of_gpus():
     page = "\n".join(of.more(found))
     assert "| 0.6B | h100:8 | 1 x 1 x 8 | 8 | 70.0 | 79.1 | 59.3 | 3.00 | 0.00 | 0.10 | 0 |" in page
     assert page.count("does not fit") == 5
+    assert f"\n| experts |{' 2.5 |' * 7}\n" in page
+    assert f"\n| all-to-all |{' 1.25 (96) |' * 7}\n" in page
     assert of.figure(found).axes
     missing = study.results_of(of, PAPER, [], rows[1:])
     assert study.outcome(of.verdicts(missing)) == study.MISSING and of.more(missing)

@@ -264,7 +264,7 @@ def test_an_experiment_that_does_not_exist():
         run.experiments(["tau", "pods"], TINY)
     assert [one.name for one in run.experiments(["tau", "tau"], TINY)] == ["tau"]
     everything = {one.name for one in run.experiments([run.ALL], TINY)}
-    assert set(study.names()) - everything == {"gpus", "pods", "step_time"}
+    assert set(study.names()) - everything == {"gpus", "pods", "step_changes", "step_time"}
 
 
 def said(of, terminal=False):

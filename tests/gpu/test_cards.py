@@ -120,3 +120,10 @@ def test_without_the_plugin_one_line_says_what_is_missing():
         "error: compiling for NVIDIA H100 80GB HBM3: XLA's plugin for CUDA is not installed: "
         "pip install 'jax[cuda12]' (it compiles without a GPU)"
     ]
+
+
+def test_attention_is_cudnns_and_writes_no_scores(small):
+    """Forward, again in backward and the gradient, of two layers: asked for, and counted."""
+    [attention] = [row for row in small["kernels"] if row["name"] == "cuDNN attention"]
+    assert attention["times"] == 3 * 2 and attention["flops"] > 0
+    assert "attention is computed by XLA" not in small["printed"]

@@ -9,6 +9,7 @@ import pytest
 from jax.test_util import check_grads
 
 from moepp_jax import moe
+from moepp_jax.moe import grouped
 from tests.moe import cases
 from tests.oracle import Spec
 
@@ -22,6 +23,22 @@ COUNTS = {
     "rows to spare": [1, 0, 4, 2],
     "no rows": [0, 0, 0, 0],
 }
+
+
+@pytest.mark.parametrize(
+    ("rows", "k", "n", "tiles"),
+    [
+        (131_072, 1536, 8192, "512,1536,1024"),
+        (131_072, 8192, 1536, "512,2048,768"),
+        (131_072, 4096, 1536, "512,2048,768"),
+        (45_952, 768, 4096, "128,768,1024"),  # 359 x 128
+        (45_952, 768, 4160, ""),
+        (45_952, 700, 4096, ""),
+        (100, 1536, 8192, ""),
+    ],
+)
+def test_tiles_divide_the_product(rows, k, n, tiles):
+    assert grouped._tiles(rows, k, n) == tiles
 
 
 def gelu_mlp(params, x_EBD):

@@ -16,8 +16,8 @@ from moepp_jax.compile.hlo.costs import (
     product_flops,
     traffic,
 )
-from moepp_jax.compile.hlo.custom_calls import attended
-from moepp_jax.compile.hlo.kernels import Kernel, kernels
+from moepp_jax.compile.hlo.custom_calls import attended, head_width
+from moepp_jax.compile.hlo.kernels import Kernel, kernels, operations
 from moepp_jax.compile.hlo.loops import executions, rounds, unknown_loops
 from moepp_jax.compile.hlo.text import Computation, Instruction, Module, parse, scopes
 
@@ -33,9 +33,11 @@ __all__ = [
     "collectives",
     "executions",
     "flops_of",
+    "head_width",
     "indexed",
     "kernels",
     "memory_bytes",
+    "operations",
     "overlapped",
     "padded_flops",
     "parse",

@@ -75,6 +75,11 @@ def attended(computation: Computation, instruction: Instruction) -> int:
     return math.prod(heads) * blocks * (tokens // max(sides)) ** 2
 
 
+def head_width(computation: Computation, instruction: Instruction) -> int:
+    """Numbers of a query, in a splash kernel."""
+    return _queries(computation, instruction).dims[-1]
+
+
 def precision(instruction: Instruction) -> str:
     """How exactly operands are multiplied, of two the more exact one: default, high, highest."""
     config = re.search(r'"operand_precision":\[([^\]]*)\]', instruction.attributes)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from dataclasses import dataclass
 
 from moepp_jax.compile.hlo import custom_calls
@@ -50,6 +50,14 @@ def kernels(module: Module) -> list[Kernel]:
         for (who, arithmetic, unknown), (count, flops) in found.items()
     ]
     return sorted(rows, key=lambda row: (row.flops is None, -(row.flops or 0)))
+
+
+def operations(module: Module, computation: Computation, instruction: Instruction) -> Counter[str]:
+    """Of an instruction's products, by their arithmetic; those that the text does not tell as 0."""
+    found: Counter[str] = Counter()
+    for _, arithmetic, flops in _products(module, computation, instruction):
+        found[arithmetic] += flops or 0
+    return found
 
 
 def _products(module: Module, computation: Computation, instruction: Instruction):

@@ -123,6 +123,7 @@ class Computation:
 class Module:
     """A compiled program; in a scheduled one, instructions stand in the order they run in."""
 
+    name: str
     entry: str
     num_devices: int
     computations: dict[str, Computation]
@@ -168,7 +169,9 @@ def parse(text: str) -> Module:
         raise ValueError("this is no HLO text: it has no ENTRY computation")
     header = text[: text.index("\n")]
     counts = [re.search(rf"\b{c}=(\d+)", header) for c in ("replica_count", "num_partitions")]
-    return Module(entry, math.prod(int(c[1]) for c in counts if c), computations)
+    name = re.match(r"HloModule ([^\s,]*)", header)
+    devices = math.prod(int(c[1]) for c in counts if c)
+    return Module(name[1] if name else "", entry, devices, computations)
 
 
 def _lines(text: str) -> Iterator[str]:
