@@ -17,7 +17,7 @@ def get_config(corpora: str = "") -> ConfigDict:
     c = base.get_config()
     c.data.sources = paper_mixture.sources(corpora)
     c.model.remat = "exchanged"
-    c.moe.update(n_ffn=32, n_const=6, n_copy=1, n_zero=1)
+    c.moe.update(n_ffn=32, n_const=6, n_copy=1, n_zero=1, exchange_parts=4)
     c.mesh.update(data=-1, fsdp=1, expert=16)
     c.train.accumulate = 16  # for 16 TPU v5e; on 256 of them 1
     return c

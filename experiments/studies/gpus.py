@@ -104,7 +104,7 @@ class Gpus(Study):
         head = ["model", "GPUs", "data x fsdp x expert", "accumulate", "GiB a GPU", "of the card's"]
         head += ["taken by JAX", "TFLOP in bfloat16", "in TF32", "in float32", "not read"]
         head += [f"{label}, ms" for label in compiled.BOUNDS.values()]
-        head += ["tokens/s at most", "MFU at most"]
+        head += ["exchanges, of these alone", "tokens/s at most", "MFU at most"]
         lines = markdown.table(head, (_cells(size, row) for size, row in rows.items()))
         names = [size.name for size in rows]
         of_parts = markdown.table(["ms at least", *names], _grid(rows, _PART, ",.4g"))
@@ -118,7 +118,8 @@ the step is compiled by XLA for CUDA from a description of the card. So buffers,
 collectives are those of a run; what is tuned on a card (tiles, algorithms, their workspaces) and
 what NCCL needs are not in these numbers, nor does anything here say how fast a kernel is. Bounds
 are at the published peaks of each arithmetic and overlap entirely. `not read` are kernels whose
-operations the program does not tell. JAX takes 75 % of a card when it starts
+operations the program does not tell. Exchanges are alone that have no product scheduled beside
+them. JAX takes 75 % of a card when it starts
 (XLA_PYTHON_CLIENT_MEM_FRACTION).
 
 Parts are at these peaks too, those of forward and backward together; they run beside each other in
@@ -152,6 +153,9 @@ def _compile(config: Config, size: Size, folder: Path | None) -> Mapping[str, fl
     for row in found.get("collectives", []):
         for column, of in ((_SENT, row["bytes"] / GB), (_OFTEN, float(row["count"]))):
             values[column + row["kind"]] = values.get(column + row["kind"], 0.0) + of
+    windows = found.get("exchanges", [])
+    values["exchanges"] = float(sum(row["count"] for row in windows))
+    values["exchanges_alone"] = float(sum(row["count"] for row in windows if not row["flops"]))
     values["unread"] = float(sum(row["times"] for row in kernels if row["flops"] is None))
     return values
 
@@ -193,6 +197,7 @@ def _cells(size: Size, row: Mapping[str, float]) -> list[str]:
     cells += [f"{row[f'{name}_tflop']:,.2f}" for name in ("bf16", "tf32", "f32")]
     cells.append(f"{row['unread']:.0f}")
     if not row["fits"]:
-        return [*cells, *["does not fit"] * (len(compiled.BOUNDS) + 2)]
+        return [*cells, *["does not fit"] * (len(compiled.BOUNDS) + 3)]
     cells += [f"{row[f'{bound}_ms']:,.4g}" for bound in compiled.BOUNDS]
+    cells.append(f"{row['exchanges']:,.0f}, {row['exchanges_alone']:,.0f}")
     return [*cells, f"{row['tokens_per_second']:,.0f}", f"{row['mfu']:.1%}"]

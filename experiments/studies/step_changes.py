@@ -102,7 +102,7 @@ class StepChanges(Study):
             said = f" {rows[name]['mfu_peak']:.1%} MFU, {rows[name]['hbm_gib']:.0f} GiB"
             axes.text(end, y, said, va="center", fontsize=8)
         axes.invert_yaxis()
-        axes.margins(x=0.2)
+        axes.margins(x=0.25)
         axes.set(title=f"The 7B's step on {step_time.AT}, links at their peak")
         axes.set_xlabel("ms, predicted")
         axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=8)

@@ -169,6 +169,7 @@ def _row(size, **values):
     usual |= {f"{name}_ms": 1.0 for name in ("arithmetic", "hbm", "interconnect")}
     usual |= {"bf16_tflop": 3.0, "tf32_tflop": 0.0, "f32_tflop": 0.1, "unread": 0.0}
     usual |= {"wire_ratio": 1.0, "tokens_per_second": 1e6, "mfu": 0.3, "hours": 1.0}
+    usual |= {"exchanges": 384.0, "exchanges_alone": 119.0}
     usual |= {"least ms: experts": 2.5, "GB: all-to-all": 1.25, "times: all-to-all": 96.0}
     return measure.Measured(size.name, measure.NO_RUN, 0, "machine", usual | values)
 
@@ -185,7 +186,7 @@ def test_what_is_said_of_gpus():
     assert study.outcome(of.verdicts(found)) == study.FAILS
     page = "\n".join(of.more(found))
     assert "| 0.6B | h100:8 | 1 x 1 x 8 | 8 | 70.0 | 79.1 | 59.3 | 3.00 | 0.00 | 0.10 | 0 |" in page
-    assert page.count("does not fit") == 5
+    assert page.count("does not fit") == 6
     assert f"\n| experts |{' 2.5 |' * 7}\n" in page
     assert f"\n| all-to-all |{' 1.25 (96) |' * 7}\n" in page
     assert of.figure(found).axes

@@ -57,8 +57,10 @@ def test_the_step_fits_and_says_what_jax_takes(small):
 
 
 def test_products_are_those_of_the_model_and_all_are_read(small):
-    """By hand: a chunk's logits once more, and the padding of capacity."""
-    assert small["model_flops"] < small["flops"] < 1.3 * small["model_flops"]
+    """By hand: a chunk's logits once more, and the padding of capacity; less of attention, whose
+    kernel leaves out what no token sees.
+    """
+    assert 0.95 * small["model_flops"] < small["flops"] < 1.3 * small["model_flops"]
     assert sum(row["flops"] for row in small["kernels"]) == small["flops"]
     assert {row["name"] for row in small["kernels"]} >= {"cuBLAS"}
     assert not any(row["name"] == "XLA's Triton" for row in small["kernels"])
@@ -67,8 +69,8 @@ def test_products_are_those_of_the_model_and_all_are_read(small):
 
 def test_no_product_of_the_vocabulary_is_in_float32(small):
     """What is left is the routers', exact, and little."""
-    by_arithmetic = {row["arithmetic"]: row["flops"] for row in small["kernels"]}
-    assert by_arithmetic["bf16"] > 0.99 * small["flops"]
+    in_bfloat16 = sum(row["flops"] for row in small["kernels"] if row["arithmetic"] == "bf16")
+    assert in_bfloat16 > 0.99 * small["flops"]
 
 
 def test_tokens_are_exchanged_four_times_a_layer_beside_other_work(small):
@@ -101,12 +103,12 @@ def test_two_hosts_send_each_other_gradients_alone(tmp_path):
 @pytest.mark.parametrize("card", ["a100", "a100-40gb", "b200"])
 def test_other_cards(tmp_path, card):
     report = compile_for(f"{card}:8", "moepp_0p6b", tmp_path, SMALL | MESH)
-    assert report["fits"] and report["flops"] > report["model_flops"]
+    assert report["fits"] and report["flops"] > 0.95 * report["model_flops"]
 
 
 def test_what_does_not_fit_and_what_would(tmp_path):
     """The compiler itself only warns; the card's memory is compared with here."""
-    fields = SMALL | MESH | {"train.batch_size": 512, "model.remat": "none"}
+    fields = SMALL | MESH | {"train.batch_size": 2048, "model.remat": "none"}
     report = compile_for("a100-40gb:8", "moepp_0p6b", tmp_path, fields, status=2)
     assert not report["fits"] and report["hbm_bytes"] > report["hbm_limit_bytes"]
     assert report["remedy"]["hbm_bytes"] <= report["hbm_limit_bytes"]
@@ -123,7 +125,7 @@ def test_without_the_plugin_one_line_says_what_is_missing():
 
 
 def test_attention_is_cudnns_and_writes_no_scores(small):
-    """Forward, again in backward and the gradient, of two layers: asked for, and counted."""
+    """Forward and the gradient, of two layers: asked for, and counted."""
     [attention] = [row for row in small["kernels"] if row["name"] == "cuDNN attention"]
-    assert attention["times"] == 3 * 2 and attention["flops"] > 0
+    assert attention["times"] == 2 * 2 and attention["flops"] > 0
     assert "attention is computed by XLA" not in small["printed"]
