@@ -112,6 +112,9 @@ def run(main: Callable[[Sequence[str]], None], describe: Callable[[], str] | Non
             print(stopped)
         sys.exit(stopped.status)
     except SaveError as error:
+        # A save that waited for a process which is gone: that one says why.
+        if jax.distributed.is_initialized() and distributed.of_a_lost_peer(error):
+            distributed.abandon(error)
         # Threads that still write would be waited for, and tell of it in a thousand lines.
         of = f"process {jax.process_index()}: " if jax.distributed.is_initialized() else ""
         ending.at_once(f"error: {of}{_visible(error)}\n", SaveError.STATUS)

@@ -224,16 +224,22 @@ def _give_up(where: str, timeout: float) -> NoReturn:
 
 def abandon(error: BaseException) -> NoReturn:
     """Ends this process now, which ends the others: an orderly exit would wait for them."""
-    cause = error
-    while cause is not None:
-        said = " ".join(str(cause).split())
-        if re.search("Gloo|coordination service", said):
-            _end(f"another process of this run is gone: {said}")
-        cause = cause.__cause__
+    if said := of_a_lost_peer(error):
+        _end(f"another process of this run is gone: {said}")
     if isinstance(error, ConfigError | OSError):  # the latter of a disk that is full, say
         _end(f"process {jax.process_index()}: {error}")
     traceback.print_exception(error)
     _end(f"{type(error).__name__} in process {jax.process_index()}: the whole run ends")
+
+
+def of_a_lost_peer(error: BaseException | None) -> str:
+    """What an error says, or one that it comes of, if that is that another process is gone."""
+    while error is not None:
+        said = " ".join(str(error).split())
+        if re.search("Gloo|coordination service", said):
+            return said
+        error = error.__cause__
+    return ""
 
 
 def _end(message: str) -> NoReturn:

@@ -13,6 +13,7 @@ import pytest
 from jax.sharding import AxisType, Mesh, Sharding
 
 from moepp_jax import distributed, processes
+from moepp_jax.checkpoint import SaveError
 from moepp_jax.errors import ConfigError
 from moepp_jax.mesh import AXES, batch_sharding
 
@@ -261,3 +262,14 @@ def test_what_one_process_cannot_read_or_write_ends_all_with_one_line(monkeypatc
     with pytest.raises(SystemExit, match=r"process 0: (\[Errno 28\] No space .*'/x'|bad)$"):
         distributed.abandon(error)
     assert not capsys.readouterr().err
+
+
+def test_an_error_is_of_a_lost_peer_if_what_it_comes_of_is():
+    torn = RuntimeError("UNKNOWN: Gloo AllGather failed:\n Connection closed by peer")
+    save = SaveError("checkpoint 15 cannot be saved: no room")
+    assert distributed.of_a_lost_peer(save) == ""
+    save.__cause__ = torn
+    assert distributed.of_a_lost_peer(save) == (
+        "UNKNOWN: Gloo AllGather failed: Connection closed by peer"
+    )
+    assert distributed.of_a_lost_peer(None) == ""

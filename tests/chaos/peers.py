@@ -15,13 +15,11 @@ from moepp_jax.watch import STATUS
 from tests import jobs
 from tests.chaos.recipe import SAVE_EVERY
 from tests.chaos.room import Room
-from tests.chaos.team import Team, wait_for
+from tests.chaos.team import GONE, Team, wait_for
 from tests.chaos.trial import Lost, Missed, Trial
 
 # Seconds in which the others must have ended: what the package states, and some to spare.
 BOUND = distributed.HEARTBEAT_TIMEOUT + 60
-
-_GONE = "^error: another process of this run is gone|another task died"
 
 # Of one whose collective meets what a peer sends that has heard already; it hears nothing more.
 _TORN = "gloo::EnforceNotMet"
@@ -84,9 +82,9 @@ def require_others_end(job: jobs.Job, victim: int) -> list[str]:
         said.append(err)
         if process.returncode == STATUS and re.search(_named(victim), err, re.M):
             continue
-        known = re.search(_GONE, err, re.M) or _TORN in err
+        known = re.search(GONE, err, re.M) or _TORN in err
         if process.returncode not in (1, -signal.SIGABRT) or not known:
             raise Lost(f"process {number} ended with {process.returncode}: {err[-400:]}")
-    if not any(re.search(f"{_GONE}|{_named(victim)}", err, re.M) for err in said):
+    if not any(re.search(f"{GONE}|{_named(victim)}", err, re.M) for err in said):
         raise Lost(f"nobody says that one is gone: {said}")
     return said
