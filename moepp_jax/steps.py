@@ -126,8 +126,32 @@ class Steps:
         self._saving, self._bytes = step, size
         self._remove_leftovers()
         with self._telling():
+            self._require_folders()
             # Forced: orbax would silently skip a step before a damaged one.
             self._manager.save(step, args=ocp.args.Composite(**items), force=True)
+
+    def _require_folders(self) -> None:
+        """The first process can make those of a step; all hear of it if not.
+
+        Orbax makes them beside other work: if it cannot, all wait for them for five minutes.
+        """
+        if jax.process_count() == 1 or not is_local(self._folder):
+            return
+
+        def tried() -> str:
+            probe = self._folder / f"probe{ocp.path.atomicity.TMP_DIR_SUFFIX}"
+            try:
+                if jax.process_index() == 0:
+                    for item in ITEMS:
+                        (probe / item / "d").mkdir(parents=True)
+                    shutil.rmtree(probe)
+            except OSError as error:
+                return reason(error)
+            return ""
+
+        why = processes.of_each(tried)[0]
+        if why:
+            raise OSError(why)
 
     def remove(self, step: int) -> None:
         """By the first process; all others hear of it if it fails."""

@@ -141,22 +141,34 @@ def sum_up(folder, who, *args):
     if full(int(folder.name.partition(".")[0]), int(sys.argv[2])):
         raise OSError(errno.ENOSPC, "No space left on device")
     write_own(folder, who, *args)
-checksums.write_own = sum_up
+
+saving = 70
+mkdir = Path.mkdir
+def make(folder, *args, **named):
+    if folder.name == "d" and full(saving, 0):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    mkdir(folder, *args, **named)
+
+if sys.argv[3] == "sums":
+    checksums.write_own = sum_up
+else:
+    Path.mkdir = make
 
 began = time.monotonic()
 with Checkpoints(workdir, 9) as checkpoints:
     saver = Saver(checkpoints, "continue", lambda line: print("said", line, flush=True))
-    for step in range(70, 74):
+    for saving in range(70, 74):
+        step = saving
         saver.save(step, state, {}, last=step == 73)
     print("steps", checkpoints.steps(), flush=True)
 print("seconds", time.monotonic() - began, flush=True)
 """
 
 
-@pytest.mark.parametrize("process", [0, 1])
-def test_a_process_that_cannot_write_holds_no_other_up(tmp_path, process):
+@pytest.mark.parametrize(("process", "what"), [(0, "sums"), (1, "sums"), (0, "folders")])
+def test_a_process_that_cannot_write_holds_no_other_up(tmp_path, process, what):
     """Orbax's others would wait for it for ten minutes. All go on, and hear the reason."""
-    with Job([tmp_path, process], of=2, program=["-c", COMMON + GO_ON]) as job:
+    with Job([tmp_path, process, what], of=2, program=["-c", COMMON + GO_ON]) as job:
         for out, _ in job.ended(0, 0):
             assert re.search(r"^steps \[70, 73\]$", out, re.MULTILINE), out
             said = re.findall(r"^said (.*)$", out, re.MULTILINE)

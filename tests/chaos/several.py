@@ -154,9 +154,10 @@ def _no_room(team: Team, run: Path, kind: str, share: float) -> None:
     with disks.with_room_for(whole, kind, share, run.parent / "disk") as (disk, make_room):
         with team.job(disk / "run") as job:
             require_told(job, "No space left|room", *disks.ENDS)
-        disks.require_nothing_half(disk / "run")
         make_room()
         team.require_resumed(disk / "run")
+        # Not before: who ends first cannot remove what the other one still writes.
+        disks.require_nothing_half(disk / "run")
 
 
 def _host_lost(team: Team, victim: int, folder: Path) -> None:
