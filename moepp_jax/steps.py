@@ -24,6 +24,9 @@ from moepp_jax.storage import AnyPath, is_full, is_local, reason, room
 ARRAYS = ("params", "rest")
 ITEMS = (*ARRAYS, "meta")
 
+# Inodes that are enough for any step.
+_MANY = 100_000
+
 # Attempts, a tenth of a second apart.
 _REMOVALS = 20
 
@@ -131,9 +134,9 @@ class Steps:
             self._manager.save(step, args=ocp.args.Composite(**items), force=True)
 
     def _require_folders(self) -> None:
-        """The first process can make those of a step; all hear of it if not.
+        """The first process can make those of a step, and its files; all hear of it if not.
 
-        Orbax makes them beside other work: if it cannot, all wait for them for five minutes.
+        Orbax makes folders beside other work: if it cannot, all wait for them for five minutes.
         """
         if jax.process_count() == 1 or not is_local(self._folder):
             return
@@ -145,6 +148,7 @@ class Steps:
                     for item in ITEMS:
                         (probe / item / "d").mkdir(parents=True)
                     shutil.rmtree(probe)
+                    self._require_inodes()
             except OSError as error:
                 return reason(error)
             return ""
@@ -152,6 +156,18 @@ class Steps:
         why = processes.of_each(tried)[0]
         if why:
             raise OSError(why)
+
+    def _require_inodes(self) -> None:
+        """As many as the newest step has, where the disk counts them and few are left."""
+        disk = os.statvfs(self._folder)
+        if not disk.f_files or disk.f_favail > _MANY:
+            return
+        newest = max(self.numbers(), default=None)
+        there = [] if newest is None else [*(self._folder / str(newest)).rglob("*")]
+        needed = max(len(there), 16 * (1 + jax.process_count()))
+        if disk.f_favail < needed:
+            said = f"{os.strerror(errno.ENOSPC)} for {needed} files, but for {disk.f_favail}"
+            raise OSError(errno.ENOSPC, said)
 
     def remove(self, step: int) -> None:
         """By the first process; all others hear of it if it fails."""
