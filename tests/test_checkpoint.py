@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import flax.struct
 import jax
@@ -639,3 +640,24 @@ def test_a_save_that_cannot_be_finished_holds_no_process_up(tmp_path, ends, stat
     )
     assert ended.returncode == status
     assert re.match(said, ended.stderr) and ended.stderr.count("\n") == 1, ended.stderr
+
+
+def test_a_step_wants_as_many_inodes_as_the_newest_one_has(tmp_path, monkeypatch):
+    _save(tmp_path, 10)
+    folder = tmp_path / "checkpoints" / "10"
+    for number in range(50):
+        (folder / f"more-{number}").touch()
+    needed = len([*folder.rglob("*")])
+
+    def left(free, of=1000):
+        disk = SimpleNamespace(f_files=of, f_favail=free)
+        monkeypatch.setattr(os, "statvfs", lambda path: disk)
+
+    with Checkpoints(tmp_path, 2) as checkpoints:
+        for free, of in ((needed, 1000), (0, 0), (10**6, 10**7)):  # 0 where nobody counts them
+            left(free, of)
+            checkpoints._steps._require_inodes()
+        left(needed - 1)
+        said = rf"No space left on device for {needed} files, but for {needed - 1}"
+        with pytest.raises(OSError, match=said):
+            checkpoints._steps._require_inodes()
