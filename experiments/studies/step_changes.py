@@ -95,7 +95,7 @@ class StepChanges(Study):
         left = [0.0] * len(shown)
         for number, part in enumerate(parts.ALL):
             widths = [rows[name][step_time.column(part)] for name in shown]
-            color = f"C{number}" if number < 10 else ("0.25", "0.6")[number - 10]
+            color = step_time.COLORS[number]
             axes.barh(shown, widths, left=left, label=part, color=color, height=0.7)
             left = [a + b for a, b in zip(left, widths, strict=True)]
         for y, (name, end) in enumerate(zip(shown, left, strict=True)):

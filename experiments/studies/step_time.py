@@ -40,6 +40,9 @@ _EXPERTS = {"7B": LARGEST} | _OTHERS
 _SPARED = (parts.DISPATCH, parts.EXPERTS, parts.COMBINE, parts.EXCHANGE)
 _LEAST_SHARE, _MARGIN = 1 / 3, 0.03
 
+# Of the parts, in their order.
+COLORS = (*(f"C{number}" for number in range(10)), "0.25", "0.6")
+
 Row = Mapping[str, float]
 
 
@@ -95,8 +98,7 @@ class StepTime(Study):
         bottom = [0.0] * len(shown)
         for number, part in enumerate(parts.ALL):
             heights = [rows[name][column(part)] for name in shown]
-            color = f"C{number}" if number < 10 else ("0.25", "0.6")[number - 10]
-            stacked.bar(shown, heights, bottom=bottom, label=part, color=color, width=0.7)
+            stacked.bar(shown, heights, bottom=bottom, label=part, color=COLORS[number], width=0.7)
             bottom = [a + b for a, b in zip(bottom, heights, strict=True)]
         stacked.set_xticks(range(len(shown)), [name.rpartition(", ")[2] for name in shown])
         stacked.set(title=f"The 7B's step on {AT}, links at their peak", ylabel="ms, predicted")

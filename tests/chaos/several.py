@@ -19,6 +19,7 @@ from tests.chaos import damage, disks, forbidden, strays
 from tests.chaos.peers import require_others_end
 from tests.chaos.recipe import SAVE_EVERY, STEPS
 from tests.chaos.room import Room
+from tests.chaos.signals import logged
 from tests.chaos.team import Team, all_said, require_told, wait_for
 from tests.chaos.trial import Lost, Missed, Trial, dice
 
@@ -75,17 +76,12 @@ def _alone(team: Team, survive: Survive, folder: Path) -> None:
 def _killed(team: Team, run: Path, chance: Random) -> None:
     step = chance.randrange(1, STEPS)
     with team.job(run) as job:
-        wait_for(job, lambda: _logged(run) >= step)
+        wait_for(job, lambda: logged(run) >= step)
         time.sleep(chance.uniform(0, 0.3))
         for process in job.processes:
             process.kill()
         all_said(job)
     team.require_resumed(run)
-
-
-def _logged(run: Path) -> int:
-    file = run / "metrics.jsonl"
-    return file.read_bytes().count(b'"grad_norm":') if file.exists() else 0
 
 
 def _asked(team: Team, run: Path, victim: int, number: signal.Signals, chance: Random) -> None:

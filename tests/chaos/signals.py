@@ -106,7 +106,7 @@ def _at_start(room: Room, process: subprocess.Popen, run: Path, chance: random.R
 
 def _in_steps(room: Room, process: subprocess.Popen, run: Path, chance: random.Random) -> None:
     step = chance.randrange(1, STEPS)
-    wait(process, lambda: _logged(run) >= step)
+    wait(process, lambda: logged(run) >= step)
 
 
 def _in_save(room: Room, process: subprocess.Popen, run: Path, chance: random.Random) -> None:
@@ -118,11 +118,11 @@ def _in_save(room: Room, process: subprocess.Popen, run: Path, chance: random.Ra
 
 def _in_evaluation(room: Room, process: subprocess.Popen, run: Path, chance: random.Random) -> None:
     step, delay = chance.randrange(EVAL_EVERY, STEPS + 1, EVAL_EVERY), chance.uniform(0, 0.03)
-    wait(process, lambda: _logged(run) >= step)  # that is done before the step is evaluated
+    wait(process, lambda: logged(run) >= step)  # that is done before the step is evaluated
     time.sleep(delay)
 
 
-def _logged(run: Path) -> int:
+def logged(run: Path) -> int:
     """Steps that the run has logged."""
     file = run / "metrics.jsonl"
     return file.read_bytes().count(b'"grad_norm":') if file.exists() else 0
