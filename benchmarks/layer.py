@@ -102,7 +102,7 @@ def grouped_here():
 
 def layer_of(subject: Subject, mode: str) -> moe.MoE:
     paths = {
-        "capacity": moe.with_capacity(GAMMA),
+        "capacity": moe.with_capacity(GAMMA, tile=kernels.slots_tile(jax.default_backend())),
         "dropless": moe.dropless(grouped_here()),
     }
     return moe.MoE(rule_of(subject), paths[mode])
