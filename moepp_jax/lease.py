@@ -4,7 +4,7 @@ Who finds a note waits to see whether it is renewed, and is refused; or whether 
 seconds, and takes its place. No clocks are compared, and hosts' need not agree. Two that come at
 once both write; the one whose note is still there `SETTLED` seconds later has it. Where all this
 failed (a host that was cut off for a minute has come back), who finds another's note in the place
-of its own ends.
+of its own ends, or none: the other may have done its work.
 """
 
 from __future__ import annotations
@@ -121,12 +121,15 @@ def _renew(note: _Note, over: threading.Event, end: Callable[[str, int], Any]) -
     while not over.wait(RENEWED):
         with contextlib.suppress(Exception):  # a store that fails for a moment
             there = _read(note.file)
-            if there and there.get("name") != note.name:
-                end(
-                    f"error: {note.file}: {_holder(there)}, has taken this over, as it heard "
-                    f"nothing of us for {DEAD:g} s: this run ends here\n",
-                    1,
+            if there.get("name") != note.name:
+                why = (
+                    f"{_holder(there)}, has taken this over, as it heard nothing of us for "
+                    f"{DEAD:g} s"
+                    if there
+                    else "our note is gone: another process took this over and has ended, or "
+                    "somebody removed it"
                 )
+                end(f"error: {note.file}: {why}: this run ends here\n", 1)
                 return
             note.write()
 
@@ -143,4 +146,6 @@ def _read(file: AnyPath) -> dict[str, Any]:
 
 
 def _holder(note: dict[str, Any]) -> str:
+    if not note:
+        return "another process, which has ended since"
     return f"process {note.get('process')} of {note.get('host')}, since {note.get('since')}"

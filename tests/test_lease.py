@@ -117,7 +117,9 @@ def test_of_two_that_come_at_once_the_last_writer_has_it(file, monkeypatch):
     assert json.loads(file.read_text())["name"] == "other"
 
 
-def test_who_has_lost_it_ends(file):
+@pytest.mark.parametrize("there", [True, False])
+def test_who_has_lost_it_ends(file, there):
+    """Also when who took it has done its work: what we would write now is written."""
     told = threading.Event()
     ended = []
 
@@ -126,16 +128,17 @@ def test_who_has_lost_it_ends(file):
         told.set()
 
     with lease.held(file, silently, end):
-        note(file)
+        note(file) if there else file.unlink()
         assert told.wait(20)
-    assert ended == [
-        (
-            f"error: {file}: process 7 of far, since noon, has taken this over, as it heard "
-            "nothing of us for 0.6 s: this run ends here\n",
-            1,
-        )
-    ]
-    assert json.loads(file.read_text())["name"] == "other"
+    why = {
+        True: "process 7 of far, since noon, has taken this over, as it heard nothing of us for "
+        "0.6 s",
+        False: "our note is gone: another process took this over and has ended, or somebody "
+        "removed it",
+    }[there]
+    assert ended == [(f"error: {file}: {why}: this run ends here\n", 1)]
+    assert file.exists() == there
+    assert not there or json.loads(file.read_text())["name"] == "other"
 
 
 def test_a_store_that_fails_for_a_moment_costs_a_renewal_alone(file, monkeypatch):
