@@ -6,6 +6,7 @@ import gzip
 import io
 import json
 import lzma
+import os
 import struct
 import zlib
 
@@ -442,3 +443,19 @@ def test_a_part_that_begins_in_a_long_line_goes_on_after_it(tmp_path, longest, m
     texts = ["a", "x" * (LONG - 100), "b", "c"]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
     assert documents(tmp_path) == texts
+
+
+def test_a_part_that_begins_in_too_long_a_line_does_not_look_for_its_end(
+    tmp_path, longest, monkeypatch
+):
+    """Of a file of nothing but zeros, a terabyte of them, that would take half an hour."""
+    monkeypatch.setattr("moepp_jax.data.files._PART_BYTES", 2 * LONG)
+    file = tmp_path / "a.jsonl"
+    file.write_text('{"text": "a"}\n')
+    os.truncate(file, 2**40)
+    first, *_, last = FilesCorpus(str(file)).parts()
+    with pytest.raises(ConfigError, match=r"a\.jsonl, line 2 is longer than the 10,000 bytes"):
+        list(first.documents())
+    where = r"a\.jsonl, the line that byte 1,\d\d\d,\d\d\d,\d\d\d,\d\d\d is in, is longer than the"
+    with pytest.raises(ConfigError, match=where):
+        list(last.documents())

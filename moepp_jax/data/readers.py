@@ -147,7 +147,7 @@ def _json_lines(piece: Piece, field: str) -> Iterator[Text]:
         return f"{piece.file}, line {_lines_before(piece) + number + 1}"
 
     with opened(piece.file) as (stream, raw):
-        at = _first_line(stream, piece.start)
+        at = _first_line(stream, piece)
         for number, line in enumerate(lines(stream, where)):
             if stream is raw and at >= piece.stop:
                 return
@@ -163,17 +163,19 @@ def _json_lines(piece: Piece, field: str) -> Iterator[Text]:
             yield Text(f"{prefix}:{number + 1}", text, read)
 
 
-def _first_line(stream: BufferedIOBase, start: int) -> int:
-    """Goes to where the first line of a piece begins."""
-    if not start:
+def _first_line(stream: BufferedIOBase, piece: Piece) -> int:
+    """Goes to where the first line of a piece begins.
+
+    Raises:
+      ConfigError: the line before is too long, whatever it is: its end may be a terabyte away.
+    """
+    if not piece.start:
         return 0
-    stream.seek(start - 1)  # the line that the byte before is in belongs to the piece before
-    at = start - 1
-    while part := stream.readline(opening.LONGEST):
-        at += len(part)
-        if part.endswith(b"\n"):
-            break
-    return at
+    stream.seek(piece.start - 1)  # the line that this byte is in belongs to the piece before
+    rest = stream.readline(opening.LONGEST + 1)
+    if len(rest) > opening.LONGEST:
+        raise too_long(f"{piece.file}, the line that byte {piece.start - 1:,} is in,")
+    return piece.start - 1 + len(rest)
 
 
 def _lines_before(piece: Piece) -> int:
