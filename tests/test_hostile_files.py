@@ -1,7 +1,6 @@
 """Files in whose place something else lies, and files that lie: one error, in little time."""
 
 import json
-import os
 import shutil
 
 import pytest
@@ -14,19 +13,8 @@ from moepp_jax.data.tfds_sets import TfdsCorpus
 from moepp_jax.data.tokenizer import Tokenizer
 from moepp_jax.errors import ConfigError
 from tests import reference, tiny
+from tests.hostile import HEADERS, INSTEAD, header, put
 from tests.released import SILENT, checkpoint
-
-INSTEAD = {
-    "a FIFO": os.mkfifo,
-    "a device": lambda file: file.symlink_to("/dev/zero"),
-    "a folder": lambda file: file.mkdir(),
-    "larger than the": lambda file: (file.touch(), os.truncate(file, 2**40)),
-}
-
-
-def put(what: str, file) -> None:
-    file.unlink(missing_ok=True)
-    INSTEAD[what](file)
 
 
 @pytest.mark.parametrize("what", INSTEAD)
@@ -153,34 +141,6 @@ def test_features_of_a_data_set_that_are_code(tmp_path, monkeypatch):
     put("a FIFO", tmp_path / "dataset_info.json")
     with pytest.raises(ConfigError, match=r"dataset_info\.json cannot be read: it is a FIFO"):
         TfdsCorpus(str(tmp_path))
-
-
-def header(file, fields: dict | bytes, length: int | None = None) -> None:
-    text = fields if isinstance(fields, bytes) else json.dumps(fields).encode()
-    length = len(text) if length is None else length
-    file.write_bytes(length.to_bytes(8, "little") + text)
-
-
-LONG = {"dtype": "F32", "shape": [2**60] * 100_000, "data_offsets": [0, 0]}
-HEADERS = {
-    "longer than the file": (b"{}", 2**63),
-    "ten to the twelve numbers": {
-        "a": {"dtype": "F32", "shape": [10**12], "data_offsets": [0, 4 * 10**12]}
-    },
-    "ten to the eighteen": {"a": {"dtype": "F32", "shape": [10**18], "data_offsets": [0, 4]}},
-    "a number of 4,000 digits": {
-        "a": {"dtype": "F32", "shape": [10**4000], "data_offsets": [0, 4]}
-    },
-    "many axes": {"a": LONG},
-    "a long name": {"n" * 100_000: {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}},
-    "a long type": {"a": {"dtype": "F" * 100_000, "shape": [0], "data_offsets": [0, 0]}},
-    "on top of each other": {
-        name: {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]} for name in "ab"
-    },
-    "deep": b"[" * 1_000_000,
-    "a list": b"[]",
-    "no UTF-8": b"\xff{}",
-}
 
 
 @pytest.mark.parametrize("name", HEADERS)

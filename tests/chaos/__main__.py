@@ -29,6 +29,9 @@ from tests.chaos import (
     damage,
     disks,
     forbidden,
+    hostile,
+    launchers,
+    leases,
     meshes,
     peers,
     several,
@@ -36,6 +39,7 @@ from tests.chaos import (
     strays,
     together,
     trial,
+    unsound,
     workers,
 )
 from tests.chaos.room import Room
@@ -50,9 +54,13 @@ FAULTS = (
     forbidden,
     copies,
     together,
+    leases,
     meshes,
+    launchers,
     peers,
     several,
+    unsound,
+    hostile,
 )
 
 

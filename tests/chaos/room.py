@@ -12,9 +12,9 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -94,21 +94,28 @@ class Room:
         """Of the command that is the job, new or to go on."""
         return ["train", recipe_of(data or self.data), f"--workdir={run}"]
 
-    def start(self, run: Path, *flags: str, under: Sequence[str] = ()) -> subprocess.Popen:
-        """The job, with more flags, in a process to be broken.
+    def start(self, run: Path, *flags: str, **how: Any) -> subprocess.Popen:
+        """The job, with more flags, in a process to be broken; how: as for `popen`."""
+        return self.popen([*self.arguments(run), *flags], **how)
+
+    def popen(
+        self,
+        arguments: Sequence[str],
+        under: Sequence[str] = (),
+        moepp: Sequence[str] = MAIN,
+        environ: Mapping[str, str] | None = None,
+    ) -> subprocess.Popen:
+        """`moepp` with these arguments, in a process to be broken.
 
         Args:
           under: a command that runs it.
+          moepp: how it is started, if not as it is.
+          environ: what is in its environment besides.
         """
-        return self.popen([*self.arguments(run), *flags], under)
-
-    def popen(
-        self, arguments: Sequence[str], under: Sequence[str] = (), moepp: Sequence[str] = MAIN
-    ) -> subprocess.Popen:
-        """`moepp` with these arguments, in a process to be broken."""
         command, pipe = [*under, *moepp, *arguments], subprocess.PIPE
+        variables = self.environment | dict(environ or {})
         return subprocess.Popen(
-            command, cwd=ROOT, env=self.environment, stdout=pipe, stderr=pipe, text=True
+            command, cwd=ROOT, env=variables, stdout=pipe, stderr=pipe, text=True
         )
 
     def said(self, arguments: list[str]) -> Said:
