@@ -15,9 +15,8 @@ _OPTIONS: dict[str, dict[str, bool | str]] = {
         "xla_tpu_enable_async_ragged_all_to_all": True,
         "xla_tpu_enable_latency_hiding_scheduler": True,
     },
-    # Not xla_gpu_enable_pipelined_all_gather: of the 7B on 64 H100 it leaves 119 of 384 exchanges
-    # without products beside them, not 164, and takes 5 GiB more where a batch is taken in parts.
-    # Nobody has timed it.
+    # Not xla_gpu_enable_pipelined_all_gather: more exchanges of the 7B have products beside them,
+    # and gigabytes more are taken where a batch comes in parts. Nobody has timed it.
     "gpu": {"xla_gpu_enable_latency_hiding_scheduler": True},
     "cpu": {},
 }

@@ -150,7 +150,7 @@ class Steps:
                     shutil.rmtree(probe)
                     self._require_inodes()
             except OSError as error:
-                return reason(error)
+                return self._why(error)
             return ""
 
         why = processes.of_each(tried)[0]
@@ -240,10 +240,7 @@ class Steps:
         try:
             yield
         except Exception as error:  # orbax and TensorStore raise bare ones
-            why = reason(error)
-            if is_local(self._folder) and is_full(error):
-                why += f", where {room(self._existing())}"
-                why += f" and it takes up to {self._bytes:,} bytes" if self._bytes else ""
+            why = self._why(error)
             self._manager.reload()  # orbax forgot the steps that the save was to replace
             if self._is_saved_but_for_others(error):
                 return
@@ -253,6 +250,14 @@ class Steps:
             raise SaveError(
                 f"checkpoint {self._saving} in {self._folder} cannot be saved: {why}; {kept}"
             ) from error
+
+    def _why(self, error: Exception) -> str:
+        """With how much room there is, and is wanted, if that is why."""
+        why = reason(error)
+        if is_local(self._folder) and is_full(error):
+            why += f", where {room(self._existing())}"
+            why += f" and it takes up to {self._bytes:,} bytes" if self._bytes else ""
+        return why
 
     def _is_saved_but_for_others(self, error: Exception) -> bool:
         """Whether the step is there, and what went wrong was that older ones could not go."""

@@ -71,6 +71,22 @@ def test_experts_follow_the_theory(tau, tmp_path):
     assert "Predicted time of a step" in report["printed"]
 
 
+def test_the_7b_is_as_fast_as_it_was_made(tmp_path):
+    """Its recipe on 64 v5p, with links at their peak: arithmetic, and exchange behind products."""
+    report = compile_for("v5p:4x4x4", "moepp_7b", tmp_path, "--profile")
+    assert report["fits"] and report["mfu_nominal"][0] >= 0.55
+    assert report["parts_ms"]["exchange not hidden"][0] <= 0.2 * report["exchange_ms"][0]
+
+
+@pytest.mark.parametrize("length", [8192, 32_768])
+def test_long_sequences_fit(length, tmp_path):
+    """As many tokens a step as the recipe has."""
+    recipe = Config.parse(moepp_7b.get_config())
+    fields = {"data__seq_len": length, "train__batch_size": recipe.batch_tokens // length}
+    report = compile_for("v5p:4x4x4", "moepp_7b", tmp_path, "--profile", **fields)
+    assert report["fits"] and report["hbm_bytes"] < report["hbm_limit_bytes"]
+
+
 def test_the_shape_of_mixtral_is_where_others_measured_theirs(tmp_path):
     """MaxText's README has 54.9 % MFU for its Mixtral 8x7B on v5p-128, 64 chips.
 
