@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import jax
 import pytest
 
+from moepp_jax import attend
 from moepp_jax.benchmarks.gpu_report import __main__ as command
 from moepp_jax.benchmarks.gpu_report import attention, equality, exchanges, paper, running, writing
 from moepp_jax.benchmarks.gpu_report import sizes as sizes_lib
@@ -115,11 +116,39 @@ def test_a_part_that_fails_and_one_that_has_no_time(tmp_path, small):
     assert "**failed**: RuntimeError: cuDNN is" in (tmp_path / writing.PAGE).read_text()
 
 
-def test_an_implementation_that_is_refused_says_why(small, monkeypatch):
-    monkeypatch.setitem(attention.IMPLEMENTATIONS, "cpu", ("xla", "cudnn"))
-    refused, taken = attention.measure(small, 1)
-    assert refused["implementation"] == "cudnn" and refused["refused"]
-    assert taken["implementation"] == "xla" and taken["seconds"] > 0 and taken["of_peak"] is None
+def test_a_kernel_that_is_refused_says_why(small, monkeypatch):
+    monkeypatch.setitem(attention.KERNELS, "cpu", attention.KERNELS["gpu"])
+    rows = attention.measure(small, 1)
+    assert [(row["kernel"], row["documents"], "refused" in row) for row in rows] == [
+        ("cudnn", 1, True),
+        ("cudnn", 4, True),
+        ("xla", 1, False),
+        ("xla", 4, False),
+    ]
+    assert rows[2]["seconds"] > 0 and rows[2]["of_peak"] is None
+
+
+def test_attention_of_documents_is_compared(small, monkeypatch):
+    """That a kernel knows them shows: one that takes a row for one document is far off."""
+    device = jax.devices()[0]
+    rows = equality.attentions(small._replace(dtype="bfloat16"), device, device)
+    assert len(rows) == 4 and all(row["holds"] for row in rows)
+    assert {row["what"].rpartition(",")[0] for row in rows} == {
+        "attention, xla, documents: 1",
+        "attention, xla, documents: 4",
+    }
+    *_, segments = attention.arguments(small, 4)
+    assert len(set(segments[0].tolist())) == 4
+
+    def of_one(model):
+        return lambda segments: attend.xla(model)(segments * 0)
+
+    monkeypatch.setitem(attention.KERNELS, "gpu", {"blind": of_one})
+    monkeypatch.setitem(attention.KERNELS, "cpu", {"blind": of_one, "xla": attend.xla})
+    rows = {row["what"]: row["holds"] for row in equality.attentions(small, device, device)}
+    assert rows["attention, blind, documents: 1, forward"]
+    assert not rows["attention, blind, documents: 4, forward"]
+    assert not rows["attention, blind, documents: 4, backward"]
 
 
 def gpu(memory: int | None, kind: str = "NVIDIA H100 80GB HBM3"):

@@ -1,4 +1,7 @@
-"""Causal attention of the 0.6B model, forward and backward, by each implementation there is."""
+"""Causal attention of the 0.6B model, forward and backward, by each kernel that the model may have.
+
+Of rows that are one document each, and of rows of four, of which no token sees another's.
+"""
 
 from __future__ import annotations
 
@@ -8,53 +11,67 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from moepp_jax import attend
 from moepp_jax.benchmarks import timing
 from moepp_jax.benchmarks.gpu_report.sizes import Sizes
 from moepp_jax.chips import of_kind
 
-# By platform: what `jax.nn.dot_product_attention` is asked for.
-IMPLEMENTATIONS = {"gpu": ("xla", "cudnn"), "cpu": ("xla",), "tpu": ("xla",)}
+# By platform, of `moepp_jax.attend`.
+KERNELS = {
+    "gpu": {"xla": attend.xla, "cudnn": attend.cudnn},
+    "cpu": {"xla": attend.xla},
+    "tpu": {"xla": attend.xla},
+}
+DOCUMENTS = (1, 4)
 
 
 def measure(sizes: Sizes, rounds: int) -> list[dict[str, Any]]:
     """A row for each; one that does not run here says why."""
     device = jax.devices()[0]
-    names = IMPLEMENTATIONS[device.platform]
-    cases = {name: both_passes(name, sizes) for name in names}
     rows, ready = [], {}
-    for name, case in cases.items():
-        try:
-            jax.block_until_ready(case.function(*case.arguments))
-            ready[name] = case
-        except Exception as error:  # whatever a library refuses with
-            rows.append({"implementation": name, "refused": str(error).strip().splitlines()[0]})
-    for name, taken in timing.interleaved(ready, rounds, label="attention").items():
-        rows.append({"implementation": name} | _speed(taken, sizes, device))
+    for name in KERNELS[device.platform]:
+        for documents in DOCUMENTS:
+            case = timing.Case(jax.jit(both(name, sizes)), arguments(sizes, documents))
+            try:
+                jax.block_until_ready(case.function(*case.arguments))
+                ready[name, documents] = case
+            except Exception as error:  # whatever a library refuses with
+                why = str(error).strip().splitlines()[0]
+                rows.append({"kernel": name, "documents": documents, "refused": why})
+    for (name, documents), taken in timing.interleaved(ready, rounds, label="attention").items():
+        rows.append({"kernel": name, "documents": documents} | _speed(taken, sizes, device))
     return rows
 
 
-def both_passes(implementation: str, sizes: Sizes) -> timing.Case:
+def arguments(sizes: Sizes, documents: int, dtype: str | None = None) -> tuple[jax.Array, ...]:
+    """Queries, keys, values and a cotangent (B, L, H, W), and the document of each token (B, L)."""
     s = sizes.attention
     keys = jax.random.split(jax.random.key(0), 4)
     shape = (s.batch, s.length, s.heads, s.width)
-    q, k, v, cotangent = (jax.random.normal(key, shape, jnp.dtype(sizes.dtype)) for key in keys)
-    return timing.Case(jax.jit(_both(implementation)), (q, k, v, cotangent))
+    heads = (jax.random.normal(key, shape, jnp.dtype(dtype or sizes.dtype)) for key in keys)
+    # The first is half of the row, the second half of the rest, and so on: none is a whole block.
+    ends = s.length - s.length // 2 ** jnp.arange(1, documents) + 3
+    of_token = jnp.searchsorted(ends, jnp.arange(s.length), side="right").astype(jnp.int32)
+    return *heads, jnp.broadcast_to(1 + of_token, shape[:2])
 
 
-def _both(implementation: str) -> Callable:
-    def attend(q, k, v):
-        how = {"is_causal": True, "implementation": implementation}
-        return jax.nn.dot_product_attention(q, k, v, **how)
+def both(name: str, sizes: Sizes) -> Callable:
+    """What attention by this kernel gives for `arguments`, and its gradients."""
+    kernel = next(kernels[name] for kernels in KERNELS.values() if name in kernels)
+    packed = kernel(sizes.step.model)
 
-    def both(q, k, v, cotangent):
-        y, back = jax.vjp(attend, q, k, v)
+    def both(q, k, v, cotangent, segments):
+        y, back = jax.vjp(lambda q, k, v: packed(segments)(q, k, v)[0], q, k, v)
         return y, back(cotangent)
 
     return both
 
 
 def flops(sizes: Sizes) -> int:
-    """Two products forward and four backward, of the half that a causal mask leaves."""
+    """Two products forward and four backward, of the half that a causal mask leaves.
+
+    Of several documents less is needed, and no kernel here leaves it out.
+    """
     s = sizes.attention
     return 6 * 2 * s.batch * s.heads * s.width * s.length * (s.length + 1) // 2
 

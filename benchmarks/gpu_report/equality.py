@@ -1,6 +1,8 @@
 """The layer and the model on the accelerator against the CPU of the same machine, in float32.
 
-Parameters, tokens and routing start alike; what differs is the order of sums.
+Parameters, tokens and routing start alike; what differs is the order of sums. Attention by the
+kernels that the timed model may have is compared too, in the type that they are timed in: what
+differs is its rounding.
 """
 
 from __future__ import annotations
@@ -12,11 +14,11 @@ import jax.numpy as jnp
 
 from moepp_jax import moe
 from moepp_jax.benchmarks import layer as layers
-from moepp_jax.benchmarks.gpu_report import running
+from moepp_jax.benchmarks.gpu_report import attention, running
 from moepp_jax.benchmarks.gpu_report.sizes import Sizes
 from moepp_jax.moe import kernels
 
-LIMITS = {"layer": 1e-5, "loss": 1e-5, "gradients": 1e-3}
+LIMITS = {"layer": 1e-5, "loss": 1e-5, "gradients": 1e-3, "attention": 2e-2}
 
 
 def measure(sizes: Sizes, rounds: int) -> list[dict[str, Any]]:
@@ -30,6 +32,25 @@ def measure(sizes: Sizes, rounds: int) -> list[dict[str, Any]]:
     for mode in layers.MODES:
         config = sizes.equal.replace("moe", dispatch=mode)
         rows += compared(f"model, {mode}", config, [device], config, cpu)
+    return rows + attentions(sizes, device, cpu)
+
+
+def attentions(sizes: Sizes, device: jax.Device, cpu: jax.Device) -> list[dict[str, Any]]:
+    """Each kernel of the device, of one document and of several, against plain float32 products."""
+    rows = []
+    sizes = sizes._replace(attention=sizes.attention._replace(batch=1))  # a CPU is slow
+    for documents in attention.DOCUMENTS:
+        with jax.default_device(cpu):  # random numbers of one device
+            rounded = attention.arguments(sizes, documents)
+            *exact, segments = rounded
+            exact = [x.astype(jnp.float32) for x in exact]
+            wanted = jax.device_get(jax.jit(attention.both("xla", sizes))(*exact, segments))
+        for name in attention.KERNELS[device.platform]:
+            given = jax.device_put(rounded, device)
+            got = jax.device_get(jax.jit(attention.both(name, sizes))(*given))
+            for part, a, b in zip(("forward", "backward"), got, wanted, strict=True):
+                what = f"attention, {name}, documents: {documents}, {part}"
+                rows.append(row(what, running.distance(a, b), LIMITS["attention"]))
     return rows
 
 
