@@ -1,10 +1,5 @@
 """Attention on TPU: JAX's splash kernel, which writes no scores to memory and skips empty blocks.
 
-Inside a shard_map a kernel has to say over which axes its results vary, and this one cannot. So
-it is called in a shard_map of its own, in which nothing is left to be split and types say nothing
-of axes, once forward and once backward: what comes out is marked as varying again, and the rule of
-the gradient is around both.
-
 Shapes: the letters of `moepp_jax.block`.
 """
 
@@ -23,8 +18,9 @@ from jax.experimental.pallas.ops.tpu.splash_attention import (
     SegmentIds,
     make_splash_mha_single_device,
 )
-from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
+
+from moepp_jax.moe.unchecked import unchecked
 
 # What backward keeps beside the arguments has this name in checkpoint policies.
 KEPT = "attention"
@@ -66,7 +62,7 @@ def make(window: int, axes: tuple[str, ...] = (), interpret: bool = False) -> Ca
         d_q, d_k, d_v = (_heads_last(x, L) for x in pullback(_heads_first(d_y)))
         return (d_q.astype(jnp.float32) * scale).astype(d_q.dtype), d_k, d_v
 
-    forward, backward = (_unchecked(f, axes) for f in (forward, backward))
+    forward, backward = (unchecked(f, axes) for f in (forward, backward))
 
     @jax.custom_vjp
     def attention(
@@ -107,24 +103,6 @@ def _blocks(length: int) -> BlockSizes:
         block_kv_dq=size if apart else None,
         use_fused_bwd_kernel=not apart,
     )
-
-
-def _unchecked(f: Callable, axes: tuple[str, ...]) -> Callable:
-    """f of a device's own arrays, in a shard_map over `axes`, whatever kernels it calls."""
-    if not axes:
-        return f
-
-    def without_axes(*arguments):
-        # In types: what an operation makes has none here, and of a product by 1 nothing is left.
-        return f(*jax.tree.map(lambda x: x * jnp.ones((), x.dtype), arguments))
-
-    unchecked = jax.shard_map(without_axes, in_specs=P(), out_specs=P(), check_vma=False)
-
-    def varying(x):
-        missing = tuple(a for a in axes if a not in jax.typeof(x).manual_axis_type.varying)
-        return jax.lax.pcast(x, missing, to="varying") if missing else x
-
-    return lambda *arguments: jax.tree.map(varying, unchecked(*arguments))
 
 
 def _heads_first(x: Float[Array, "B L H W"]) -> Float[Array, "B H l W"]:

@@ -29,6 +29,10 @@ def grouped_function(platform: str) -> Callable:
 
     `jax.lax.ragged_dot` is a kernel on TPU; elsewhere it multiplies every row with every expert.
     """
+    if platform == "gpu":
+        from moepp_jax.moe.triton import Tiled  # the import of kernels takes as long as that of JAX
+
+        return Tiled()
     return ragged_swiglu if platform == "tpu" else Blocked(swiglu)
 
 

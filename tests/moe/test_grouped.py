@@ -9,7 +9,7 @@ import pytest
 from jax.test_util import check_grads
 
 from moepp_jax import moe
-from moepp_jax.moe import grouped
+from moepp_jax.moe import grouped, triton
 from tests.moe import cases
 from tests.oracle import Spec
 
@@ -63,6 +63,7 @@ GROUPED |= {
     "one block": (moe.Blocked(moe.swiglu, 256), moe.swiglu, swiglu_params),
     "blocks of a GELU MLP": (moe.Blocked(gelu_mlp, 4), gelu_mlp, gelu_params),
     "ragged": (moe.ragged_swiglu, moe.swiglu, swiglu_params),
+    "Triton's kernels, interpreted": (triton.Tiled(interpret=True), moe.swiglu, swiglu_params),
 }
 
 
