@@ -1,5 +1,6 @@
 """GPUs that are not there: their descriptions, their programs as stored text, their network."""
 
+import dataclasses
 import json
 import math
 import re
@@ -352,3 +353,48 @@ def test_each_part_at_the_peaks_of_its_arithmetic_of_memory_and_of_links():
     console = Console(width=120, record=True)
     console.print(tables._roofline({"roofline": found}))
     assert "experts" in console.export_text()
+
+
+def own(name: str, result: str, operands: str) -> str:
+    return (
+        f'  %{name} = {result} custom-call({operands}), custom_call_target="__gpu$xla.gpu.triton", '
+        f'metadata={{op_name="jit(f)/experts/experts_{name}/pallas_call"}}, backend_config={{}}'
+    )
+
+
+GROUPED = f"""\
+HloModule step, is_scheduled=true
+
+ENTRY %main (e: s32[9], c: s32[4], x: bf16[640,64], w: bf16[4,256,64], v: bf16[4,64,128]) -> f32[] {{
+  %e = s32[9]{{0}} parameter(0)
+  %c = s32[4]{{0}} parameter(1)
+  %x = bf16[640,64]{{1,0}} parameter(2)
+  %w = bf16[4,256,64]{{2,1,0}} parameter(3)
+  %v = bf16[4,64,128]{{2,1,0}} parameter(4)
+  %zeros = bf16[640,64]{{1,0}} broadcast(%x), dimensions={{0,1}}
+{own("hidden", "(bf16[640,256]{1,0}, bf16[640,128]{1,0})", "%e, %e, %e, %x, %w")}
+  %h = bf16[640,256]{{1,0}} get-tuple-element(%hidden), index=0
+  %a = bf16[640,128]{{1,0}} get-tuple-element(%hidden), index=1
+{own("product", "bf16[640,64]{1,0}", "%e, %e, %e, %a, %v, %zeros")}
+{own("hidden_gradient", "(bf16[640,256]{1,0}, bf16[640,128]{1,0})", "%e, %e, %e, %x, %v, %h")}
+{own("parameters", "bf16[4,256,64]{2,1,0}", "%c, %c, %h, %x")}
+  ROOT %done = f32[] constant(0)
+}}
+"""  # noqa: E501
+
+
+@pytest.mark.parametrize(("filled", "rows"), [(None, 640), (160.0, 160), (1000.0, 640)])
+def test_our_kernels_over_rows_sorted_by_expert(filled, rows):
+    """A row of 64 numbers, experts of 128: of rows that are filled, where that is known."""
+    module = dataclasses.replace(hlo.parse(GROUPED), expert_rows=filled)
+    matrix = {"hidden": 256 * 64, "product": 64 * 128, "hidden_gradient": 64 * 128}
+    matrix["parameters"] = 256 * 64
+    numbers = {"hidden": 64 + 256 + 128, "product": 128 + 64, "parameters": 256 + 64}
+    numbers["hidden_gradient"] = 64 + 256 + 256 + 128
+    found = {k.name.removeprefix("Triton kernel experts_"): k for k in hlo.kernels(module)}
+    main = module.computations["main"]
+    for name, size in matrix.items():
+        assert (found[name].flops, found[name].arithmetic) == (2 * rows * size, "bf16")
+        moved = hlo.traffic(module, main, main.by_name[name])
+        assert moved == 2 * (4 * size + rows * numbers[name]), name
+    assert hlo.product_flops(module) == 2 * rows * sum(matrix.values())

@@ -39,18 +39,25 @@ class Size(NamedTuple):
     fsdp: int
     expert: int
     accumulate: int
+    dropless: bool = False
 
     @property
     def name(self) -> str:
-        return f"{self.model} {self.topology}"
+        return f"{self.model} {self.where}"
+
+    @property
+    def where(self) -> str:
+        return f"{self.topology}{', dropless' if self.dropless else ''}"
 
 
 SIZES = (
     Size("0.6B", "h100:8", 1, 1, 8, accumulate=8),
+    Size("0.6B", "h100:8", 1, 1, 8, accumulate=8, dropless=True),
     Size("0.6B", "h100:8x8", 8, 1, 8, accumulate=1),
     Size("7B", "a100:8x8", 1, 8, 8, accumulate=1),
     Size("7B", "h100:8", 1, 1, 8, accumulate=32),
     Size("7B", "h100:8x8", 1, 8, 8, accumulate=1),  # as launch/ starts it
+    Size("7B", "h100:8x8", 1, 8, 8, accumulate=1, dropless=True),
     Size("7B", "h200:8", 1, 1, 8, accumulate=16),
     Size("7B", "b200:8", 1, 1, 8, accumulate=16),
 )
@@ -125,6 +132,9 @@ them. JAX takes 75 % of a card when it starts
 Parts are at these peaks too, those of forward and backward together; they run beside each other in
 part, and the exchange is in full.
 
+Without drops, experts are the project's own kernels for Triton, over rows sorted by expert: of
+their buffers as many rows count as there are at balance.
+
 Attention is cuDNN's fused kernel, as in a run on cards, in backward with the gradient of its mask,
 which nothing reads and JAX asks for all the same.
 
@@ -137,6 +147,9 @@ def on(scale: Scale, size: Size) -> Config:
     config = config.replace("mesh", data=size.data, fsdp=size.fsdp, expert=size.expert)
     # As launch/ has it: a card has less memory than a v5p chip.
     config = config.replace("model", remat="exchanged")
+    if size.dropless:  # with room for a quarter more rows than at balance
+        fields = {"dispatch": "dropless", "exchange_buffer": 1.25, "exchange_parts": 1}
+        config = config.replace("moe", **fields)
     return config.replace("train", accumulate=size.accumulate)
 
 
@@ -192,7 +205,7 @@ def _verdict(size: Size, row: Mapping[str, float] | None) -> Verdict:
 
 def _cells(size: Size, row: Mapping[str, float]) -> list[str]:
     mesh = f"{size.data} x {size.fsdp} x {size.expert}"
-    cells = [size.model, size.topology, mesh, str(size.accumulate), f"{row['hbm_gib']:.1f}"]
+    cells = [size.model, size.where, mesh, str(size.accumulate), f"{row['hbm_gib']:.1f}"]
     cells += [f"{row['limit_gib']:.1f}", f"{row['preallocated_gib']:.1f}"]
     cells += [f"{row[f'{name}_tflop']:,.2f}" for name in ("bf16", "tf32", "f32")]
     cells.append(f"{row['unread']:.0f}")

@@ -77,6 +77,7 @@ def memory(analysis: Any, platform: str) -> dict[str, int]:
 
 def work(config: Config, mesh: Mesh, topology: Topology, module: hlo.Module) -> dict[str, Any]:
     """Operations, bytes, collectives of a device and step, and what follows for its time."""
+    module = dataclasses.replace(module, expert_rows=expert_rows(config, mesh))
     found = hlo.collectives(module)
     network = _network(mesh, topology)
     least = traffic.least(config, mesh.shape)
@@ -103,6 +104,12 @@ def work(config: Config, mesh: Mesh, topology: Topology, module: hlo.Module) -> 
         "interconnect": network.bound(found),
     }
     return report | {"bounds": bounds} | best_case(config, mesh.size, chip.flops, bounds)
+
+
+def expert_rows(config: Config, mesh: Mesh) -> float:
+    """That a device's FFN experts get at a time, at balance (`Rule.load`)."""
+    tokens = config.batch_tokens / config.train.accumulate / mesh.size
+    return tokens / config.moe.exchange_parts * config.moe.rule.ffn_load
 
 
 def _network(mesh: Mesh, topology: Topology) -> Interconnect | Switched | None:

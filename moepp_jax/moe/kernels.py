@@ -1,7 +1,7 @@
 """Which arithmetic and which exchange a platform gets, in one place.
 
-On CPU `python -m benchmarks.layer` measures the arithmetic. For TPU the choices are read from what
-its compiler makes of them. Nothing is measured on GPU yet.
+On CPU `python -m benchmarks.layer` measures the arithmetic. For TPU and GPU the choices are read
+from what their compilers make of them: nothing was measured there.
 """
 
 import functools
@@ -27,7 +27,8 @@ def experts_function(platform: str) -> Callable:
 def grouped_function(platform: str) -> Callable:
     """For `paths.dropless`: (params, rows (R, D) sorted by expert, counts (E,)) -> rows.
 
-    `jax.lax.ragged_dot` is a kernel on TPU; elsewhere it multiplies every row with every expert.
+    `jax.lax.ragged_dot` is a kernel on TPU; elsewhere it multiplies every row with every expert. A
+    loop of `Blocked` has rounds as there are rows, of which a GPU would tell its host one by one.
     """
     if platform == "gpu":
         from moepp_jax.moe.triton import Tiled  # the import of kernels takes as long as that of JAX

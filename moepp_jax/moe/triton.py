@@ -37,9 +37,6 @@ _HOW = triton.CompilerParams(num_warps=8, num_stages=3)
 # the second-level cache.
 _TOGETHER = 8
 
-# The kernels' names begin so; `moepp_jax.compile` knows them by it.
-NAME = "experts"
-
 
 @dataclass(frozen=True)
 class Tiled:
@@ -259,6 +256,7 @@ def _over_tiles(
 
     Args:
       size: of a tile of columns.
+      name: of the kernel, by which `moepp_jax.compile` knows what it computes.
       into: an operand whose memory the first result has: what is not written is as it was there.
     """
     M, N, tall = (
@@ -283,7 +281,7 @@ def _over_tiles(
         grid=(M * N,),
         input_output_aliases={} if into is None else {len(tiles) + len(operands) - 1: 0},
         interpret=interpret,
-        name=f"{NAME}_{name}",
+        name=f"experts_{name}",
         compiler_params=_HOW,
     )(*tiles, *operands)
 
@@ -347,6 +345,6 @@ def _of_parameters(
         jax.ShapeDtypeStruct((E, F, D), dtype),
         grid=(E * M * N,),
         interpret=interpret,
-        name=f"{NAME}_parameters",
+        name="experts_parameters",
         compiler_params=_HOW,
     )(jnp.cumsum(counts_E) - counts_E, counts_E, a_RF, b_RD)

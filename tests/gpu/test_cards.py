@@ -81,13 +81,28 @@ def test_tokens_are_exchanged_four_times_a_layer_beside_other_work(small):
     assert any(row["zero_computation"] > 0 for row in small["exchanges"])
 
 
-def test_dropless_rows_are_exchanged_raggedly(tmp_path):
+@pytest.fixture(scope="module")
+def dropless(tmp_path_factory) -> dict:
     fields = SMALL | MESH | {"moe.dispatch": "dropless"}
-    report = compile_for("h100:8", "moepp_0p6b", tmp_path, fields)
-    [exchange] = rows_of(report, "ragged-all-to-all")
+    return compile_for("h100:8", "moepp_0p6b", tmp_path_factory.mktemp("dropless"), fields)
+
+
+def test_dropless_rows_are_exchanged_raggedly(dropless):
+    [exchange] = rows_of(dropless, "ragged-all-to-all")
     assert exchange["count"] == 4 * 2
-    # The experts' rows are known when it runs: loops over blocks of them.
-    assert report["loops_counted_once"] and "depend on data" in report["printed"]
+
+
+def test_dropless_experts_are_kernels_and_no_loops(dropless):
+    """Forward two of a layer, and backward a product of rows and two of parameters beside the first
+    one's gradient; all that they compute of balanced rows is counted.
+    """
+    kernels = {row["name"]: row for row in dropless["kernels"]}
+    times = {"hidden": 1, "product": 2, "hidden_gradient": 1, "parameters": 2}
+    for name, count in times.items():
+        row = kernels[f"Triton kernel experts_{name}"]
+        assert row["times"] == 2 * count and row["arithmetic"] == "bf16"
+    assert dropless["loops_counted_once"] == [] and "Not counted" not in dropless["printed"]
+    assert 0.95 * dropless["model_flops"] < dropless["flops"] < 1.1 * dropless["model_flops"]
 
 
 def test_two_hosts_send_each_other_gradients_alone(tmp_path):

@@ -41,7 +41,7 @@ def product_flops(module: Module) -> int:
     Kernels that are not HLO count where `custom_calls` reads them, and nothing elsewhere.
     """
     return sum(
-        times * _product(module.computations[name], instruction)
+        times * _product(module, module.computations[name], instruction)
         for name, times in executions(module).items()
         for instruction in module.computations[name].instructions
     )
@@ -67,7 +67,7 @@ def product_cycles(module: Module) -> int:
 def flops_of(module: Module, computation: str, instruction: Instruction) -> int:
     """Operations of the products in one instruction of a computation, a fusion's among them."""
     if instruction.opcode != "fusion":
-        return _product(module.computations[computation], instruction)
+        return _product(module, module.computations[computation], instruction)
     inner = instruction.called["calls"][0]
     return sum(flops_of(module, inner, i) for i in module.computations[inner].instructions)
 
@@ -85,7 +85,8 @@ def padded_flops(
         contracted = right[found[2].index("i")]
         free = right[found[2].index("o")], left[found[1].index("b")]
         filled = min(_filling(n, width) for n in free)
-        return _product(computation, instruction) * _filling(contracted, width) * filled
+        product = _product(module, computation, instruction)
+        return product * _filling(contracted, width) * filled
     if instruction.opcode != "fusion":
         return float(flops_of(module, computation.name, instruction))
     inner = module.computations[instruction.called["calls"][0]]
@@ -130,9 +131,9 @@ def _rows(slice_: list[int], several: int) -> int:
     return several * math.prod(slice_[:-1])
 
 
-def _product(computation: Computation, instruction: Instruction) -> int:
+def _product(module: Module, computation: Computation, instruction: Instruction) -> int:
     if instruction.opcode == "custom-call":
-        return custom_calls.product(computation, instruction) or 0
+        return custom_calls.product(computation, instruction, module.expert_rows) or 0
     if instruction.opcode not in PRODUCTS:
         return 0
     left, right = (computation.by_name[name].shapes[0] for name in instruction.operands[:2])
@@ -205,6 +206,9 @@ def traffic(module: Module, computation: Computation, instruction: Instruction) 
         return 0
     if opcode == "custom-call" and "AllocateBuffer" in instruction.attributes:
         return 0
+    own = custom_calls.traffic(computation, instruction, module.expert_rows)
+    if own is not None:
+        return own
     if opcode == "fusion":
         inner = module.computations[instruction.called["calls"][0]]
         read = sum(

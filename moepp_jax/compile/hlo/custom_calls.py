@@ -10,6 +10,7 @@ import math
 import re
 from collections.abc import Iterable
 
+from moepp_jax.compile.hlo import grouped
 from moepp_jax.compile.hlo.text import Computation, Instruction, Shape
 
 _TARGET = re.compile(r'custom_call_target="([^"]+)"')
@@ -49,9 +50,17 @@ def kernel(instruction: Instruction) -> str | None:
     return name
 
 
-def product(computation: Computation, instruction: Instruction) -> int | None:
-    """Operations of a custom call's matrix products; None if they are not in the text."""
+def product(
+    computation: Computation, instruction: Instruction, expert_rows: float | None = None
+) -> int | None:
+    """Operations of a custom call's matrix products; None if they are not in the text.
+
+    Args:
+      expert_rows: of `Module`.
+    """
     name = target(instruction)
+    if _is_grouped(instruction):
+        return grouped.flops(computation, instruction, expert_rows)
     if name in _MATMULS:
         return _of_matmul(computation, instruction)
     if name and name.startswith(_ATTENTION):
@@ -59,6 +68,31 @@ def product(computation: Computation, instruction: Instruction) -> int | None:
     if name and _SPLASH.match(instruction.name):
         return _of_splash(computation, instruction)
     return None
+
+
+def arithmetic(computation: Computation, instruction: Instruction) -> str:
+    """The type of a custom call's factors; `tf32` for float32 that may be rounded to it."""
+    if _is_grouped(instruction):
+        return grouped.factors(computation, instruction)  # float32 is multiplied as such
+    types = [computation.by_name[name].shapes[0].type for name in instruction.operands[:2]]
+    return rounded(types, instruction)
+
+
+def rounded(types: list[str], instruction: Instruction) -> str:
+    """In which arithmetic a product of two such factors is made."""
+    if "f32" not in types:
+        return types[0]
+    return "f32" if precision(instruction) == "highest" else "tf32"
+
+
+def traffic(
+    computation: Computation, instruction: Instruction, expert_rows: float | None
+) -> int | None:
+    """Bytes that a custom call moves, where that is not all that it is given and makes."""
+    if not _is_grouped(instruction):
+        return None
+    name = _own_name(instruction)
+    return grouped.traffic(computation, instruction, name, expert_rows)
 
 
 def attended(computation: Computation, instruction: Instruction) -> int:
@@ -151,6 +185,10 @@ def _word(instruction: Instruction, name: str) -> str:
 
 def _integers(text: str) -> Iterable[int]:
     return map(int, re.findall(r"-?\d+", text))
+
+
+def _is_grouped(instruction: Instruction) -> bool:
+    return target(instruction) == _TRITON and grouped.is_own(_own_name(instruction))
 
 
 def _own_name(instruction: Instruction) -> str:

@@ -64,8 +64,9 @@ def _products(module: Module, computation: Computation, instruction: Instruction
     """(kernel, arithmetic, operations) of an instruction; of a fusion those fused into it."""
     if instruction.opcode == "custom-call":
         if who := custom_calls.kernel(instruction):
-            flops = custom_calls.product(computation, instruction)
-            yield who, "" if flops is None else _arithmetic(computation, instruction), flops
+            flops = custom_calls.product(computation, instruction, module.expert_rows)
+            known = flops is not None
+            yield who, custom_calls.arithmetic(computation, instruction) if known else "", flops
     elif instruction.opcode in PRODUCTS:
         flops = flops_of(module, computation.name, instruction)
         yield "XLA", _arithmetic(computation, instruction), flops
@@ -80,6 +81,4 @@ def _products(module: Module, computation: Computation, instruction: Instruction
 
 def _arithmetic(computation: Computation, instruction: Instruction) -> str:
     types = [computation.by_name[name].shapes[0].type for name in instruction.operands[:2]]
-    if "f32" not in types:
-        return types[0]
-    return "f32" if custom_calls.precision(instruction) == "highest" else "tf32"
+    return custom_calls.rounded(types, instruction)

@@ -121,12 +121,18 @@ class Computation:
 
 @dataclass
 class Module:
-    """A compiled program; in a scheduled one, instructions stand in the order they run in."""
+    """A compiled program; in a scheduled one, instructions stand in the order they run in.
+
+    Attributes:
+      expert_rows: that are filled of a buffer of rows sorted by expert, where that is known from
+        elsewhere; of the program's text all may be.
+    """
 
     name: str
     entry: str
     num_devices: int
     computations: dict[str, Computation]
+    expert_rows: float | None = None
 
     def called_by(self, opcode: str) -> set[str]:
         """The computations that instructions of a kind wrap."""
