@@ -142,10 +142,12 @@ def _visible(error: Exception) -> str:
 def _but_of_orbax(said: logging_of_python.LogRecord) -> bool:
     """Its threads tell of an error, in a traceback each, before it is raised: see `SaveError`.
 
-    And it warns of metadata that a damaged step lacks, of which the run tells itself.
+    And it warns of metadata that a damaged step lacks, and of parts of one that could not be
+    written, of which the run tells itself.
     """
     _, orbax, where = Path(said.pathname).as_posix().rpartition("/orbax/checkpoint/")
-    return not (orbax and (said.exc_info or "metadata/" in where))
+    told = "metadata/" in where or where.endswith("/ocdbt_utils.py")
+    return not (orbax and (said.exc_info or told))
 
 
 def _but_of_closed_loops(what: Any) -> None:

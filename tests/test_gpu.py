@@ -386,7 +386,8 @@ ENTRY %main (e: s32[9], c: s32[4], x: bf16[640,64], w: bf16[4,256,64], v: bf16[4
 @pytest.mark.parametrize(("filled", "rows"), [(None, 640), (160.0, 160), (1000.0, 640)])
 def test_our_kernels_over_rows_sorted_by_expert(filled, rows):
     """A row of 64 numbers, experts of 128: of rows that are filled, where that is known."""
-    module = dataclasses.replace(hlo.parse(GROUPED), expert_rows=filled)
+    load = None if filled is None else hlo.Load(filled, experts=4)
+    module = dataclasses.replace(hlo.parse(GROUPED), load=load)
     matrix = {"hidden": 256 * 64, "product": 64 * 128, "hidden_gradient": 64 * 128}
     matrix["parameters"] = 256 * 64
     numbers = {"hidden": 64 + 256 + 128, "product": 128 + 64, "parameters": 256 + 64}

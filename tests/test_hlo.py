@@ -1,5 +1,6 @@
 """Reading HLO: written by hand, every number known; and programs compiled for 8 devices."""
 
+import dataclasses
 from functools import partial
 
 import jax
@@ -109,6 +110,13 @@ def test_executions_multiply_loops_and_leave_out_what_is_never_called():
         "fused": 1,
     }
     assert hlo.unknown_loops(module) == []
+
+
+def test_of_a_ragged_exchange_the_filled_rows_cross():
+    module = dataclasses.replace(hlo.parse(LOOPS), load=hlo.Load(rows=4.0, experts=2))
+    found = {c.kind: c.operand_bytes for c in hlo.collectives(module)}
+    assert found["ragged-all-to-all"] == 4 * 8 * 2
+    assert found["all-to-all"] == 256
 
 
 # kind: times, bytes of the operand, of the result, on the wire, axes, asynchronous
@@ -381,6 +389,56 @@ def test_a_loop_that_depends_on_data_counts_once_and_is_named():
     module = hlo.parse(LOOPS.replace("add(%copied, %two)", "multiply(%copied, %two)"))
     assert hlo.executions(module)["inner_body"] == 3
     assert hlo.unknown_loops(module) == ["while.1"]
+
+
+BLOCKS = """HloModule blocks
+
+%body (p: (s32[], s32[], bf16[640,64])) -> (s32[], s32[], bf16[640,64]) {
+  %p = (s32[], s32[], bf16[640,64]{1,0}) parameter(0)
+  %i = s32[] get-tuple-element(%p), index=0
+  %n = s32[] get-tuple-element(%p), index=1
+  %x = bf16[640,64]{1,0} get-tuple-element(%p), index=2
+  %one = s32[] constant(1)
+  %next = s32[] add(%i, %one)
+  %start = s32[] multiply(%i, %n)
+  %cut = bf16[32,64]{1,0} dynamic-slice(%x, %start, %i), dynamic_slice_sizes={32,64}
+  %put = bf16[640,64]{1,0} dynamic-update-slice(%x, %cut, %start, %i)
+  ROOT %r = (s32[], s32[], bf16[640,64]{1,0}) tuple(%next, %n, %put)
+}
+
+%condition (q: (s32[], s32[], bf16[640,64])) -> pred[] {
+  %q = (s32[], s32[], bf16[640,64]{1,0}) parameter(0)
+  %j = s32[] get-tuple-element(%q), index=0
+  %m = s32[] get-tuple-element(%q), index=1
+  ROOT %less = pred[] compare(%j, %m), direction=LT
+}
+
+ENTRY %main (x: bf16[640,64], n: s32[]) -> bf16[640,64] {
+  %x = bf16[640,64]{1,0} parameter(0)
+  %n = s32[] parameter(1)
+  %zero = s32[] constant(0)
+  %t = (s32[], s32[], bf16[640,64]{1,0}) tuple(%zero, %n, %x)
+  %loop = (s32[], s32[], bf16[640,64]{1,0}) while(%t), condition=%condition, body=%body, metadata={op_name="jit(f)/transpose(jvp(experts))/while"}
+  ROOT %y = bf16[640,64]{1,0} get-tuple-element(%loop), index=2
+}
+"""  # noqa: E501
+
+
+@pytest.mark.parametrize(
+    ("scope", "load", "times"),
+    [
+        ("experts", None, 1),
+        ("experts", hlo.Load(rows=300.0, experts=4), 3),  # of 75 rows each, in blocks of 32
+        ("experts", hlo.Load(rows=10.0, experts=4), 1),
+        ("experts)/(combine", hlo.Load(rows=300.0, experts=4), 10),
+        ("loss", hlo.Load(rows=300.0, experts=4), 1),
+    ],
+)
+def test_loops_over_rows_have_rounds_as_rows_are_filled(scope, load, times):
+    text = BLOCKS.replace("jvp(experts)", f"jvp({scope})")
+    module = dataclasses.replace(hlo.parse(text), load=load)
+    assert hlo.executions(module)["body"] == times
+    assert hlo.unknown_loops(module) == ([] if load and scope != "loss" else ["loop"])
 
 
 def test_text_that_is_no_hlo():

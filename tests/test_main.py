@@ -517,6 +517,7 @@ def test_every_error_is_one_line_and_leaves_nothing(run_folder, folder):
     [
         (f"{orbax.__path__[0]}/_src/multihost/multihost.py", True, "ERROR", False),
         (f"{orbax.__path__[0]}/_src/metadata/checkpoint.py", False, "WARNING", False),
+        (f"{orbax.__path__[0]}/_src/serialization/ocdbt_utils.py", False, "WARNING", False),
         (f"{orbax.__path__[0]}/checkpoint_manager.py", False, "WARNING", True),
         (str(ROOT / "moepp_jax" / "checkpoint.py"), True, "ERROR", True),
         ("/home/me/metadata/mine.py", False, "WARNING", True),

@@ -77,7 +77,6 @@ def memory(analysis: Any, platform: str) -> dict[str, int]:
 
 def work(config: Config, mesh: Mesh, topology: Topology, module: hlo.Module) -> dict[str, Any]:
     """Operations, bytes, collectives of a device and step, and what follows for its time."""
-    module = dataclasses.replace(module, expert_rows=expert_rows(config, mesh))
     found = hlo.collectives(module)
     network = _network(mesh, topology)
     least = traffic.least(config, mesh.shape)
@@ -106,10 +105,11 @@ def work(config: Config, mesh: Mesh, topology: Topology, module: hlo.Module) -> 
     return report | {"bounds": bounds} | best_case(config, mesh.size, chip.flops, bounds)
 
 
-def expert_rows(config: Config, mesh: Mesh) -> float:
-    """That a device's FFN experts get at a time, at balance (`Rule.load`)."""
+def load(config: Config, mesh: Mesh) -> hlo.Load:
+    """Of a device's FFN experts at a time, at balance (`Rule.load`)."""
     tokens = config.batch_tokens / config.train.accumulate / mesh.size
-    return tokens / config.moe.exchange_parts * config.moe.rule.ffn_load
+    rows = tokens / config.moe.exchange_parts * config.moe.rule.ffn_load
+    return hlo.Load(rows, config.moe.n_ffn // mesh.shape["expert"])
 
 
 def _network(mesh: Mesh, topology: Topology) -> Interconnect | Switched | None:

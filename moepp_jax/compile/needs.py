@@ -21,6 +21,9 @@ _NO_KERNELS = {
     "GatherScatterIndicesBitpacked",
 }
 
+# Kernels of some scalars, which take no time to speak of.
+_SCALARS = {"ragged-dot-metadata"}
+
 
 @dataclass(frozen=True)
 class Needs:
@@ -63,6 +66,8 @@ def of(
             blocks = hlo.attended(computation, instruction) / rates.BLOCK**2
             blocks *= math.ceil(hlo.head_width(computation, instruction) / rates.HEAD)
             busy[MXU] = cycles * blocks / rate.cores / rate.clock
+            kernel = None
+        if hlo.is_grouped(instruction) or kernel in _SCALARS:
             kernel = None
     else:
         rows, gathered, scattered = hlo.indexed(module, computation, instruction)

@@ -6,6 +6,7 @@ told of memory and of collectives is the compiler's; bounds are by published pea
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from collections.abc import Callable, Sequence
@@ -187,6 +188,7 @@ def examine(
     except OutOfMemoryError as error:
         needed = max(error.needed or 0, report["state_bytes"])
         return report | {"fits": False, "hbm_bytes": needed, "error": str(error)}
+    module = dataclasses.replace(module, load=findings.load(config, mesh))
     limit = report["hbm_limit_bytes"]
     report |= memory | {"fits": limit is None or memory["hbm_bytes"] <= limit}
     report |= findings.work(config, mesh, topology, module)

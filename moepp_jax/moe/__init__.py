@@ -25,11 +25,12 @@ traced code. `rules` holds one rule a file.
 from moepp_jax.moe import rules
 from moepp_jax.moe.dispatch import capacity
 from moepp_jax.moe.experts import Pool, swiglu
-from moepp_jax.moe.grouped import Blocked, ragged_swiglu
+from moepp_jax.moe.grouped import Blocked
 from moepp_jax.moe.layer import MoE, Routed, describe, local, routed, sharded
 from moepp_jax.moe.losses import Statistics, heterogeneous_balance, summarise
 from moepp_jax.moe.param import Param, init
 from moepp_jax.moe.paths import dropless, in_parts, with_capacity
+from moepp_jax.moe.ragged import Ragged
 from moepp_jax.moe.rule import Loss, Routing, Rule, RuleError
 
 __all__ = [
@@ -38,6 +39,7 @@ __all__ = [
     "MoE",
     "Param",
     "Pool",
+    "Ragged",
     "Routed",
     "Routing",
     "Rule",
@@ -50,7 +52,6 @@ __all__ = [
     "in_parts",
     "init",
     "local",
-    "ragged_swiglu",
     "routed",
     "rules",
     "sharded",

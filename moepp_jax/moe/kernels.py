@@ -11,8 +11,9 @@ from jax.sharding import Mesh
 
 from moepp_jax.moe import exchange, transfer
 from moepp_jax.moe.experts import one_swiglu, swiglu, swiglu_apart
-from moepp_jax.moe.grouped import Apart, Blocked, all_of_few, ragged_swiglu
+from moepp_jax.moe.grouped import Apart, Blocked, all_of_few
 from moepp_jax.moe.products import few_weights_first, tokens_first
+from moepp_jax.moe.ragged import Ragged
 
 
 def experts_function(platform: str) -> Callable:
@@ -30,11 +31,16 @@ def grouped_function(platform: str) -> Callable:
     `jax.lax.ragged_dot` is a kernel on TPU; elsewhere it multiplies every row with every expert. A
     loop of `Blocked` has rounds as there are rows, of which a GPU would tell its host one by one.
     """
+    # The import of kernels takes as long as that of JAX.
     if platform == "gpu":
-        from moepp_jax.moe.triton import Tiled  # the import of kernels takes as long as that of JAX
+        from moepp_jax.moe.triton import Tiled
 
         return Tiled()
-    return ragged_swiglu if platform == "tpu" else Blocked(swiglu)
+    if platform == "tpu":
+        from moepp_jax.moe.filled import by_blocks
+
+        return Ragged(by_blocks)
+    return Blocked(swiglu)
 
 
 def slots_tile(platform: str) -> int:
@@ -84,7 +90,7 @@ def _by_rows(blocked: Callable, params, rows_RD, counts_E):
     """
     R, E = len(rows_RD), len(counts_E)
     if buffer_tile("tpu") <= R:
-        return ragged_swiglu(params, rows_RD, counts_E)
+        return Ragged()(params, rows_RD, counts_E)
     return (blocked if 3 * R < E else all_of_few)(params, rows_RD, counts_E)
 
 

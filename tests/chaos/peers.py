@@ -21,6 +21,9 @@ from tests.chaos.trial import Lost, Missed, Trial
 # Seconds in which the others must have ended: what the package states, and some to spare.
 BOUND = distributed.HEARTBEAT_TIMEOUT + 60
 
+# Where hangs are watched for: in a save twice ten times `hang_seconds`, and process 0 last.
+WATCHED = 2 * 10 * 5 + 30
+
 # Of one whose collective meets what a peer sends that has heard already; it hears nothing more.
 _TORN = "gloo::EnforceNotMet"
 
@@ -50,7 +53,7 @@ def _without(
             if what != "silent":
                 number = signal.SIGKILL if what == "dead" else signal.SIGSTOP
                 job.processes[victim].send_signal(number)
-            said = require_others_end(job, victim)
+            said = require_others_end(job, victim, WATCHED if watched else BOUND)
             if watched and not any(re.search(_named(victim), err, re.M) for err in said):
                 raise Lost(f"process {victim} is not named: {said}")
         team.require_resumed(run)
@@ -62,13 +65,16 @@ def _named(victim: int) -> str:
     return rf"^(?:error: )?process \d+ of \d+: (?:{late}|no sign of life of process {victim} on )"
 
 
-def require_others_end(job: jobs.Job, victim: int) -> list[str]:
+def require_others_end(job: jobs.Job, victim: int, bound: float = BOUND) -> list[str]:
     """What they say.
+
+    Args:
+      bound: seconds.
 
     Raises:
       Lost, Missed: one hangs, or does not say why it ends; the run had ended.
     """
-    deadline = time.monotonic() + BOUND
+    deadline = time.monotonic() + bound
     said = []
     for number, process in enumerate(job.processes):
         if number == victim:
@@ -76,7 +82,9 @@ def require_others_end(job: jobs.Job, victim: int) -> list[str]:
         try:
             _, err = process.communicate(timeout=max(deadline - time.monotonic(), 0.1))
         except subprocess.TimeoutExpired:
-            raise Lost(f"process {number} still ran {BOUND} s later") from None
+            process.kill()
+            _, err = process.communicate()
+            raise Lost(f"process {number} still ran {bound:g} s later: {err[-800:]}") from None
         if process.returncode == 0:
             raise Missed("the run had ended")
         said.append(err)

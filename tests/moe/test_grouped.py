@@ -9,7 +9,7 @@ import pytest
 from jax.test_util import check_grads
 
 from moepp_jax import moe
-from moepp_jax.moe import grouped, triton
+from moepp_jax.moe import ragged, triton
 from tests.moe import cases
 from tests.oracle import Spec
 
@@ -38,7 +38,7 @@ COUNTS = {
     ],
 )
 def test_tiles_divide_the_product(rows, k, n, tiles):
-    assert grouped._tiles(rows, k, n) == tiles
+    assert ragged._tiles(rows, k, n) == tiles
 
 
 def gelu_mlp(params, x_EBD):
@@ -62,7 +62,7 @@ GROUPED = {
 GROUPED |= {
     "one block": (moe.Blocked(moe.swiglu, 256), moe.swiglu, swiglu_params),
     "blocks of a GELU MLP": (moe.Blocked(gelu_mlp, 4), gelu_mlp, gelu_params),
-    "ragged": (moe.ragged_swiglu, moe.swiglu, swiglu_params),
+    "ragged": (moe.Ragged(), moe.swiglu, swiglu_params),
     "Triton's kernels, interpreted": (triton.Tiled(interpret=True), moe.swiglu, swiglu_params),
 }
 

@@ -20,6 +20,9 @@ SMALL = {
 }
 
 
+DROPLESS = {"moe.dispatch": "dropless", "moe.exchange_buffer": 0.35}
+
+
 def kernels(topology: str = "v5p:2x2x1", **changes) -> list[str]:
     """Names of the Pallas kernels and the compiler's own, as often as they stand in the program."""
     fields = [f"{name}={value!r}" for name, value in (SMALL | changes).items()]
@@ -56,5 +59,10 @@ def test_plain_products_where_they_are_asked_for():
 
 def test_a_bounded_exchange_keeps_the_kernel_of_the_experts():
     """0.35 x 2 x 2,048 are no whole tiles, of which alone XLA makes its kernel: five products."""
-    dropless = {"moe.dispatch": "dropless", "moe.exchange_buffer": 0.35}
-    assert kernels(**dropless).count("ragged-dot-none") == 5
+    found = kernels(**DROPLESS)
+    assert found.count("ragged-dot-none") == 5
+
+
+def test_between_products_only_filled_rows_are_gone_through():
+    """The activation forward, and once more with its gradient; h itself is a product."""
+    assert kernels(**DROPLESS).count("experts_rows") == 2

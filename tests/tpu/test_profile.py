@@ -71,6 +71,18 @@ def test_experts_follow_the_theory(tau, tmp_path):
     assert "Predicted time of a step" in report["printed"]
 
 
+def test_dropless_experts_take_time_as_they_have_rows(tmp_path):
+    """In a buffer that holds all choices, of which FFN experts get two sevenths at this tau.
+
+    What is read whatever the load, parameters and their gradients, is a tenth of it.
+    """
+    dropless = {"moe__dispatch": "dropless", "moe__exchange_buffer": 1.0, "moe__rule__tau": 0.1}
+    report = compile_for("v5p:4x4x4", "moepp_7b", tmp_path, "--profile", **TWO_LAYERS | dropless)
+    ours, vanilla = (r["parts_ms"]["experts"][0] for r in (report, report["vanilla"]))
+    assert vanilla / ours >= 0.9 * 3.5
+    assert report["not_estimated"] == {} and report["loops_counted_once"] == []
+
+
 def test_the_7b_is_as_fast_as_it_was_made(tmp_path):
     """Its recipe on 64 v5p, with links at their peak: arithmetic, and exchange behind products."""
     report = compile_for("v5p:4x4x4", "moepp_7b", tmp_path, "--profile")

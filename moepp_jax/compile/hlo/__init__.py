@@ -16,10 +16,10 @@ from moepp_jax.compile.hlo.costs import (
     product_flops,
     traffic,
 )
-from moepp_jax.compile.hlo.custom_calls import attended, head_width
+from moepp_jax.compile.hlo.custom_calls import attended, head_width, is_grouped
 from moepp_jax.compile.hlo.kernels import Kernel, kernels, operations
 from moepp_jax.compile.hlo.loops import executions, rounds, unknown_loops
-from moepp_jax.compile.hlo.text import Computation, Instruction, Module, parse, scopes
+from moepp_jax.compile.hlo.text import Computation, Instruction, Load, Module, parse, scopes
 
 __all__ = [
     "FREE",
@@ -27,6 +27,7 @@ __all__ = [
     "Computation",
     "Instruction",
     "Kernel",
+    "Load",
     "Module",
     "attended",
     "awaited",
@@ -35,6 +36,7 @@ __all__ = [
     "flops_of",
     "head_width",
     "indexed",
+    "is_grouped",
     "kernels",
     "memory_bytes",
     "operations",

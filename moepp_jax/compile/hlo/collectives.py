@@ -37,7 +37,8 @@ class Collective:
     """One collective instruction.
 
     Attributes:
-      operand_bytes: what one device puts in. Of a ragged one, the whole of the rows' buffer.
+      operand_bytes: what one device puts in: of a ragged one the rows that are filled, if
+        `Module.load` tells, or else the whole of their buffer.
       groups: (groups, devices of a group): positions in the flattened mesh. Of a permutation the
         pairs (from, to).
       times: how often a run of the program executes it.
@@ -196,14 +197,17 @@ def _collective(
     wrapped: bool,
 ) -> Collective:
     sends = instruction.opcode == "send"  # of an array and a token
-    first = sends or kind == "ragged-all-to-all"
-    operands = instruction.operands[:1] if first else instruction.operands
+    ragged = kind == "ragged-all-to-all"
+    operands = instruction.operands[:1] if sends or ragged else instruction.operands
     shapes = [s for name in operands for s in computation.by_name[name].shapes]
+    filled = 1.0
+    if ragged and module.load:
+        filled = min(1.0, module.load.rows / shapes[0].dims[0])
     return Collective(
         kind=kind,
         name=instruction.name,
         computation=computation.name,
-        operand_bytes=sum(s.bytes for s in shapes),
+        operand_bytes=int(filled * sum(s.bytes for s in shapes)),
         types=tuple(sorted({s.type for s in shapes})),
         groups=_groups(instruction, module.num_devices),
         times=times[computation.name],

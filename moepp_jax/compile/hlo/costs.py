@@ -133,7 +133,7 @@ def _rows(slice_: list[int], several: int) -> int:
 
 def _product(module: Module, computation: Computation, instruction: Instruction) -> int:
     if instruction.opcode == "custom-call":
-        return custom_calls.product(computation, instruction, module.expert_rows) or 0
+        return custom_calls.product(computation, instruction, module.load) or 0
     if instruction.opcode not in PRODUCTS:
         return 0
     left, right = (computation.by_name[name].shapes[0] for name in instruction.operands[:2])
@@ -206,7 +206,7 @@ def traffic(module: Module, computation: Computation, instruction: Instruction) 
         return 0
     if opcode == "custom-call" and "AllocateBuffer" in instruction.attributes:
         return 0
-    own = custom_calls.traffic(computation, instruction, module.expert_rows)
+    own = custom_calls.traffic(computation, instruction, module.load)
     if own is not None:
         return own
     if opcode == "fusion":

@@ -11,12 +11,13 @@ import re
 from collections.abc import Iterable
 
 from moepp_jax.compile.hlo import grouped
-from moepp_jax.compile.hlo.text import Computation, Instruction, Shape
+from moepp_jax.compile.hlo.text import Computation, Instruction, Load, Shape
 
 _TARGET = re.compile(r'custom_call_target="([^"]+)"')
 _MATMULS = ("__cublas$gemm", "__cublas$lt$matmul", "__cublas$lt$matmul$f8")
 _ATTENTION = "__cudnn$fmha"
 _TRITON = "__gpu$xla.gpu.triton"
+_MOSAIC = "tpu_custom_call"
 _SPLASH = re.compile(r"splash_\w*?_(fwd|dkv|dq)")
 
 # They multiply no matrices: sorting, choosing the largest, memory, notes to the compiler.
@@ -50,17 +51,23 @@ def kernel(instruction: Instruction) -> str | None:
     return name
 
 
+def is_grouped(instruction: Instruction) -> bool:
+    """Whether it is a kernel over rows sorted by expert that `grouped` can read."""
+    own = target(instruction) in (_TRITON, _MOSAIC)
+    return own and grouped.is_known(_own_name(instruction))
+
+
 def product(
-    computation: Computation, instruction: Instruction, expert_rows: float | None = None
+    computation: Computation, instruction: Instruction, load: Load | None = None
 ) -> int | None:
     """Operations of a custom call's matrix products; None if they are not in the text.
 
     Args:
-      expert_rows: of `Module`.
+      load: of `Module`.
     """
     name = target(instruction)
-    if _is_grouped(instruction):
-        return grouped.flops(computation, instruction, expert_rows)
+    if is_grouped(instruction):
+        return grouped.flops(computation, instruction, load)
     if name in _MATMULS:
         return _of_matmul(computation, instruction)
     if name and name.startswith(_ATTENTION):
@@ -72,7 +79,7 @@ def product(
 
 def arithmetic(computation: Computation, instruction: Instruction) -> str:
     """The type of a custom call's factors; `tf32` for float32 that may be rounded to it."""
-    if _is_grouped(instruction):
+    if is_grouped(instruction):
         return grouped.factors(computation, instruction)  # float32 is multiplied as such
     types = [computation.by_name[name].shapes[0].type for name in instruction.operands[:2]]
     return rounded(types, instruction)
@@ -85,14 +92,11 @@ def rounded(types: list[str], instruction: Instruction) -> str:
     return "f32" if precision(instruction) == "highest" else "tf32"
 
 
-def traffic(
-    computation: Computation, instruction: Instruction, expert_rows: float | None
-) -> int | None:
+def traffic(computation: Computation, instruction: Instruction, load: Load | None) -> int | None:
     """Bytes that a custom call moves, where that is not all that it is given and makes."""
-    if not _is_grouped(instruction):
+    if not is_grouped(instruction):
         return None
-    name = _own_name(instruction)
-    return grouped.traffic(computation, instruction, name, expert_rows)
+    return grouped.traffic(computation, instruction, _own_name(instruction), load)
 
 
 def attended(computation: Computation, instruction: Instruction) -> int:
@@ -187,10 +191,8 @@ def _integers(text: str) -> Iterable[int]:
     return map(int, re.findall(r"-?\d+", text))
 
 
-def _is_grouped(instruction: Instruction) -> bool:
-    return target(instruction) == _TRITON and grouped.is_own(_own_name(instruction))
-
-
 def _own_name(instruction: Instruction) -> str:
-    """The name that a kernel was given: the scope before that of the call itself."""
-    return (instruction.scope.split("/")[-2:-1] or [""])[0]
+    """The name that a kernel was given: on GPU the scope before that of the call itself."""
+    if target(instruction) == _TRITON:
+        return (instruction.scope.split("/")[-2:-1] or [""])[0]
+    return re.sub(r"[.\d]+$", "", instruction.name)

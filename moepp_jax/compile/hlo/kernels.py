@@ -64,7 +64,7 @@ def _products(module: Module, computation: Computation, instruction: Instruction
     """(kernel, arithmetic, operations) of an instruction; of a fusion those fused into it."""
     if instruction.opcode == "custom-call":
         if who := custom_calls.kernel(instruction):
-            flops = custom_calls.product(computation, instruction, module.expert_rows)
+            flops = custom_calls.product(computation, instruction, module.load)
             known = flops is not None
             yield who, custom_calls.arithmetic(computation, instruction) if known else "", flops
     elif instruction.opcode in PRODUCTS:

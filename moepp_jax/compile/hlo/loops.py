@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from contextlib import suppress
 from functools import cache
 
+from moepp_jax.compile.hlo import grouped
 from moepp_jax.compile.hlo.text import Computation, Instruction, Module
 
 _SAME = {"copy", "bitcast", "convert", "copy-done", "reshape", "optimization-barrier"}
@@ -45,10 +45,8 @@ def executions(module: Module) -> dict[str, int]:
 
 def rounds(module: Module, caller: Computation, instruction: Instruction) -> int:
     """How often what an instruction calls runs each time: of a loop of unknown length, once."""
-    if instruction.opcode == "while":
-        with suppress(UnknownTripCountError):
-            return trip_count(module, caller, instruction)
-    return 1
+    known = _known_rounds(module, caller, instruction)
+    return 1 if known is None else known
 
 
 def unknown_loops(module: Module) -> list[str]:
@@ -57,12 +55,19 @@ def unknown_loops(module: Module) -> list[str]:
     for name in executions(module):
         computation = module.computations[name]
         for instruction in computation.instructions:
-            if instruction.opcode == "while":
-                try:
-                    trip_count(module, computation, instruction)
-                except UnknownTripCountError:
-                    found.append(instruction.name)
+            if _known_rounds(module, computation, instruction) is None:
+                found.append(instruction.name)
     return found
+
+
+def _known_rounds(module: Module, caller: Computation, instruction: Instruction) -> int | None:
+    """None of a loop whose length neither the text tells nor the load of the experts."""
+    if instruction.opcode != "while":
+        return 1
+    try:
+        return trip_count(module, caller, instruction)
+    except UnknownTripCountError:
+        return grouped.blocks(module, instruction)
 
 
 def _called(instruction: Instruction) -> list[str]:

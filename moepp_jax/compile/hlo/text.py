@@ -119,20 +119,32 @@ class Computation:
         return found
 
 
+@dataclass(frozen=True)
+class Load:
+    """How full a buffer of rows sorted by expert is; by a program's text all of it may be.
+
+    Attributes:
+      rows: that are filled.
+      experts: whose rows they are, evenly.
+    """
+
+    rows: float
+    experts: int
+
+
 @dataclass
 class Module:
     """A compiled program; in a scheduled one, instructions stand in the order they run in.
 
     Attributes:
-      expert_rows: that are filled of a buffer of rows sorted by expert, where that is known from
-        elsewhere; of the program's text all may be.
+      load: where that is known from elsewhere.
     """
 
     name: str
     entry: str
     num_devices: int
     computations: dict[str, Computation]
-    expert_rows: float | None = None
+    load: Load | None = None
 
     def called_by(self, opcode: str) -> set[str]:
         """The computations that instructions of a kind wrap."""
