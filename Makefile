@@ -12,7 +12,7 @@ help:
 	@echo "make train      train a tiny MoE++ model and its vanilla twin on real text, and compare them"
 	@echo "make test       the quick tests"
 	@echo "make test-slow  the tests that take minutes"
-	@echo "make chaos      breaks real runs, some 570 times: kills, damaged files, full disks, lost processes; hours"
+	@echo "make chaos      breaks real runs, some 640 times: kills, damaged files, full disks, lost processes; hours"
 	@echo "make endurance  memory, open files and threads over 10,000 steps, texts and questions: minutes"
 	@echo "make test-torch  the tests against PyTorch and transformers: installs both"
 	@echo "make test-eval  the tests against the lm-evaluation-harness: installs it, and PyTorch"
