@@ -59,10 +59,11 @@ def get_config() -> ConfigDict:
     e.eval_dispatch = "dropless"  # in evaluation; generation is always dropless
     # Dropless on an expert axis: rows that a device can be sent, in units of the K T that its own
     # tokens choose, rounded up to a multiple of 128 on TPU. What does not fit is dropped and
-    # counted; 0 is room for the worst case.
+    # counted (which assignments that are depends on the mesh); 0 is room for the worst case.
     e.exchange_buffer = 0.0
     # Parts of a device's groups that cross the expert axis one after the other, so that experts
-    # compute one while another is under way; at most as many as divide the groups.
+    # compute one while another is under way; at most as many as divide the groups. Each has its
+    # share of the buffer's rows.
     e.exchange_parts = 1
     e.input_scale = 1.0  # multiplies the experts' input, not the router's (the authors' option: K)
     # How tokens choose experts: a rule of moepp_jax/moe/rules with its options, see there; those of

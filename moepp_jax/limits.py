@@ -206,13 +206,6 @@ def _moe(c: Config) -> None:
         f"must divide config.data.seq_len = {seq_len}, or be a multiple of it: a group is a part "
         "of a sequence, or several whole ones",
     )
-    _require(
-        e.exchange_parts == 1 or e.exchange_buffer == 0,
-        c,
-        "moe.exchange_parts",
-        f"must be 1 with config.moe.exchange_buffer = {e.exchange_buffer}: each part would have "
-        "room of its own, and so drop other assignments",
-    )
 
 
 def _train(c: Config) -> None:

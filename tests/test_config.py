@@ -161,15 +161,6 @@ def test_a_wrong_value_is_named_with_its_remedy(name, value, remedy):
     assert said.startswith(f"config.{name} = {value!r} ") and remedy in said
 
 
-def test_parts_that_cross_have_no_buffer_of_their_own():
-    in_parts = {"moe.exchange_parts": 4}
-    Config.parse(fields(**in_parts))
-    said = refused(fields(**in_parts, **{"moe.exchange_buffer": 0.5}))
-    assert said.startswith(
-        "config.moe.exchange_parts = 4 must be 1 with config.moe.exchange_buffer"
-    )
-
-
 def test_warm_up_and_decay_fit_into_the_steps():
     wsd = {"optim.schedule": "constant", "optim.warmup_steps": 2, "train.steps": 6}
     Config.parse(fields(**wsd, **{"optim.decay_steps": 4}))

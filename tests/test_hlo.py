@@ -119,6 +119,25 @@ def test_of_a_ragged_exchange_the_filled_rows_cross():
     assert found["all-to-all"] == 256
 
 
+def test_what_a_sparse_core_runs_is_wrapped_twice():
+    """In a call, and that in what runs beside the others: started and awaited as any other."""
+    wrapped = LOOPS.replace("%wrapped (", "%inner (", 1).replace(
+        "ENTRY",
+        """%wrapped (q: f32[10]) -> f32[5] {
+  %q = f32[10]{0} parameter(0)
+  ROOT %run = f32[5]{0} call(%q), to_apply=%inner
+}
+
+ENTRY""",
+        1,
+    )
+    module = hlo.parse(wrapped)
+    [found] = (c for c in hlo.collectives(module) if c.kind == "reduce-scatter")
+    assert (found.computation, found.times, found.asynchronous) == ("inner", 1, True)
+    [(where, start, beside)] = hlo.overlapped(module, "reduce-scatter")
+    assert (where, start.name, beside) == ("main", "async-start", [])
+
+
 # kind: times, bytes of the operand, of the result, on the wire, axes, asynchronous
 EXPECTED = {
     "all-to-all": (12, 256, 256, 128, ("expert",), False),

@@ -103,11 +103,17 @@ def test_what_backward_computes_again_changes_nothing_but_memory_and_traffic(rem
     assert kinds.count("all-to-all") == (6 if remat == "full" else 4)
 
 
-@pytest.mark.parametrize(("dispatch", "parts"), [("capacity", 2), ("dropless", 3)])
-def test_groups_that_cross_the_expert_axis_in_parts_change_nothing(dispatch, parts):
-    """Of two groups a device, each of which crosses by itself: three parts there are not."""
+@pytest.mark.parametrize(
+    ("dispatch", "parts", "buffer"), [("capacity", 2, 0.0), ("dropless", 3, 1.5)]
+)
+def test_groups_that_cross_the_expert_axis_in_parts_change_nothing(dispatch, parts, buffer):
+    """Of two groups a device, each of which crosses by itself: three parts there are not.
+
+    Each has its share of a buffer, of which the worst case would need a third more.
+    """
     axes, shared = (1, 2, 2), {"train.batch_size": 8}
     expected, expected_metrics = stepped((1, 1, 1), dispatch, **shared)
+    shared |= {"moe.exchange_buffer": buffer}
     *_, whole = case(axes, dispatch, **shared)
     split = shared | {"moe.exchange_parts": parts}
     state, metrics = stepped(axes, dispatch, **split)

@@ -19,6 +19,8 @@ _NO_KERNELS = {
     "AsyncCollectiveStart",
     "ConcatBitcast",
     "GatherScatterIndicesBitpacked",
+    "PrepareAsyncCallDone",
+    "PrepareAsyncCallStart",
 }
 
 # Kernels of some scalars, which take no time to speak of.

@@ -145,7 +145,7 @@ class Timeline:
     ) -> hlo.Collective | None:
         """The collective that an instruction is, or that it wraps."""
         places = [(computation.name, instruction.name)]
-        for name in instruction.called.get("calls", ()):
+        for name in self.module.wrapped_in(instruction):
             places += [(name, i.name) for i in self.module.computations[name].instructions]
         return next((self._collectives[at] for at in places if at in self._collectives), None)
 

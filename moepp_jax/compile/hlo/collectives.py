@@ -173,7 +173,7 @@ def awaited(module: Module, computation: Computation) -> dict[str, Instruction]:
 
 
 def _wraps(module: Module, start: Instruction, kind: str) -> bool:
-    called = start.called.get("calls", ())
+    called = module.wrapped_in(start)
     return any(k == kind for name in called for _, k in _of(module.computations[name]))
 
 

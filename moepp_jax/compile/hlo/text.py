@@ -153,8 +153,19 @@ class Module:
             for computation in self.computations.values()
             for instruction in computation.instructions
             if instruction.opcode == opcode
-            for name in instruction.called.get("calls", ())
+            for name in self.wrapped_in(instruction)
         }
+
+    def wrapped_in(self, instruction: Instruction) -> Iterator[str]:
+        """The computations that an instruction wraps, and those that are called in these.
+
+        What runs on a core of its own, as a TPU's sparse ones, is wrapped in such a call once more.
+        """
+        for name in instruction.called.get("calls", ()):
+            yield name
+            for inner in self.computations[name].instructions:
+                if inner.opcode == "call":
+                    yield from inner.called.get("to_apply", ())
 
 
 def scopes(module: Module, instruction: Instruction) -> set[str]:
