@@ -147,7 +147,7 @@ def on(scale: Scale, size: Size) -> Config:
     config = config.replace("mesh", data=size.data, fsdp=size.fsdp, expert=size.expert)
     # As launch/ has it: a card has less memory than a v5p chip.
     config = config.replace("model", remat="exchanged")
-    if size.dropless:  # with room for a quarter more rows than at balance
+    if size.dropless:  # with room for a quarter more rows than all choices are
         fields = {"dispatch": "dropless", "exchange_buffer": 1.25, "exchange_parts": 1}
         config = config.replace("moe", **fields)
     return config.replace("train", accumulate=size.accumulate)

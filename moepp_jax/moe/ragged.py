@@ -30,8 +30,8 @@ class Ragged:
     product of all rows of the buffer with every expert.
 
     Attributes:
-      between: the products: (f, how many rows are filled, arrays (R, W), ...) -> f(arrays, ...) of
-        the filled rows at least. `everywhere`, or `filled.by_blocks`.
+      between: computes what lies between the products: (f, how many rows are filled, arrays (R, W),
+        ...) -> f(arrays, ...), of the filled rows at least. `everywhere`, or `filled.by_blocks`.
     """
 
     between: Callable = everywhere

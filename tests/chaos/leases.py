@@ -12,8 +12,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from tests.chaos.recipe import SAVE_EVERY
-from tests.chaos.room import Room, Said, ended, require_ended, require_one_line
+from tests.chaos.room import Room, ended, require_ended, require_one_line
 from tests.chaos.signals import logged
+from tests.chaos.together import require_one_trained, require_refused
 from tests.chaos.trial import Lost, Missed, Trial, dice
 
 # Seconds after which who is not heard of is dead here: 45 elsewhere.
@@ -72,15 +73,9 @@ def _in_its_middle(room: Room, run: Path) -> subprocess.Popen:
 
 def _beside(room: Room, folder: Path) -> None:
     first = _in_its_middle(room, folder / "run")
-    _require_refused(ended(_start(room, folder / "run")))
+    require_refused(ended(_start(room, folder / "run")))
     require_ended(ended(first))
     room.require_whole(folder / "run")
-
-
-def _require_refused(said: Said) -> None:
-    require_one_line(said)
-    if "trains there" not in said.err:
-        raise Lost(f"did not say that another trains: {said.err}")
 
 
 def _killed(room: Room, here: bool, folder: Path) -> None:
@@ -118,9 +113,5 @@ def _at_once(room: Room, delay: float, folder: Path) -> None:
     first = _start(room, folder / "run")
     time.sleep(delay)
     said = [ended(process) for process in (first, _start(room, folder / "run"))]
-    for process in said:
-        if process.status != 0:
-            _require_refused(process)
-    if all(process.status for process in said):
-        raise Lost(f"neither trained: {said[0].err} {said[1].err}")
+    require_one_trained(said, require_refused)
     room.require_whole(folder / "run")

@@ -5,10 +5,10 @@ from __future__ import annotations
 import functools
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from tests.chaos.room import Room, ended, require_ended, require_one_line
+from tests.chaos.room import Room, Said, ended, require_ended, require_one_line
 from tests.chaos.trial import Lost, Missed, Trial, dice
 
 
@@ -41,9 +41,7 @@ def _beside(room: Room, name: str, folder: Path) -> None:
         said = ended(room.start(folder / name))
     finally:
         first.send_signal(signal.SIGCONT)
-    require_one_line(said)
-    if "trains there" not in said.err:
-        raise Lost(f"did not say that another trains: {said.err}")
+    require_refused(said)
     require_ended(ended(first))
     room.require_whole(folder / "run")
 
@@ -53,10 +51,29 @@ def _at_once(room: Room, delay: float, name: str, folder: Path) -> None:
     first = room.start(folder / "run")
     time.sleep(delay)
     second = room.start(folder / name)
-    said = [ended(first), ended(second)]
+    require_one_trained([ended(first), ended(second)], require_one_line)
+    room.require_whole(folder / "run")
+
+
+def require_refused(said: Said) -> None:
+    """As another process trains there.
+
+    Raises:
+      Lost: it does not say so.
+    """
+    require_one_line(said)
+    if "trains there" not in said.err:
+        raise Lost(f"did not say that another trains: {said.err}")
+
+
+def require_one_trained(said: Sequence[Said], require_told: Callable[[Said], None]) -> None:
+    """Of processes that came at once; those that did not are told.
+
+    Raises:
+      Lost: none did, or `require_told` of one that did not.
+    """
     for process in said:
         if process.status != 0:
-            require_one_line(process)
+            require_told(process)
     if all(process.status for process in said):
-        raise Lost(f"neither trained: {said[0].err} {said[1].err}")
-    room.require_whole(folder / "run")
+        raise Lost(f"neither trained: {' '.join(process.err for process in said)}")
