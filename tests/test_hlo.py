@@ -515,6 +515,27 @@ def test_products_and_memory_by_hand():
     assert hlo.memory_bytes(module) == plain + batched + sliced + updated
 
 
+@pytest.mark.parametrize(
+    ("shape", "elements"),
+    [
+        ("bf16[32,2048,16,96]{3,1,2,0:T(8,128)(2,1)}", 32 * 16 * 2048 * 128),
+        ("bf16[32,2048,16,96]{1,3,2,0:T(8,128)(2,1)}", 32 * 16 * 96 * 2048),
+        ("f32[4,3,5]{0,1,2:T(4,128)S(1)}", 5 * 4 * 128),
+        ("s32[1000]{0:T(1024)}", 1024),
+        ("f32[]{:T(128)}", 1),
+        ("f32[3,5]{1,0}", 15),
+        ("f32[3,5]", 15),
+    ],
+)
+def test_memory_holds_whole_tiles(shape, elements):
+    """On a TPU the innermost dimensions are filled up: a width of 96 to 128, where it is one."""
+    text = f"ENTRY %main (a: f32[2]) -> f32[2] {{\n  ROOT %a = {shape} parameter(0)\n}}\n"
+    (found,) = hlo.parse(text).computations["main"].root.shapes
+    width = 2 if shape.startswith("bf16") else 4
+    assert found.stored == width * elements
+    assert found.bytes == width * found.size
+
+
 def compiled(f, mesh, in_specs, out_specs, *arguments) -> hlo.Module:
     mapped = jax.shard_map(f, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
     return hlo.parse(jax.jit(mapped).lower(*arguments).compile().as_text())

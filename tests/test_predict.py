@@ -88,10 +88,10 @@ ENTRY %main (x: bf16[65536,1536], at: s32[108544], n: f32[131072], u: f32[64,8,1
 @pytest.mark.parametrize(
     ("name", "cycles"),
     [
-        ("moved", 108544 * rates.ROW),
+        ("moved", 108544 * rates.GATHERED_ROW),
         ("numbers", 108544 * rates.GATHERED),
         ("put", 108544 * rates.SCATTERED),
-        ("added", 64 * 8 * rates.ROW),
+        ("added", 64 * 8 * rates.SCATTERED_ROW),
     ],
 )
 def test_what_is_read_and_written_by_index_costs_by_the_row(name, cycles):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 import re
 from dataclasses import dataclass
 
@@ -72,8 +73,9 @@ def of(
         if hlo.is_grouped(instruction) or kernel in _SCALARS:
             kernel = None
     else:
-        rows, gathered, scattered = hlo.indexed(module, computation, instruction)
-        cycles = rates.ROW * rows + rates.GATHERED * gathered + rates.SCATTERED * scattered
+        each = rates.GATHERED_ROW, rates.SCATTERED_ROW, rates.GATHERED, rates.SCATTERED
+        several = hlo.indexed(module, computation, instruction)
+        cycles = sum(map(operator.mul, several, each))
         busy[ROWS] = cycles / rate.clock
     bound = max(busy, key=busy.get)
     if busy[bound] < rates.LAUNCH:

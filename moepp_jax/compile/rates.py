@@ -20,9 +20,13 @@ PRODUCTS = 0.95
 # Seconds that an instruction takes to be started, whatever it does.
 LAUNCH = 1e-6
 
-# Cycles of a gathered or scattered row (65,536 rows of 1,536 bfloat16 to 108,544 and back: 18.6;
-# narrower rows of 512 bytes and more the same), of a gathered number, of a scattered one.
-ROW, GATHERED, SCATTERED = 18.6, 7.6, 6.9
+# Cycles of a gathered row (65,536 rows of 1,536 bfloat16 to 108,544 and back: 18.6; narrower rows
+# of 512 bytes and more the same), and of one that is added where it is scattered to (1,024 and
+# 2,048 of 1,536, beside what a copy of the array costs).
+GATHERED_ROW, SCATTERED_ROW = 18.6, 48.5
+
+# Of a gathered number, of a scattered one.
+GATHERED, SCATTERED = 7.6, 6.9
 
 # How fast links are, as shares of their peak: the two ends of what is predicted. No compiler knows;
 # a quarter is a careful user's guess for exchanges of many small messages.

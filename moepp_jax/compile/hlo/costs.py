@@ -100,7 +100,8 @@ def _filling(size: int, width: int) -> float:
 class Indexed(NamedTuple):
     """What an instruction reads or writes by index: rows, or single numbers."""
 
-    rows: int = 0
+    gathered_rows: int = 0
+    scattered_rows: int = 0
     gathered: int = 0
     scattered: int = 0
 
@@ -117,13 +118,15 @@ def indexed(module: Module, computation: Computation, instruction: Instruction) 
         sizes = re.findall(r"\d+", instruction.attribute("slice_sizes") or "1")
         slice_ = [int(size) for size in sizes]
         several = instruction.shapes[0].size // max(math.prod(slice_), 1)
-        return Indexed(rows=_rows(slice_, several)) if max(slice_) > 1 else Indexed(0, several)
+        rows = _rows(slice_, several)
+        return Indexed(gathered_rows=rows) if max(slice_) > 1 else Indexed(gathered=several)
     if instruction.opcode == "scatter":
         updates = computation.by_name[instruction.operands[-1]].shapes[0]
         window = re.findall(r"\d+", instruction.attribute("update_window_dims") or "")
         slice_ = [updates.dims[int(d)] for d in window] or [1]
         several = updates.size // max(math.prod(slice_), 1)
-        return Indexed(rows=_rows(slice_, several)) if max(slice_) > 1 else Indexed(0, 0, several)
+        rows = _rows(slice_, several)
+        return Indexed(scattered_rows=rows) if max(slice_) > 1 else Indexed(scattered=several)
     return Indexed()
 
 
@@ -228,21 +231,21 @@ def traffic(module: Module, computation: Computation, instruction: Instruction) 
     if opcode.endswith("-start"):
         # The result also names the operand, and counters.
         arrays = [s for s in instruction.shapes if s.dims and s.space == 0]
-        return read + max(sum(s.bytes for s in arrays) - read, 0)
+        return read + max(sum(s.stored for s in arrays) - read, 0)
     return read + _in_memory(instruction) - custom_calls.workspace_bytes(instruction)
 
 
 def _in_memory(instruction: Instruction) -> int:
-    return sum(s.bytes for s in instruction.shapes if s.space == 0)
+    return sum(s.stored for s in instruction.shapes if s.space == 0)
 
 
 def _read(module: Module, inner: Computation, parameter: Instruction) -> int:
     """How much of a fusion's parameter is read."""
-    whole, total = sum(s.bytes for s in parameter.shapes), 0
+    whole, total = sum(s.stored for s in parameter.shapes), 0
     for user in inner.users.get(parameter.name, ()):
         first = user.operands[0] == parameter.name
         if user.opcode in ("dynamic-slice", "slice", "gather") and first:
-            total += user.shapes[0].bytes
+            total += user.shapes[0].stored
         elif user.opcode == "dynamic-update-slice" and first:
             continue  # changed in place
         elif user.opcode == "bitcast":
@@ -262,7 +265,7 @@ def _written(module: Module, inner: Computation, fusion: Instruction) -> int:
     total = 0
     for shape, source in zip(fusion.shapes, roots, strict=False):
         update = _update(module, inner, source)
-        total += 0 if shape.space else min(shape.bytes, update if update else shape.bytes)
+        total += 0 if shape.space else min(shape.stored, update if update else shape.stored)
     return total
 
 
@@ -275,4 +278,4 @@ def _update(module: Module, inner: Computation, source: Instruction) -> int | No
         return _update(module, nested, nested.root)
     if source.opcode != "dynamic-update-slice":
         return None
-    return inner.by_name[source.operands[1]].shapes[0].bytes
+    return inner.by_name[source.operands[1]].shapes[0].stored

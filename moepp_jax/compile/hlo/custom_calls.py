@@ -132,7 +132,7 @@ def workspace_bytes(instruction: Instruction) -> int:
     if name not in _MATMULS and not (name or "").startswith(_ATTENTION):
         return 0
     *results, last = instruction.shapes
-    return last.bytes if results and last.type in ("s8", "u8") else 0
+    return last.stored if results and last.type in ("s8", "u8") else 0
 
 
 def _of_matmul(computation: Computation, instruction: Instruction) -> int:

@@ -38,11 +38,11 @@ def factors(computation: Computation, call: Instruction) -> str:
 
 def traffic(computation: Computation, call: Instruction, name: str, load: Load | None) -> int:
     """Bytes: each filled row and each parameter once."""
-    rows = sum(shape.bytes for shape in _rows(computation, call))
-    rows -= call.shapes[0].bytes if name == _INTO else 0
+    rows = sum(shape.stored for shape in _rows(computation, call))
+    rows -= call.shapes[0].stored if name == _INTO else 0
     share = _filled(computation, call, load) / _rows(computation, call)[0].dims[0]
     parameters = _parameters(computation, call)
-    return (parameters.bytes if parameters else 0) + int(rows * share)
+    return (parameters.stored if parameters else 0) + int(rows * share)
 
 
 def blocks(module: Module, loop: Instruction) -> int | None:

@@ -27,11 +27,13 @@ class Shape:
 
     Attributes:
       space: the memory that holds it; 0 is the main one, others are on the chip.
+      room: elements that there is room for, where tiles are filled up; None: as many as there are.
     """
 
     type: str
     dims: tuple[int, ...]
     space: int = 0
+    room: int | None = None
 
     @property
     def size(self) -> int:
@@ -39,10 +41,18 @@ class Shape:
 
     @property
     def bytes(self) -> int:
+        return self._bytes(self.size)
+
+    @property
+    def stored(self) -> int:
+        """Bytes as it lies in memory: on a TPU in whole tiles, of a width of 96 a third more."""
+        return self._bytes(self.size if self.room is None else self.room)
+
+    def _bytes(self, elements: int) -> int:
         bits = _BITS.get(self.type)
         if bits is None:
             bits = int(re.search(r"\d+", self.type)[0])
-        return math.ceil(self.size * bits / 8)
+        return math.ceil(elements * bits / 8)
 
 
 @dataclass(frozen=True)
@@ -249,5 +259,20 @@ def _shapes(text: str) -> tuple[Shape, ...]:
     for kind, dims, layout in _SHAPE.findall(text):
         space = re.search(r"S\((\d+)\)", layout)
         sizes = tuple(int(d.lstrip("<=")) for d in dims.split(",") if d)
-        found.append(Shape(kind, sizes, int(space[1]) if space else 0))
+        found.append(Shape(kind, sizes, int(space[1]) if space else 0, _room(sizes, layout)))
     return tuple(found)
+
+
+def _room(dims: tuple[int, ...], layout: str) -> int | None:
+    """Elements of an array whose innermost dimensions are filled up to tiles; None without tiles.
+
+    Of {2,1,0:T(8,128)(2,1)} dimension 2 is the innermost, filled up to 128, and 1 to 8.
+    """
+    found = re.match(r"\{([\d,]+):T\((\d+(?:,\d+)*)\)", layout)
+    if not found:
+        return None
+    innermost, tile = ([int(n) for n in group.split(",")] for group in found.groups())
+    filled = list(dims)
+    for dimension, size in zip(innermost, reversed(tile), strict=False):
+        filled[dimension] = math.ceil(filled[dimension] / size) * size
+    return math.prod(filled)
