@@ -1,16 +1,15 @@
-"""What the model repeats: RMSNorm, rotary attention and MoE++ in pre-norm layers, as functions.
+"""What the model repeats: RMSNorm, attention and MoE++ in pre-norm layers, as functions.
 
 Training scans over blocks, generation walks through them with a cache: both run this one. What a
 part is made of is described beside what it computes.
 
-Shapes: B sequences, L tokens, D width, H query heads and KV key heads of width W, which is R pairs
-that turn; the letters of `moepp_jax.moe` besides.
+Shapes: B sequences, L tokens, D width, H query heads and KV key heads of width W; the letters of
+`moepp_jax.moe` besides.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -20,9 +19,11 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 from moepp_jax import moe as moe_lib
+from moepp_jax import rotary
 from moepp_jax.config import ModelConfig
 from moepp_jax.moe import Param
-from moepp_jax.moe.products import tokens_first
+from moepp_jax.moe.layouts import as_written
+from moepp_jax.moe.products import any_axes, tokens_first
 
 Params = dict[str, Any]
 
@@ -41,39 +42,11 @@ def rms_norm(params: Params, x: Float[Array, "*B D"], eps: float) -> Float[Array
     return (y * params["norm"]).astype(x.dtype)
 
 
-def _frequencies(c: ModelConfig) -> Float[Array, " R"]:
-    W = c.head_width
-    return c.rope_theta ** (-jnp.arange(0, W, 2, dtype=jnp.float32) / W)
-
-
-def linear_angles(c: ModelConfig, positions: Float[Array, "*B"]) -> Float[Array, "*B R"]:
-    """Positions are divided by `rope_scaling`."""
-    return positions[..., None] / c.rope_scaling * _frequencies(c)
-
-
-def llama3_angles(c: ModelConfig, positions: Float[Array, "*B"]) -> Float[Array, "*B R"]:
-    """Slow frequencies are divided by `rope_scaling`, fast ones stay, between it is a mean of both.
-
-    Slow and fast is how often one turns in `rope_original_length` tokens.
+def rms_norm_as_written(params: Params, x: Float[Array, "*B D"], eps: float):
+    """As `rms_norm`, for TPUs, whose compiler would turn what attention's products read, and copy
+    it for everything else.
     """
-    frequency, low, high = _frequencies(c), c.rope_low_freq_factor, c.rope_high_freq_factor
-    turns = c.rope_original_length * frequency / (2 * math.pi)
-    kept = jnp.clip((turns - low) / (high - low), 0.0, 1.0)
-    return positions[..., None] * frequency * (kept + (1 - kept) / c.rope_scaling)
-
-
-# How far rotary positions turn, by config.model.rope_type.
-ANGLES = {"linear": linear_angles, "llama3": llama3_angles}
-
-
-def rotate(
-    x_BLHW: Float[Array, "B L H W"], angle: Float[Array, "B L 1 R"]
-) -> Float[Array, "B L H W"]:
-    """Rotary position embedding, rotate-half convention: pairs are (i, i + W/2)."""
-    sin, cos = jnp.sin(angle), jnp.cos(angle)
-    a, b = jnp.split(x_BLHW.astype(jnp.float32), 2, axis=-1)
-    rotated = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
-    return rotated.astype(x_BLHW.dtype)
+    return as_written(rms_norm(params, x, eps))
 
 
 # (mask, places of its queries, places of its keys) -> the mask
@@ -112,32 +85,30 @@ def attention(
     x_BLD: Float[Array, "B L D"],
     positions_BL: Int[Array, "B L"],
     attend: Attend,
-    product: Callable = tokens_first,
+    by: Arithmetic,
 ) -> tuple[Float[Array, "B L D"], Any]:
     """Multi-head or grouped-query attention with rotary positions, and normalised queries and keys.
 
     What is attended to is the affair of `attend`; what it keeps is handed on.
-
-    Args:
-      product: (x (B, L, D), w (F, D)) -> x W^T.
     """
     B, L, _ = x_BLD.shape
     W = c.head_width
-    angle_BL1 = ANGLES[c.rope_type](c, positions_BL[..., None].astype(jnp.float32))
+    turn = rotary.ANGLES[c.rope_type]
+    angle_BL1 = turn(c, positions_BL[..., None].astype(jnp.float32))
 
     def placed(name, heads):
-        rows = product(x_BLD, params[name])
+        rows = by.product(x_BLD, params[name])
         if c.qk_norm == "head":
             rows = rows.reshape(B, L, heads, W)
         if c.qk_norm != "none":
             rows = rms_norm(params[f"{name}_norm"], rows, c.norm_eps)
-        return rotate(rows.reshape(B, L, heads, W), angle_BL1)
+        return by.rotate(rows.reshape(B, L, heads, W), angle_BL1)
 
     q, k = placed("q", c.num_heads), placed("k", c.num_kv_heads)
-    v = product(x_BLD, params["v"]).reshape(B, L, c.num_kv_heads, W)
+    v = by.product(x_BLD, params["v"]).reshape(B, L, c.num_kv_heads, W)
     with jax.named_scope("attention_core"):
         y, kept = attend(q, k, v)
-    return product(y.reshape(B, L, -1), params["o"]), kept
+    return by.product(y.reshape(B, L, -1), params["o"]), kept
 
 
 def attend_to_each_other(mask_BLL: Bool[Array, "B L L"]) -> Attend:
@@ -159,6 +130,27 @@ def dense(params: Params, x_BLD: Float[Array, "B L D"]) -> Float[Array, "B L D"]
     """One SwiGLU for all tokens: an expert function with a single expert."""
     params = jax.tree.map(lambda p: p[None], params)
     return moe_lib.swiglu(params, x_BLD.reshape(1, -1, x_BLD.shape[-1])).reshape(x_BLD.shape)
+
+
+class Arithmetic(NamedTuple):
+    """How a platform computes what a block is made of; the defaults do on every one.
+
+    Attributes:
+      product: (x (*B, D), w (F, D)) -> x W^T.
+      norm: as `rms_norm`.
+      rotate: as `rotary.rotate`.
+      dense: as the function of this name.
+    """
+
+    product: Callable = tokens_first
+    norm: Callable = rms_norm
+    rotate: Callable = rotary.rotate
+    dense: Callable = dense
+
+
+PLAIN = Arithmetic()
+# A TPU's compiler, left alone, writes and copies heads several times, in other orders.
+ON_TPU = Arithmetic(any_axes, rms_norm_as_written, rotary.rotate_by_product)
 
 
 class BlockOutput(NamedTuple):
@@ -186,7 +178,7 @@ class Block:
       ffn_size: F, of the FFN experts.
       group_size: S, tokens that share a capacity; None, for dropless dispatch, is the sequence.
       axis: mesh axis over which the FFN experts are sharded.
-      product, dense: how matrices and dense FFNs are computed.
+      by: how its parts are computed.
     """
 
     config: ModelConfig
@@ -194,8 +186,7 @@ class Block:
     ffn_size: int
     group_size: int | None = None
     axis: str | None = None
-    product: Callable = tokens_first
-    dense: Callable = dense
+    by: Arithmetic = PLAIN
 
     @property
     def prefixes(self) -> list[str]:
@@ -233,13 +224,13 @@ class Block:
             states.append(x)
             h = self._norm(params[f"{prefix}attention_norm"], x)
             y, held = attention(
-                self.config, params[f"{prefix}attention"], h, positions_BL, attend, self.product
+                self.config, params[f"{prefix}attention"], h, positions_BL, attend, self.by
             )
             kept.append(held)
             x += y
             h = self._norm(params[f"{prefix}ffn_norm"], x)
             if prefix:
-                x += self.dense(params[f"{prefix}dense"], h)
+                x += self.by.dense(params[f"{prefix}dense"], h)
         y, routed = self._moe(params["moe"], h, previous_BLN)
         return BlockOutput(x + y, routed, states, kept)
 
@@ -253,4 +244,4 @@ class Block:
         return y, moe_lib.Routed(routing, kept, statistics)
 
     def _norm(self, params, x):
-        return rms_norm(params, x, self.config.norm_eps)
+        return self.by.norm(params, x, self.config.norm_eps)

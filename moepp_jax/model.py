@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int
 from moepp_jax import attend, remat, vocabulary
 from moepp_jax import mesh as mesh_lib
 from moepp_jax import moe as moe_lib
-from moepp_jax.block import Block, describe_norm, rms_norm
+from moepp_jax.block import ON_TPU, PLAIN, Block, describe_norm, rms_norm
 from moepp_jax.config import Config, ModelConfig
 from moepp_jax.errors import ConfigError
 from moepp_jax.moe import Param, Rule, RuleError, kernels, param
@@ -235,6 +235,7 @@ def _block(config: Config, dispatch: str, platform: str, mesh: Mesh | None = Non
         ffn_size=config.moe.ffn_size,
         group_size=config.moe.group_size if dispatch == "capacity" else None,
         axis="expert" if mesh is not None and mesh.shape["expert"] > 1 else None,
+        by=ON_TPU if platform == "tpu" else PLAIN,
     )
 
 

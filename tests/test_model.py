@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moepp_jax import block, moe, optim, vocabulary
+from moepp_jax import block, moe, optim, rotary, vocabulary
 from moepp_jax import mesh as mesh_lib
 from moepp_jax import model as model_lib
 from moepp_jax import state as state_lib
@@ -299,7 +299,7 @@ def test_llama3_scaling_turns_slow_pairs_less():
     # of which 8192 tokens have 2.7785.
     assert (want[0], want[63]) == (1.0, pytest.approx(3.0688e-7, rel=1e-4))
     assert want[30] == pytest.approx((0.59283 * 0.875 + 0.125) * 2 * math.pi / 2948.4, rel=1e-4)
-    angles = block.llama3_angles(c, jnp.array([0.0, 1.0, 1000.0]))
+    angles = rotary.llama3_angles(c, jnp.array([0.0, 1.0, 1000.0]))
     np.testing.assert_allclose(angles, np.outer([0, 1, 1000], want), rtol=2e-6)
 
 

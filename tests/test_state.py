@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 
 from moepp_jax import mesh as mesh_lib
+from moepp_jax import model
 from moepp_jax import state as state_lib
+from moepp_jax.block import ON_TPU
 from moepp_jax.compile import hlo
 from moepp_jax.config import Config
 from moepp_jax.moe.param import path_of
@@ -71,6 +73,18 @@ def test_every_mesh_takes_the_same_step(axes, dispatch):
     close(state.params, expected.params)
     moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), state.params, fresh_state().params)
     assert all(distance > 0 for distance in jax.tree.leaves(moved))
+
+
+@pytest.mark.parametrize("axes", [(1, 1, 1), (2, 2, 2)], ids=["1x1x1", "2x2x2"])
+def test_a_block_as_a_tpu_computes_it(axes, monkeypatch):
+    monkeypatch.setattr(model, "PLAIN", ON_TPU)
+    _, abstract, batch, step = case.__wrapped__(axes, "capacity")
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+    state, metrics = step(jax.device_put(fresh_state(), shardings), batch)
+    expected, expected_metrics = stepped((1, 1, 1), "capacity")
+    close(metrics, expected_metrics)
+    close(state.opt_state, expected.opt_state)
+    close(state.params, expected.params)
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])

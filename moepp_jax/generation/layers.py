@@ -21,7 +21,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from moepp_jax import mesh as mesh_lib
 from moepp_jax import moe as moe_lib
-from moepp_jax.block import Attend, Block, attend_to_each_other, rms_norm
+from moepp_jax.block import Arithmetic, Attend, Block, attend_to_each_other, rms_norm
 from moepp_jax.config import ModelConfig
 from moepp_jax.model import LanguageModel
 from moepp_jax.moe import Param, kernels, param
@@ -205,7 +205,7 @@ class Layers:
             experts_read += jnp.sum(jnp.any(load_BE > 0, axis=0))
         hidden = rms_norm(outside["final"], x[:, -1], self.config.norm_eps)
         matrix = outside.get("output", outside["embedding"])
-        logits = block.product(hidden, matrix, jnp.float32)
+        logits = block.by.product(hidden, matrix, jnp.float32)
         return Work(logits, caches, ffn_experts, experts_read)
 
     def on_any_device(self, flags: Bool[Array, " B"]) -> Bool[Array, ""]:
@@ -216,7 +216,8 @@ class Layers:
     def _block(self, tokens: int) -> Block:
         """The block that reads no expert which nobody chose; on a mesh, that of training."""
         product = kernels.product(self.platform)
-        block = replace(self.model.block, product=product, dense=one_swiglu(product))
+        by = Arithmetic(product=product, dense=one_swiglu(product))
+        block = replace(self.model.block, by=by)
         if self.model.sharded:
             return block
         grouped = kernels.reading_chosen(self.platform, tokens)

@@ -8,8 +8,9 @@ from collections.abc import Callable
 
 import jax
 from jax.ad_checkpoint import checkpoint_name
-from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Float
+
+from moepp_jax.moe.layouts import as_written
 
 
 def by_expert(
@@ -57,14 +58,9 @@ def by_device(
 
 
 def _swap(rows: Array, axis: str) -> Array:
-    """Part i of the leading axis goes to device i; part i of the result came from it."""
-    rows = jax.lax.all_to_all(_as_written(rows), axis, split_axis=0, concat_axis=0, tiled=True)
-    return _as_written(rows)
+    """Part i of the leading axis goes to device i; part i of the result came from it.
 
-
-def _as_written(x: Array) -> Array:
-    """Axes in memory as in the shape: left alone, XLA has products write other orders, and copies.
-
-    The gradient is held to the same order.
+    In memory axes are as in the shape: left alone, XLA has products write other orders, and copies.
     """
-    return with_layout_constraint(x, Layout(major_to_minor=tuple(range(x.ndim))))
+    rows = jax.lax.all_to_all(as_written(rows), axis, split_axis=0, concat_axis=0, tiled=True)
+    return as_written(rows)

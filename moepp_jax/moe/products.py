@@ -23,6 +23,14 @@ def tokens_first(
     return y.reshape(*x_BD.shape[:-1], -1)
 
 
+def any_axes(x_BD: Float[Array, "*B D"], w_FD: Float[Array, "F D"]) -> Float[Array, "*B F"]:
+    """As `tokens_first`, for TPUs, which contract several axes in any order of memory.
+
+    Made one, they are copied for it.
+    """
+    return jnp.einsum("...d,fd->...f", x_BD, w_FD)
+
+
 def few_weights_first(x_BD: Float[Array, "*B D"], w_FD: Float[Array, "F D"], dtype=None):
     """As `tokens_first`, for CPUs: of 2 to 8 tokens as W x^T.
 
