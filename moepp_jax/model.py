@@ -185,6 +185,7 @@ def moe_of(config: Config, dispatch: str, platform: str, mesh: Mesh | None = Non
             kernels.experts_function(platform),
             kernels.exchanged(platform),
             kernels.slots_tile(platform),
+            kernels.taking(platform),
         )
         sequences = max(1, c.group_size // config.data.seq_len)
     else:
@@ -193,6 +194,7 @@ def moe_of(config: Config, dispatch: str, platform: str, mesh: Mesh | None = Non
             kernels.move(platform, mesh),
             c.exchange_buffer or None,
             kernels.buffer_tile(platform),
+            kernels.taking(platform),
         )
     return moe_lib.MoE(c.rule, moe_lib.in_parts(path, c.exchange_parts), c.input_scale, sequences)
 

@@ -4,6 +4,7 @@ An assignment is one of a token's K choices; assignment t K + k is choice k of t
 go has the name "routing" in checkpoint policies: kept, queues are not counted again in backward.
 """
 
+import functools
 import itertools
 import math
 from collections.abc import Callable, Sequence
@@ -147,43 +148,66 @@ def _rows(row_TK: Int[Array, "T K"], size: int) -> Rows:
     return Rows(*checkpoint_name((assignment, row_TK), "routing"))
 
 
-@jax.custom_vjp
-def gather(x_TD: Float[Array, "T D"], rows: Rows) -> Float[Array, "R D"]:
+def taken(x_TD: Float[Array, "T D"], at: Int[Array, " R"]) -> Float[Array, "R D"]:
+    """Rows by their numbers."""
+    return x_TD[at]
+
+
+def taken_as_they_are(x_TD: Float[Array, "T D"], at: Int[Array, " R"]) -> Float[Array, "R D"]:
+    """As `taken`, for TPUs, where rows are written before anything is computed of them.
+
+    The compiler would first make them float32 for it, in an array of their own.
+    """
+    return jax.lax.optimization_barrier(taken(x_TD, at))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def gather(x_TD: Float[Array, "T D"], rows: Rows, take: Callable = taken) -> Float[Array, "R D"]:
     """The token of every row. Empty rows hold some token; nothing reads what comes of them.
 
     The gradient is a gather too: each token sums the rows that its assignments have.
+
+    Args:
+      take: `taken` or `taken_as_they_are`.
     """
-    return _by_row(lambda at: x_TD[_token(rows, at)], rows)
+    return _by_row(lambda at: take(x_TD, _token(rows, at)), rows)
 
 
-def _gather_fwd(x_TD, rows):
-    return gather(x_TD, rows), rows
+def _gather_fwd(x_TD, rows, take):
+    return gather(x_TD, rows, take), rows
 
 
-def _gather_bwd(rows, d_RD):
+def _gather_bwd(take, rows, d_RD):
     ones = jnp.ones(rows.row.shape, jnp.float32)
-    return _weighted_sum(d_RD, ones, rows), None
+    return _weighted_sum(d_RD, ones, rows, take), None
 
 
 gather.defvjp(_gather_fwd, _gather_bwd)
 
 
-@jax.custom_vjp
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def combine(
-    y_RD: Float[Array, "R D"], gates_TK: Float[Array, "T K"], rows: Rows
+    y_RD: Float[Array, "R D"],
+    gates_TK: Float[Array, "T K"],
+    rows: Rows,
+    take: Callable = taken,
 ) -> Float[Array, "T D"]:
     """Every token's sum of its rows, weighed by its gates; assignments without a row add nothing.
 
-    Sums in float32. The gradients are gathers and products.
+    Sums in float32. The gradients are gathers and products, and the gates' go where they belong one
+    by one: there are fewer rows than assignments, if any expert costs nothing.
+
+    Args:
+      take: `taken` or `taken_as_they_are`.
     """
-    return _weighted_sum(y_RD, gates_TK, rows)
+    return _weighted_sum(y_RD, gates_TK, rows, take)
 
 
-def _combine_fwd(y_RD, gates_TK, rows):
-    return _weighted_sum(y_RD, gates_TK, rows), (y_RD, gates_TK, rows)
+def _combine_fwd(y_RD, gates_TK, rows, take):
+    return _weighted_sum(y_RD, gates_TK, rows, take), (y_RD, gates_TK, rows)
 
 
-def _combine_bwd(saved, d_TD):
+def _combine_bwd(take, saved, d_TD):
     y_RD, gates_TK, rows = saved
     filled = rows.assignment < gates_TK.size
     gate_R = gates_TK.reshape(-1)[jnp.where(filled, rows.assignment, 0)]
@@ -193,25 +217,29 @@ def _combine_bwd(saved, d_TD):
     # Both gradients while the token's is at hand: to fetch its rows of y again, for the gates,
     # would take as long as to fetch it.
     def of_row(at):
-        d = d_TD[_token(rows, at)]
+        d = take(d_TD, _token(rows, at))
         d_y = gate_R[at][:, None] * d
         return d_y.astype(y_RD.dtype), jnp.sum(d.astype(wide) * y_RD[at], axis=-1)
 
     d_y, product_R = _by_row(of_row, rows)
-    d_gates = jnp.where(rows.row < len(product_R), product_R[_clip(rows.row, product_R)], 0.0)
-    return d_y, d_gates.astype(gates_TK.dtype), None
+    # Each empty row has a place of its own outside, so that none is written to twice.
+    outside = gates_TK.size + jnp.arange(len(filled))
+    at = jnp.where(filled, rows.assignment, outside)
+    d_gates = jnp.zeros((gates_TK.size,), wide)
+    d_gates = d_gates.at[at].set(product_R, mode="drop", unique_indices=True)
+    return d_y, d_gates.reshape(gates_TK.shape).astype(gates_TK.dtype), None
 
 
 combine.defvjp(_combine_fwd, _combine_bwd)
 
 
-def _weighted_sum(y_RD, weights_TK, rows: Rows):
+def _weighted_sum(y_RD, weights_TK, rows: Rows, take):
     has_row = rows.row < y_RD.shape[0]
 
     # One term for each choice, so that no (T, K, D) intermediate is made.
     def term(k):
-        taken = weights_TK[:, k, None] * y_RD[_clip(rows.row[:, k], y_RD)]
-        return jnp.where(has_row[:, k, None], taken, 0)
+        row = take(y_RD, _clip(rows.row[:, k], y_RD))
+        return jnp.where(has_row[:, k, None], weights_TK[:, k, None] * row, 0)
 
     dtype = jnp.promote_types(weights_TK.dtype, y_RD.dtype)
     zeros = jnp.zeros((len(weights_TK), y_RD.shape[1]), dtype)

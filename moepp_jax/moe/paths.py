@@ -26,6 +26,7 @@ def with_capacity(
     expert: Callable = swiglu,
     exchanged: Callable = exchange.by_expert,
     tile: int = 1,
+    take: Callable = dispatch.taken,
 ) -> Path:
     """Every expert has slots for gamma times its load at balance; what does not fit is dropped.
 
@@ -37,6 +38,7 @@ def with_capacity(
       exchanged: (expert, params, rows (E, B, D), axis) -> rows (E, B, D): `exchange.by_expert` or
         `exchange.by_device`.
       tile: an expert's rows on a device are a multiple of it; what its slots do not fill is empty.
+      take: how rows are read by their numbers: `dispatch.taken` or `taken_as_they_are`.
     """
 
     def path(x_GSD, routing: Routing, params, rule: Rule, axis: str | None, sequences: int = 1):
@@ -47,11 +49,12 @@ def with_capacity(
         with jax.named_scope("dispatch"):
             plan = dispatch.assign(routing.experts, capacity_N, sequences)
             rows = dispatch.capacity_rows(routing.experts, plan, n_ffn, slots, tile)
-            buffer = dispatch.gather(x_GSD.reshape(G * S, D), rows).reshape(n_ffn, -1, D)
+            buffer = dispatch.gather(x_GSD.reshape(G * S, D), rows, take).reshape(n_ffn, -1, D)
         with jax.named_scope("experts"):
             y = exchanged(expert, params, buffer, axis)
         with jax.named_scope("combine"):
-            y = dispatch.combine(y.reshape(-1, D), routing.gates.reshape(G * S, -1), rows)
+            gates_TK = routing.gates.reshape(G * S, -1)
+            y = dispatch.combine(y.reshape(-1, D), gates_TK, rows, take)
         return y.reshape(G, S, D), plan.kept
 
     return path
@@ -87,6 +90,7 @@ def dropless(
     moved: transfer.Move = transfer.dense,
     buffer: float | None = None,
     tile: int = 1,
+    take: Callable = dispatch.taken,
 ) -> Path:
     """Every assignment is served, whatever the load, unless `buffer` says otherwise.
 
@@ -101,6 +105,7 @@ def dropless(
       buffer: rows that a device has room for, in units of T K: 1 is what it receives if all
         choices go to FFN experts, evenly. By default there is room for the worst case.
       tile: that room is a multiple of so many rows.
+      take: as in `with_capacity`.
 
     Raises:
       ValueError: `buffer` is not positive.
@@ -128,11 +133,11 @@ def dropless(
         few = 2 * sum(rule.load) < K  # a rule that leaves most choices unused
         with jax.named_scope("dispatch"):
             rows, counts_E = dispatch.sorted_rows(served_TK, pool.n_ffn, few)
-            rows_RD = dispatch.gather(x_GSD.reshape(G * S, D), rows)
+            rows_RD = dispatch.gather(x_GSD.reshape(G * S, D), rows, take)
         with jax.named_scope("experts"):
             y_RD = work(rows_RD, counts_E)
         with jax.named_scope("combine"):
-            y_TD = dispatch.combine(y_RD, routing.gates.reshape(G * S, K), rows)
+            y_TD = dispatch.combine(y_RD, routing.gates.reshape(G * S, K), rows, take)
         return y_TD.reshape(G, S, D), kept_TK.reshape(G, S, K)
 
     return path

@@ -188,10 +188,14 @@ def naive_combine(y_RD, gates_TK, rows):
 
 @jax.jit
 def moves(x, y, gates, d_x, d_y, rows):
-    """gather, combine and their gradients, ours and the naive ones."""
+    """gather, combine and their gradients: ours, as a TPU is told to make them, and naive ones."""
     out = []
     for gather, combine in [
         (dispatch.gather, dispatch.combine),
+        (
+            lambda x, rows: dispatch.gather(x, rows, dispatch.taken_as_they_are),
+            lambda y, gates, rows: dispatch.combine(y, gates, rows, dispatch.taken_as_they_are),
+        ),
         (naive_gather, naive_combine),
     ]:
         gathered, gather_back = jax.vjp(lambda x, f=gather: f(x, rows), x)
@@ -210,10 +214,11 @@ def test_moves_and_their_gradients(case, order, seed):
     shapes = dict(x=(T, D), y=(R, D), gates=(T, K), d_x=(T, D), d_y=(R, D))
     a = {k: jnp.asarray(rng.normal(size=s), jnp.float32) for k, s in shapes.items()}
     filled = np.asarray(rows.assignment) < T * K
-    ours, naive = moves(**a, rows=rows)
-    np.testing.assert_array_equal(ours[0][filled], naive[0][filled])
-    for got, want in zip(jax.tree.leaves(ours[1:]), jax.tree.leaves(naive[1:]), strict=True):
-        np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
+    ours, on_tpu, naive = moves(**a, rows=rows)
+    for out in (ours, on_tpu):
+        np.testing.assert_array_equal(out[0][filled], naive[0][filled])
+        for got, want in zip(jax.tree.leaves(out[1:]), jax.tree.leaves(naive[1:]), strict=True):
+            np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
 
     # <gather(x), y> = <x, gather^T(y)>, y zero in the empty rows, of which gather promises nothing.
     left = np.vdot(ours[0][filled], np.asarray(a["d_y"])[filled])
