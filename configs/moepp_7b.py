@@ -23,7 +23,7 @@ def get_config(corpora: str = "") -> ConfigDict:
         num_heads=16,
         num_kv_heads=16,
         dense_ffn_size=4096,
-        remat="w_in",
+        remat="residual",
     )
     c.moe.update(n_ffn=16, n_const=2, n_copy=1, n_zero=1, ffn_size=4096, exchange_parts=4)
     # 64 TPU v5p, or a multiple of them; cards of 80 GB keep less: model.remat "exchanged".

@@ -172,7 +172,8 @@ SMALL = Scale(
     seeds=3,
 )
 
-# On 64 TPU v5p, keeping for backward as much as fits: their recipes say what other slices take.
+# On 64 TPU v5p, keeping for backward as much as fits of both twins: their recipes say what other
+# slices take.
 _0P6B, _1B, _2B, _7B = (
     _changed(
         functools.partial(module.get_config, CORPORA),

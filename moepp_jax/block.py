@@ -106,6 +106,7 @@ def attention(
 
     q, k = placed("q", c.num_heads), placed("k", c.num_kv_heads)
     v = by.product(x_BLD, params["v"]).reshape(B, L, c.num_kv_heads, W)
+    q, k, v = (checkpoint_name(heads, "qkv") for heads in (q, k, v))
     with jax.named_scope("attention_core"):
         y, kept = attend(q, k, v)
     return by.product(y.reshape(B, L, -1), params["o"]), kept
@@ -227,7 +228,7 @@ class Block:
                 self.config, params[f"{prefix}attention"], h, positions_BL, attend, self.by
             )
             kept.append(held)
-            x += y
+            x = checkpoint_name(x + y, "residual")
             h = self._norm(params[f"{prefix}ffn_norm"], x)
             if prefix:
                 x += self.by.dense(params[f"{prefix}dense"], h)

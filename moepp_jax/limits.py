@@ -18,7 +18,9 @@ CHOICES = {
     "model.rope_type": ("linear", "llama3"),
     "model.dtype": ("float32", "bfloat16", "float16"),
     "model.attention": ("auto", "xla", "splash", "cudnn"),
-    "model.remat": ("none", "w_in", "dots", "attention", "routing", "exchanged", "full"),
+    "model.remat": (
+        *("none", "qkv", "residual", "w_in", "dots", "attention", "routing", "exchanged", "full"),
+    ),
     "moe.dispatch": ("capacity", "dropless"),
     "moe.eval_dispatch": ("capacity", "dropless"),
     "optim.schedule": ("cosine", "linear", "constant"),

@@ -22,12 +22,15 @@ def _all_but_weights(primitive, *_, **__) -> bool:
 _COPIES = {"all_gather", "convert_element_type", "reshape", "transpose", "squeeze", "pvary"}
 
 # Each keeps what those before it keep: tokens at their experts and the experts' answers; where
-# assignments go; the answers of attention; the first products of FFNs.
+# assignments go; the answers of attention; the first products of FFNs; the residual stream behind
+# attention; queries, keys and values.
 _KEPT = {
     "exchanged": ("to_experts", "from_experts"),
     "routing": ("routing",),
     "attention": ("attention",),
     "w_in": ("w_in",),
+    "residual": ("residual",),
+    "qkv": ("qkv",),
 }
 # cuDNN's attention as JAX calls it: what it makes cannot be named.
 _NAMELESS = "dot_product_attention_fwd_wrapper"

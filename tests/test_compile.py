@@ -311,6 +311,33 @@ def test_remedies_go_from_cheap_to_dear():
     assert found == {"flags": list(tried[-1]), "hbm_bytes": 5}
 
 
+@pytest.mark.parametrize(
+    ("found", "chosen", "asked"),
+    [
+        # Of room enough at once; squeezed, and slower than what keeps less; squeezed, but faster.
+        ({"qkv": (60, 1100.0)}, "qkv", 1),
+        ({"qkv": (94, 2300.0), "residual": (92, 1950.0), "w_in": (80, 1900.0)}, "w_in", 3),
+        ({"qkv": (120, None), "residual": (93, 1800.0), "w_in": (80, 1900.0)}, "residual", 3),
+        ({"qkv": (120, None), "residual": (119, None), "w_in": (118, None)}, "w_in", 3),
+        # What the compiler could make, though it is too large for the chip.
+        ({"qkv": (96, 900.0), "residual": (85, 1800.0)}, "residual", 2),
+    ],
+)
+def test_the_fastest_of_those_that_leave_room_and_those_before(found, chosen, asked):
+    c, seen = tiny.config(), []
+
+    def examined(changed):
+        assert changed.replace("model", remat=c.model.remat) == c
+        seen.append(changed.model.remat)
+        gib, ms = found[changed.model.remat]
+        report = {"hbm_bytes": gib * GIB, "hbm_limit_bytes": 95 * GIB, "fits": gib <= 95}
+        return report | ({} if ms is None else {"predicted_ms": [ms, ms]})
+
+    of, report = choice.fastest(c, examined, ("qkv", "residual", "w_in"))
+    assert of == c.replace("model", remat=chosen) and len(seen) == asked
+    assert report["hbm_bytes"] == found[chosen][0] * GIB
+
+
 def test_the_fastest_remat_that_fits_is_named():
     c = tiny.config(**{"model.remat": "dots"})
     own = {"hbm_bytes": 48 * GIB, "fits": True, "predicted_ms": [2100.0, 2300.0], "kernels": []}
@@ -330,7 +357,7 @@ def test_the_fastest_remat_that_fits_is_named():
     rows = choice.of_remat(c, own, examined)
     assert [row["remat"] for row in rows] == list(remedies.REMAT) and "dots" not in asked
     assert set(remedies.REMAT) == set(remat.POLICIES)
-    assert rows[2] == {"remat": "dots"} | {k: v for k, v in own.items() if k != "kernels"}
+    assert rows[4] == {"remat": "dots"} | {k: v for k, v in own.items() if k != "kernels"}
     assert rows[0] == {"remat": "none", "hbm_bytes": 150 * GIB, "fits": False}
     assert choice.best(rows)["remat"] == "w_in"
     said = "The fastest that fits, by this prediction: --config.model.remat=w_in"

@@ -104,7 +104,7 @@ WRONG = [
     ("optim.clip_norm", math.inf, "must be finite"),
     # choices
     ("model.dtype", "int8", "must be one of 'float32', 'bfloat16'"),
-    ("model.remat", "all", "must be one of 'none', 'w_in', 'dots', 'attention'"),
+    ("model.remat", "all", "must be one of 'none', 'qkv', 'residual', 'w_in'"),
     ("moe.dispatch", "dropfull", "must be one of 'capacity', 'dropless'"),
     ("moe.eval_dispatch", "", "must be one of 'capacity', 'dropless'"),
     ("optim.schedule", "wsd", "must be one of 'cosine', 'linear', 'constant'"),

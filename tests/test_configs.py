@@ -1,5 +1,6 @@
 """Every recipe builds, and the paper's have the paper's parameter counts."""
 
+import dataclasses
 import importlib
 from pathlib import Path
 
@@ -92,7 +93,8 @@ def test_every_parameter_and_moment_has_its_place(name):
 def test_vanilla_twin(name):
     moepp, moe = recipe(name), recipe(name.replace("moepp", "moe"))
     assert moe.moe.num_experts == moe.moe.n_ffn == moepp.moe.n_ffn
-    assert moe.model == moepp.model and moe.train == moepp.train
+    same = dataclasses.replace(moe.model, remat=moepp.model.remat)  # it has less memory to spare
+    assert same == moepp.model and moe.train == moepp.train
     assert flops.cost_ratio(moe, moe) == 1
     assert flops.cost_ratio(moepp, moe) == pytest.approx(moepp.moe.rule.ffn_load / 2)
 

@@ -13,7 +13,7 @@ from moepp_jax import mesh as mesh_lib
 from moepp_jax import model
 from moepp_jax import state as state_lib
 from moepp_jax.block import ON_TPU
-from moepp_jax.compile import hlo
+from moepp_jax.compile import hlo, remedies
 from moepp_jax.config import Config
 from moepp_jax.moe.param import path_of
 from moepp_jax.moe.rules.moepp import NEVER
@@ -105,7 +105,7 @@ def test_sequences_that_share_slots_are_the_same_on_every_mesh(accumulate):
     assert kinds == without, "sharing slots moves nothing between devices"
 
 
-@pytest.mark.parametrize("remat", ["w_in", "dots", "attention", "routing", "exchanged", "full"])
+@pytest.mark.parametrize("remat", [policy for policy in remedies.REMAT if policy != "none"])
 def test_what_backward_computes_again_changes_nothing_but_memory_and_traffic(remat):
     """Only "full" sends the tokens to their experts and back again in backward."""
     state, metrics = stepped((2, 2, 2), "capacity", **{"model.remat": remat})
@@ -141,7 +141,9 @@ def test_groups_that_cross_the_expert_axis_in_parts_change_nothing(dispatch, par
 
 
 def test_what_is_kept_is_not_computed_again():
-    """Of a layer: which experts a token chooses, the answers of attention, the first product."""
+    """Of a layer: which experts a token chooses, the answers of attention, the first product, what
+    comes after attention and before it.
+    """
 
     def products(remat):
         *_, step = case((2, 2, 2), "capacity", **{"model.remat": remat})
@@ -153,6 +155,8 @@ def test_what_is_kept_is_not_computed_again():
     assert products("routing") == (1, dots)
     assert products("attention") == (1, dots - 1)
     assert products("w_in") == (1, dots - 2)
+    assert products("residual") == (1, dots - 3)
+    assert products("qkv") == (1, dots - 6)
 
 
 def test_rows_past_the_buffer_of_the_exchange_are_counted():

@@ -38,11 +38,12 @@ CHANGES: Mapping[str, Mapping[str, Any]] = {
     "what attention answers is kept": {"model.remat": "attention"},
     "the experts' first product is kept": {"model.remat": "w_in"},
     "tokens are exchanged in two parts": {"moe.exchange_parts": 2},
-    "in four parts: the recipe": {"moe.exchange_parts": 4},
+    "in four parts": {"moe.exchange_parts": 4},
+    "the residual stream behind attention is kept: the recipe": {"model.remat": "residual"},
 }
 # As many tokens a step as the recipe has.
 LENGTHS = (8192, 32_768)
-REMAT = ("w_in", "exchanged")
+REMAT = ("residual", "exchanged")
 
 
 def long(length: int, remat: str) -> str:

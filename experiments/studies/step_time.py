@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 
 from moepp_jax import compile, flops, markdown
 from moepp_jax.chips import GIB
-from moepp_jax.compile import parts
+from moepp_jax.compile import choice, parts
 from moepp_jax.compile.topology import Topology, devices
 from moepp_jax.config import Config
 from moepp_jax.experiments import figures
@@ -67,7 +67,7 @@ class StepTime(Study):
                 config = pods.on(config_of(scale, LARGEST, tau), lies)
                 wanted.setdefault(named("7B", tau, topology), (config, topology))
         return [
-            Measurement(name, None, functools.partial(predict, *what))
+            Measurement(name, None, functools.partial(predict_fastest, *what))
             for name, what in wanted.items()
         ]
 
@@ -149,8 +149,9 @@ speed-ups are over the vanilla row of the same model and slice, at most by the t
 experts, combine and the exchange took no more than FFN experts' share of the vanilla row's, and all
 else as long as there, zero-computation experts nothing. Nothing here ran on a TPU: the step is
 compiled as far as its schedule, and the slowest of what each instruction needs is added up, as
-`moepp compile --profile` does and says (docs/PODS.md). The batch is the paper's 2,048 sequences, or
-one a chip where there are more chips.
+`moepp compile --profile` does and says (docs/PODS.md). Each row has the `model.remat` that makes it
+fastest of those that fit: what MoE++ need not hold for experts is held for backward. The batch is
+the paper's 2,048 sequences, or one a chip where there are more chips.
 
 The compiler of TPUs has to be there (`make pods` puts it beside the environment)."""
 _COLUMNS = ("step, ms", "speed-up", "at most, peak links", "experts' speed-up", "tokens/s a chip")
@@ -160,7 +161,11 @@ _COLUMNS += (
     "exchange in full, ms",
     "not hidden, ms",
     "GiB a chip",
+    "`model.remat`",
 )
+
+# Of what a row may keep for backward, from most to least.
+POLICIES = ("none", "qkv", "residual", "w_in", "attention", "exchanged")
 
 
 def config_of(
@@ -187,8 +192,21 @@ def _at_most(vanilla: Row, theory: float) -> float:
 
 def predict(config: Config, text: str, folder: Path | None) -> Row:
     """What a step takes on a topology, and of a chip's memory, as a row."""
+    return _row(_examine(config, text))
+
+
+def predict_fastest(config: Config, text: str, folder: Path | None) -> Row:
+    """As `predict`, with what of `POLICIES` makes the step fastest."""
+    chosen, found = choice.fastest(config, lambda c: _examine(c, text), POLICIES)
+    return _row(found) | {f"remat_{p}": float(p == chosen.model.remat) for p in POLICIES}
+
+
+def _examine(config: Config, text: str) -> Mapping[str, Any]:
     topology = Topology.parse(text)
-    found = compile.examine(config, devices(topology), topology, profiled="fast")
+    return compile.examine(config, devices(topology), topology, profiled="fast")
+
+
+def _row(found: Mapping[str, Any]) -> Row:
     values = {"fits": float(found["fits"]), "hbm_gib": found["hbm_bytes"] / GIB}
     if "parts_ms" not in found:
         return values
@@ -266,6 +284,7 @@ def _totals(scale: Scale, rows: Mapping[str, Row], names: list[str]) -> list[lis
                 ends("exchange_ms", ",.1f"),
                 f"{row[hidden]:,.1f} to {row[f'{hidden}_slow']:,.1f}",
                 f"{row['hbm_gib']:.1f}",
+                next((p for p in POLICIES if row.get(f"remat_{p}")), ""),
             ]
         )
     return lines

@@ -33,6 +33,37 @@ def of_remat(
 _COLUMNS = ("hbm_bytes", "fits", "predicted_ms", "mfu_nominal")
 
 
+def fastest(
+    config: Config,
+    examined: Callable[[Config], Mapping[str, Any]],
+    policies: Sequence[str],
+) -> tuple[Config, Mapping[str, Any]]:
+    """The configuration with the fastest of these policies that fits, and what is known of it.
+
+    They are tried until one leaves room: those after it compute more again. If none fits it is the
+    last one.
+
+    Args:
+      examined: as in `of_remat`.
+      policies: from the one that keeps most to the one that keeps least.
+    """
+    chosen, least = None, float("inf")
+    for policy in policies:
+        changed = config.replace("model", remat=policy)
+        found = examined(changed)
+        took = found["predicted_ms"][0] if "predicted_ms" in found and found["fits"] else None
+        if took is not None and took < least:
+            chosen, least = (changed, found), took
+        if took is not None and found["hbm_bytes"] <= _ROOMY * found["hbm_limit_bytes"]:
+            break
+    return chosen or (changed, found)
+
+
+# Of a chip's memory. A step that needs more may fit only as the compiler squeezes it, so that it is
+# slower than one that keeps less.
+_ROOMY = 0.9
+
+
 def best(rows: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
     """The fastest that fits, with links at their peak; None if none does."""
     fitting = [row for row in rows if row["fits"] and "predicted_ms" in row]

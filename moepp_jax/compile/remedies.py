@@ -11,7 +11,8 @@ from moepp_jax.errors import ConfigError
 
 _TRIES = 3
 # From the one that computes least again to the one that keeps least.
-REMAT = ("none", "w_in", "dots", "attention", "routing", "exchanged", "full")
+REMAT = ("none", "qkv", "residual", "w_in")
+REMAT += ("dots", "attention", "routing", "exchanged", "full")
 
 
 def find(
@@ -98,6 +99,8 @@ def estimate(config: Config, sizes: tuple[int, int, int]) -> float:
     exchanged = carried * (1 + 2 * e.gamma * sum(e.rule.load))
     kept = {"full": carried, "exchanged": exchanged, "dots": 2 * exchanged, "none": inside}
     kept |= {"routing": exchanged, "attention": exchanged + carried}
-    kept |= {"w_in": exchanged + carried + tokens * 4 * e.gamma * sum(e.rule.load) * e.ffn_size}
+    w_in = exchanged + carried + tokens * 4 * e.gamma * sum(e.rule.load) * e.ffn_size
+    heads = 2 * tokens * (m.num_heads + 2 * m.num_kv_heads) * m.head_width
+    kept |= {"w_in": w_in, "residual": w_in + carried, "qkv": w_in + carried + heads}
     logits = 8 * rows * m.loss_chunk * m.vocab_size
     return held + layer + m.num_layers * kept[m.remat] + inside + logits

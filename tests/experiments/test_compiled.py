@@ -92,7 +92,7 @@ def test_meshes_lie_on_their_slices():
 def predicted(config: Config, vanilla: float = 1.0) -> dict[str, float]:
     """Of a step: the experts as the theory has it, or off by a factor, and 50 ms of all else."""
     experts = 50 * config.moe.rule.ffn_load * vanilla
-    row = {"fits": 1.0, "hbm_gib": 40.0, "kernels_not_estimated": 0.0}
+    row = {"fits": 1.0, "hbm_gib": 40.0, "kernels_not_estimated": 0.0, "remat_w_in": 1.0}
     row |= {step_time.column(part): 0.0 for part in parts.ALL}
     row |= {"experts_ms": experts, "attention_core_ms": 50.0}
     row |= {"exchange_not_hidden_ms_slow": 5.0, "collectives_ms_slow": 0.0}
@@ -119,6 +119,7 @@ def test_predicted_steps_beside_the_theory(vanilla, outcome):
     page = "\n".join(of.more(found))
     assert vanilla != 1 or "| 1.20 to 1.19 | 1.20 | 1.33 |" in page
     assert page.count("\n| 7B, v5p:4x4x4, ") == 6 and "| 0.6B, vanilla |" in page
+    assert page.count(" | 40.0 | w_in |") > 6
     assert len(of.figure(found).axes) == 2
     some = study.results_of(of, PAPER, [], rows[:3])
     assert [v.outcome for v in of.verdicts(some)] == [study.MISSING]
@@ -131,8 +132,9 @@ def test_changes_of_a_step_one_on_the_other():
     configs = [one.take.args[0] for one in wanted]
     usual = PAPER.variant("", of=PAPER.sizes["16+4, larger"]).config
     recipe = configs[len(step_changes.CHANGES) - 1]
-    assert recipe == usual.replace("moe.rule", tau=0.75)
-    assert len(set(configs)) == len(configs) == 11
+    kept = usual.replace("model", remat="residual")  # that of its own recipe, of both twins less
+    assert recipe == kept.replace("moe.rule", tau=0.75)
+    assert len(set(configs)) == len(configs) == 12
     assert {c.batch_tokens for c in configs} == {usual.batch_tokens}
 
     def found(faster: float, lacking: float):
@@ -146,7 +148,7 @@ def test_changes_of_a_step_one_on_the_other():
     assert [v.outcome for v in of.verdicts(good)] == [study.HOLDS, study.HOLDS]
     assert [v.outcome for v in of.verdicts(found(0.0, 8))] == [study.FAILS, study.FAILS]
     page = "\n".join(of.more(good))
-    assert "| fused attention | 490 to " in page and page.count("model.remat w_in | ") == 2
+    assert "| fused attention | 490 to " in page and page.count("model.remat residual | ") == 2
     assert len(of.figure(good).axes[0].get_yticklabels()) == len(step_changes.CHANGES)
     some = study.results_of(of, PAPER, [], good.measured[:3])
     assert [v.outcome for v in of.verdicts(some)] == [study.MISSING]
