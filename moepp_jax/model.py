@@ -186,6 +186,7 @@ def moe_of(config: Config, dispatch: str, platform: str, mesh: Mesh | None = Non
             kernels.exchanged(platform),
             kernels.slots_tile(platform),
             kernels.taking(platform),
+            c.exchange_parts,
         )
         sequences = max(1, c.group_size // config.data.seq_len)
     else:
@@ -195,8 +196,9 @@ def moe_of(config: Config, dispatch: str, platform: str, mesh: Mesh | None = Non
             c.exchange_buffer or None,
             kernels.buffer_tile(platform),
             kernels.taking(platform),
+            c.exchange_parts,
         )
-    return moe_lib.MoE(c.rule, moe_lib.in_parts(path, c.exchange_parts), c.input_scale, sequences)
+    return moe_lib.MoE(c.rule, path, c.input_scale, sequences)
 
 
 def build(

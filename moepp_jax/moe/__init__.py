@@ -29,7 +29,7 @@ from moepp_jax.moe.grouped import Blocked
 from moepp_jax.moe.layer import MoE, Routed, describe, local, routed, sharded
 from moepp_jax.moe.losses import Statistics, heterogeneous_balance, summarise
 from moepp_jax.moe.param import Param, init
-from moepp_jax.moe.paths import dropless, in_parts, with_capacity
+from moepp_jax.moe.paths import dropless, with_capacity
 from moepp_jax.moe.ragged import Ragged
 from moepp_jax.moe.rule import Loss, Routing, Rule, RuleError
 
@@ -49,7 +49,6 @@ __all__ = [
     "describe",
     "dropless",
     "heterogeneous_balance",
-    "in_parts",
     "init",
     "local",
     "routed",

@@ -162,24 +162,42 @@ def taken_as_they_are(x_TD: Float[Array, "T D"], at: Int[Array, " R"]) -> Float[
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def gather(x_TD: Float[Array, "T D"], rows: Rows, take: Callable = taken) -> Float[Array, "R D"]:
+def gather(
+    x_GSD: Float[Array, "G S D"], parts: Sequence[Rows], take: Callable = taken
+) -> list[Float[Array, "R D"]]:
     """The token of every row. Empty rows hold some token; nothing reads what comes of them.
 
     The gradient is a gather too: each token sums the rows that its assignments have.
 
     Args:
+      parts: buffers, each of as many of the groups, in their order. All read x where it is: a part
+        of its own would be a copy.
       take: `taken` or `taken_as_they_are`.
     """
-    return _by_row(lambda at: take(x_TD, _token(rows, at)), rows)
+    x_TD = _flat(x_GSD)
+    return [
+        _by_row(lambda at, rows=rows, t=t: take(x_TD, t + _token(rows, at)), rows)
+        for t, rows in zip(_starts(parts), parts, strict=True)
+    ]
 
 
-def _gather_fwd(x_TD, rows, take):
-    return gather(x_TD, rows, take), rows
+def _flat(x_GSD: Array) -> Array:
+    return x_GSD.reshape(-1, x_GSD.shape[-1])
 
 
-def _gather_bwd(take, rows, d_RD):
-    ones = jnp.ones(rows.row.shape, jnp.float32)
-    return _weighted_sum(d_RD, ones, rows, take), None
+def _starts(parts: Sequence[Rows]) -> list[int]:
+    """The first token of each part."""
+    return [i * len(rows.row) for i, rows in enumerate(parts)]
+
+
+def _gather_fwd(x_GSD, parts, take):
+    ones_GSK = jnp.ones((*x_GSD.shape[:-1], parts[0].row.shape[-1]), jnp.float32)
+    return gather(x_GSD, parts, take), (parts, ones_GSK)
+
+
+def _gather_bwd(take, saved, d):
+    parts, ones_GSK = saved
+    return _weighted_sums(d, ones_GSK, parts, take), None
 
 
 gather.defvjp(_gather_fwd, _gather_bwd)
@@ -187,28 +205,40 @@ gather.defvjp(_gather_fwd, _gather_bwd)
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def combine(
-    y_RD: Float[Array, "R D"],
-    gates_TK: Float[Array, "T K"],
-    rows: Rows,
+    y: Sequence[Float[Array, "R D"]],
+    gates_GSK: Float[Array, "G S K"],
+    parts: Sequence[Rows],
     take: Callable = taken,
-) -> Float[Array, "T D"]:
+) -> Float[Array, "G S D"]:
     """Every token's sum of its rows, weighed by its gates; assignments without a row add nothing.
 
     Sums in float32. The gradients are gathers and products, and the gates' go where they belong one
     by one: there are fewer rows than assignments, if any expert costs nothing.
 
     Args:
-      take: `taken` or `taken_as_they_are`.
+      y: one buffer for each part.
+      parts, take: as in `gather`.
     """
-    return _weighted_sum(y_RD, gates_TK, rows, take)
+    return _weighted_sums(y, gates_GSK, parts, take)
 
 
-def _combine_fwd(y_RD, gates_TK, rows, take):
-    return _weighted_sum(y_RD, gates_TK, rows, take), (y_RD, gates_TK, rows)
+def _combine_fwd(y, gates_GSK, parts, take):
+    return combine(y, gates_GSK, parts, take), (y, gates_GSK, parts)
 
 
-def _combine_bwd(take, saved, d_TD):
-    y_RD, gates_TK, rows = saved
+def _combine_bwd(take, saved, d_GSD):
+    y, gates_GSK, parts = saved
+    d_TD, gates = _flat(d_GSD), jnp.split(_flat(gates_GSK), len(parts))
+    gradients = [
+        _combine_gradients(*of_part, d_TD, take)
+        for of_part in zip(y, gates, parts, _starts(parts), strict=True)
+    ]
+    d_y, d_gates = zip(*gradients, strict=True)
+    return list(d_y), jnp.concatenate(d_gates).reshape(gates_GSK.shape), None
+
+
+def _combine_gradients(y_RD, gates_TK, rows: Rows, first: int, d_TD, take):
+    """Of a part that begins with the first token of d."""
     filled = rows.assignment < gates_TK.size
     gate_R = gates_TK.reshape(-1)[jnp.where(filled, rows.assignment, 0)]
     gate_R = jnp.where(filled, gate_R, 0.0)
@@ -217,7 +247,7 @@ def _combine_bwd(take, saved, d_TD):
     # Both gradients while the token's is at hand: to fetch its rows of y again, for the gates,
     # would take as long as to fetch it.
     def of_row(at):
-        d = take(d_TD, _token(rows, at))
+        d = take(d_TD, first + _token(rows, at))
         d_y = gate_R[at][:, None] * d
         return d_y.astype(y_RD.dtype), jnp.sum(d.astype(wide) * y_RD[at], axis=-1)
 
@@ -227,10 +257,18 @@ def _combine_bwd(take, saved, d_TD):
     at = jnp.where(filled, rows.assignment, outside)
     d_gates = jnp.zeros((gates_TK.size,), wide)
     d_gates = d_gates.at[at].set(product_R, mode="drop", unique_indices=True)
-    return d_y, d_gates.reshape(gates_TK.shape).astype(gates_TK.dtype), None
+    return d_y, d_gates.reshape(gates_TK.shape).astype(gates_TK.dtype)
 
 
 combine.defvjp(_combine_fwd, _combine_bwd)
+
+
+def _weighted_sums(y, weights_GSK, parts, take):
+    """Each part's, one after the other: joined as groups, or XLA writes them a second time."""
+    weights = jnp.split(_flat(weights_GSK), len(parts))
+    sums = [_weighted_sum(*of_part, take) for of_part in zip(y, weights, parts, strict=True)]
+    S, D = weights_GSK.shape[1], sums[0].shape[-1]
+    return jnp.concatenate([total.reshape(-1, S, D) for total in sums])
 
 
 def _weighted_sum(y_RD, weights_TK, rows: Rows, take):

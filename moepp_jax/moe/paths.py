@@ -7,6 +7,7 @@ A path is a function (x, routing, params of the FFN experts, rule, axis, sequenc
 import functools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +28,7 @@ def with_capacity(
     exchanged: Callable = exchange.by_expert,
     tile: int = 1,
     take: Callable = dispatch.taken,
+    parts: int = 1,
 ) -> Path:
     """Every expert has slots for gamma times its load at balance; what does not fit is dropped.
 
@@ -39,50 +41,41 @@ def with_capacity(
         `exchange.by_device`.
       tile: an expert's rows on a device are a multiple of it; what its slots do not fill is empty.
       take: how rows are read by their numbers: `dispatch.taken` or `taken_as_they_are`.
+      parts: at most so many buffers share the groups of a device evenly. They do not depend on each
+        other, so that experts can compute one while the rows of another cross the expert axis, and
+        each reads the experts' parameters anew. Where there is no such axis there is one buffer.
     """
 
     def path(x_GSD, routing: Routing, params, rule: Rule, axis: str | None, sequences: int = 1):
-        G, S, D = x_GSD.shape
+        _, S, D = x_GSD.shape
         n_ffn = rule.pool.n_ffn
         capacity_N = dispatch.capacity(rule.load, gamma, S)
         slots = max(capacity_N[:n_ffn])
         with jax.named_scope("dispatch"):
             plan = dispatch.assign(routing.experts, capacity_N, sequences)
-            rows = dispatch.capacity_rows(routing.experts, plan, n_ffn, slots, tile)
-            buffer = dispatch.gather(x_GSD.reshape(G * S, D), rows, take).reshape(n_ffn, -1, D)
+            rows = [
+                dispatch.capacity_rows(experts, of_part, n_ffn, slots, tile)
+                for experts, of_part in _split((routing.experts, plan), axis, parts)
+            ]
+            buffers = dispatch.gather(x_GSD, rows, take)
         with jax.named_scope("experts"):
-            y = exchanged(expert, params, buffer, axis)
+            buffers = [buffer.reshape(n_ffn, -1, D) for buffer in buffers]
+            y = [exchanged(expert, params, buffer, axis).reshape(-1, D) for buffer in buffers]
         with jax.named_scope("combine"):
-            gates_TK = routing.gates.reshape(G * S, -1)
-            y = dispatch.combine(y.reshape(-1, D), gates_TK, rows, take)
-        return y.reshape(G, S, D), plan.kept
+            y_GSD = dispatch.combine(y, routing.gates, rows, take)
+        return y_GSD, plan.kept
 
     return path
 
 
-def in_parts(path: Path, parts: int) -> Path:
-    """The path, taken by one part of the groups after the other.
-
-    Parts do not depend on each other, so that experts can compute one while the rows of another
-    cross the expert axis. Where there is no such axis nothing is split. Each part reads the
-    experts' parameters anew, and of a `dropless` path with a buffer has its own, which drops other
-    assignments than one for all would.
-
-    Args:
-      parts: at most; the groups are split evenly.
-    """
-
-    def each(x_GSD, routing: Routing, params, rule: Rule, axis: str | None, sequences: int = 1):
-        G = len(x_GSD)
-        size = G if axis is None else G // max(n for n in range(1, parts + 1) if G % n == 0)
-        done = []
-        for start in range(0, G, size):
-            x, of_part = jax.tree.map(lambda a, s=start: a[s : s + size], (x_GSD, routing))
-            done.append(path(x, of_part, params, rule, axis, sequences))
-        y, kept = zip(*done, strict=True)
-        return jnp.concatenate(y), jnp.concatenate(kept)
-
-    return path if parts == 1 else each
+def _split(arrays: Any, axis: str | None, parts: int) -> list[Any]:
+    """A tree of arrays of groups, divided evenly into so many parts at most, by whole groups."""
+    groups = len(jax.tree.leaves(arrays)[0])
+    n = 1 if axis is None else max(n for n in range(1, parts + 1) if groups % n == 0)
+    leaves, tree = jax.tree.flatten(arrays)
+    return [
+        tree.unflatten(part) for part in zip(*(jnp.split(leaf, n) for leaf in leaves), strict=True)
+    ]
 
 
 def dropless(
@@ -91,6 +84,7 @@ def dropless(
     buffer: float | None = None,
     tile: int = 1,
     take: Callable = dispatch.taken,
+    parts: int = 1,
 ) -> Path:
     """Every assignment is served, whatever the load, unless `buffer` says otherwise.
 
@@ -106,6 +100,8 @@ def dropless(
         choices go to FFN experts, evenly. By default there is room for the worst case.
       tile: that room is a multiple of so many rows.
       take: as in `with_capacity`.
+      parts: as in `with_capacity`. Each has its own buffer, which drops other assignments than one
+        for all would.
 
     Raises:
       ValueError: `buffer` is not positive.
@@ -115,30 +111,38 @@ def dropless(
         raise ValueError(f"buffer = {buffer} leaves no room for a row: give a number above 0")
 
     def path(x_GSD, routing: Routing, params, rule: Rule, axis: str | None, sequences: int = 1):
-        G, S, D = x_GSD.shape
+        G, S, _ = x_GSD.shape
         K, pool = rule.most, rule.pool
-        experts_TK = routing.experts.reshape(G * S, K)
-        kept_TK = experts_TK < pool.size
-        work = functools.partial(grouped, params)
-        if axis is not None:
-            devices = jax.lax.axis_size(axis)
-            room = worst = devices * G * S * min(K, pool.n_ffn // devices)
-            if buffer is not None:
-                room = min(worst, math.ceil(buffer * experts_TK.size / tile) * tile)
-            if room < worst:
-                kept_TK &= transfer.admitted(experts_TK, pool.n_ffn, room, axis)
-                kept_TK = checkpoint_name(kept_TK, "routing")
-            work = _elsewhere(work, moved, room, axis)
-        served_TK = jnp.where(kept_TK, experts_TK, pool.n_ffn)
         few = 2 * sum(rule.load) < K  # a rule that leaves most choices unused
+
+        def placed(experts_GSK):
+            """Of a part: its rows, how many each expert has, what does its work, what is kept."""
+            experts_TK = experts_GSK.reshape(-1, K)
+            kept_TK = experts_TK < pool.size
+            work = functools.partial(grouped, params)
+            if axis is not None:
+                devices = jax.lax.axis_size(axis)
+                room = worst = devices * len(experts_TK) * min(K, pool.n_ffn // devices)
+                if buffer is not None:
+                    room = min(worst, math.ceil(buffer * experts_TK.size / tile) * tile)
+                if room < worst:
+                    kept_TK &= transfer.admitted(experts_TK, pool.n_ffn, room, axis)
+                    kept_TK = checkpoint_name(kept_TK, "routing")
+                work = _elsewhere(work, moved, room, axis)
+            served_TK = jnp.where(kept_TK, experts_TK, pool.n_ffn)
+            with jax.named_scope("dispatch"):
+                rows, counts_E = dispatch.sorted_rows(served_TK, pool.n_ffn, few)
+            return rows, counts_E, work, kept_TK
+
+        each = map(placed, _split(routing.experts, axis, parts))
+        rows, counts, work, kept = map(list, zip(*each, strict=True))
         with jax.named_scope("dispatch"):
-            rows, counts_E = dispatch.sorted_rows(served_TK, pool.n_ffn, few)
-            rows_RD = dispatch.gather(x_GSD.reshape(G * S, D), rows, take)
+            buffers = dispatch.gather(x_GSD, rows, take)
         with jax.named_scope("experts"):
-            y_RD = work(rows_RD, counts_E)
+            y = [w(b, counts_E) for w, b, counts_E in zip(work, buffers, counts, strict=True)]
         with jax.named_scope("combine"):
-            y_TD = dispatch.combine(y_RD, routing.gates.reshape(G * S, K), rows, take)
-        return y_TD.reshape(G, S, D), kept_TK.reshape(G, S, K)
+            y_GSD = dispatch.combine(y, routing.gates, rows, take)
+        return y_GSD, jnp.concatenate(kept).reshape(G, S, K)
 
     return path
 

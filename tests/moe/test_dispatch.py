@@ -1,5 +1,6 @@
 """Queues, slots and rows for any routing; the moves between tokens and rows and their adjoints."""
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -173,6 +174,15 @@ def test_statistics(case):
     assert np.all(stats.kept <= np.array(case.capacity) / S + 1e-6)
 
 
+def gather(x_TD, rows, take=dispatch.taken):
+    """One part, of tokens in one group."""
+    return dispatch.gather(x_TD[None], [rows], take)[0]
+
+
+def combine(y_RD, gates_TK, rows, take=dispatch.taken):
+    return dispatch.combine([y_RD], gates_TK[None], [rows], take)[0]
+
+
 def naive_gather(x_TD, rows):
     """`gather` as an indexing that autodiff sees through; empty rows hold zeros."""
     K = rows.row.shape[1]
@@ -190,16 +200,14 @@ def naive_combine(y_RD, gates_TK, rows):
 def moves(x, y, gates, d_x, d_y, rows):
     """gather, combine and their gradients: ours, as a TPU is told to make them, and naive ones."""
     out = []
-    for gather, combine in [
-        (dispatch.gather, dispatch.combine),
-        (
-            lambda x, rows: dispatch.gather(x, rows, dispatch.taken_as_they_are),
-            lambda y, gates, rows: dispatch.combine(y, gates, rows, dispatch.taken_as_they_are),
-        ),
+    on_tpu = {"take": dispatch.taken_as_they_are}
+    for there, back in [
+        (gather, combine),
+        (functools.partial(gather, **on_tpu), functools.partial(combine, **on_tpu)),
         (naive_gather, naive_combine),
     ]:
-        gathered, gather_back = jax.vjp(lambda x, f=gather: f(x, rows), x)
-        combined, combine_back = jax.vjp(lambda y, g, f=combine: f(y, g, rows), y, gates)
+        gathered, gather_back = jax.vjp(lambda x, f=there: f(x, rows), x)
+        combined, combine_back = jax.vjp(lambda y, g, f=back: f(y, g, rows), y, gates)
         out.append((gathered, gather_back(d_y), combined, combine_back(d_x)))
     return out
 
@@ -225,7 +233,7 @@ def test_moves_and_their_gradients(case, order, seed):
     np.testing.assert_allclose(left, np.vdot(a["x"], ours[1][0]), rtol=1e-4, atol=1e-4)
     # combine(gather(x)) is x times the sum of the gates that have a row.
     total = np.where(np.asarray(rows.row) < R, a["gates"], 0).sum(-1, keepdims=True)
-    back = jax.jit(dispatch.combine)(ours[0], a["gates"], rows)
+    back = jax.jit(combine)(ours[0], a["gates"], rows)
     np.testing.assert_allclose(back, a["x"] * total, rtol=1e-5, atol=1e-5)
 
 
@@ -241,17 +249,37 @@ def test_gradients_by_differences(order):
         y = jnp.asarray(rng.normal(size=(len(rows.assignment), D)))
         gates = jnp.asarray(rng.normal(size=(12, 2)))
         filled = jnp.asarray(~empty, jnp.float64)[:, None]
-        gather = jax.jit(lambda x: dispatch.gather(x, rows) * filled)
-        combine = jax.jit(lambda y, gates: dispatch.combine(y, gates, rows))
-        check_grads(gather, (x,), 1, ["rev"], 1e-8, 1e-8)
-        check_grads(combine, (y, gates), 1, ["rev"], 1e-6, 1e-6)  # float32 to the gates
+        there = jax.jit(lambda x: gather(x, rows) * filled)
+        back = jax.jit(lambda y, gates: combine(y, gates, rows))
+        check_grads(there, (x,), 1, ["rev"], 1e-8, 1e-8)
+        check_grads(back, (y, gates), 1, ["rev"], 1e-6, 1e-6)  # float32 to the gates
+
+
+def test_parts_read_and_write_what_is_theirs():
+    """Two parts of three groups each, against one of all six: values and gradients."""
+    rng = np.random.default_rng(0)
+    G, S, K, E = 6, 4, 2, 3
+    experts = jnp.asarray(np.argsort(rng.random((G, S, 5)), axis=-1)[..., :K], jnp.int32)
+    x, d = (jnp.asarray(rng.normal(size=(G, S, D)), jnp.float32) for _ in range(2))
+    gates = jnp.asarray(rng.random((G, S, K)), jnp.float32)
+
+    def out(x, gates, parts):
+        rows = [dispatch.sorted_rows(e.reshape(-1, K), E)[0] for e in jnp.split(experts, parts)]
+        y = [jnp.sin(b) for b in dispatch.gather(x, rows)]
+        return jnp.sum(d * dispatch.combine(y, gates, rows))
+
+    one, two = (
+        jax.jit(jax.value_and_grad(lambda *a, n=n: out(*a, n), (0, 1)))(x, gates) for n in (1, 2)
+    )
+    for got, want in zip(jax.tree.leaves(two), jax.tree.leaves(one), strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-6, atol=1e-6)
 
 
 def test_combine_sums_in_float32():
     """Of bfloat16 rows, 256 + 1 + 1 is 258, and not 256 as it would be one by one."""
     rows = dispatch.Rows(jnp.array([0, 1, 2]), jnp.array([[0, 1, 2]]))
     y = jnp.array([[256.0], [1.0], [1.0]], jnp.bfloat16)
-    out = dispatch.combine(y, jnp.ones((1, 3)), rows)
+    out = combine(y, jnp.ones((1, 3)), rows)
     assert out.dtype == jnp.bfloat16
     assert float(out[0, 0]) == 258
 
@@ -270,10 +298,10 @@ def test_few_rows_move_as_all_do(block, seed, share):
 
     def out(x, gates, few):
         rows, counts = dispatch.sorted_rows(experts, 4, few)
-        y = dispatch.gather(x, rows)
+        y = gather(x, rows)
         filled = jnp.arange(len(y)) < counts.sum()
         y = jnp.where(filled[:, None], y**2, 0)  # what experts make of empty rows is not read
-        return jnp.sum(d * dispatch.combine(y, gates, rows))
+        return jnp.sum(d * combine(y, gates, rows))
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(dispatch, "_BLOCK", block)
