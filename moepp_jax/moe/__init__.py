@@ -14,8 +14,9 @@ The letters of the shapes, here and wherever a name ends in them (`x_GSD`):
   F  width of an FFN expert
   R  rows of a buffer of tokens on their way to the FFN experts
 
-Data flows one way: rule.route -> dispatch -> experts -> dispatch.combine, and on an expert axis
-the experts are reached by `exchange` (fixed slots) or `transfer` (as many rows as there are).
+Data flows one way: rule.route -> dispatch -> rows.gather -> experts -> rows.combine, and on an
+expert axis the experts are reached by `exchange` (fixed slots) or `transfer` (as many rows as there
+are).
 `layer.local` composes them for the tokens of one device, `layer.routed` tells each token's way too,
 and `layer.sharded` runs them under shard_map on a mesh. What varies between models is the `Rule`
 and a function for each other choice, given when the `layer.MoE` is built, never a flag tested in

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 from jax.sharding import Mesh
 
-from moepp_jax.moe import dispatch, exchange, transfer
+from moepp_jax.moe import exchange, rows, transfer
 from moepp_jax.moe.experts import one_swiglu, swiglu, swiglu_apart
 from moepp_jax.moe.grouped import Apart, Blocked, all_of_few
 from moepp_jax.moe.products import few_weights_first, tokens_first
@@ -45,7 +45,7 @@ def grouped_function(platform: str) -> Callable:
 
 def taking(platform: str) -> Callable:
     """For both paths: how rows are read by their numbers."""
-    return dispatch.taken_as_they_are if platform == "tpu" else dispatch.taken
+    return rows.taken_as_they_are if platform == "tpu" else rows.taken
 
 
 def slots_tile(platform: str) -> int:

@@ -17,6 +17,7 @@ from jaxtyping import Array, Bool, Float
 from moepp_jax.moe import dispatch, exchange, transfer
 from moepp_jax.moe.experts import swiglu
 from moepp_jax.moe.grouped import Blocked
+from moepp_jax.moe.rows import combine, gather, taken
 from moepp_jax.moe.rule import Routing, Rule
 
 Path = Callable[..., tuple[Float[Array, "G S D"], Bool[Array, "G S K"]]]
@@ -27,7 +28,7 @@ def with_capacity(
     expert: Callable = swiglu,
     exchanged: Callable = exchange.by_expert,
     tile: int = 1,
-    take: Callable = dispatch.taken,
+    take: Callable = taken,
     parts: int = 1,
 ) -> Path:
     """Every expert has slots for gamma times its load at balance; what does not fit is dropped.
@@ -40,7 +41,7 @@ def with_capacity(
       exchanged: (expert, params, rows (E, B, D), axis) -> rows (E, B, D): `exchange.by_expert` or
         `exchange.by_device`.
       tile: an expert's rows on a device are a multiple of it; what its slots do not fill is empty.
-      take: how rows are read by their numbers: `dispatch.taken` or `taken_as_they_are`.
+      take: how rows are read by their numbers: `rows.taken` or `taken_as_they_are`.
       parts: at most so many buffers share the groups of a device evenly. They do not depend on each
         other, so that experts can compute one while the rows of another cross the expert axis, and
         each reads the experts' parameters anew. Where there is no such axis there is one buffer.
@@ -57,12 +58,12 @@ def with_capacity(
                 dispatch.capacity_rows(experts, of_part, n_ffn, slots, tile)
                 for experts, of_part in _split((routing.experts, plan), axis, parts)
             ]
-            buffers = dispatch.gather(x_GSD, rows, take)
+            buffers = gather(x_GSD, rows, take)
         with jax.named_scope("experts"):
             buffers = [buffer.reshape(n_ffn, -1, D) for buffer in buffers]
             y = [exchanged(expert, params, buffer, axis).reshape(-1, D) for buffer in buffers]
         with jax.named_scope("combine"):
-            y_GSD = dispatch.combine(y, routing.gates, rows, take)
+            y_GSD = combine(y, routing.gates, rows, take)
         return y_GSD, plan.kept
 
     return path
@@ -83,7 +84,7 @@ def dropless(
     moved: transfer.Move = transfer.dense,
     buffer: float | None = None,
     tile: int = 1,
-    take: Callable = dispatch.taken,
+    take: Callable = taken,
     parts: int = 1,
 ) -> Path:
     """Every assignment is served, whatever the load, unless `buffer` says otherwise.
@@ -137,11 +138,11 @@ def dropless(
         each = map(placed, _split(routing.experts, axis, parts))
         rows, counts, work, kept = map(list, zip(*each, strict=True))
         with jax.named_scope("dispatch"):
-            buffers = dispatch.gather(x_GSD, rows, take)
+            buffers = gather(x_GSD, rows, take)
         with jax.named_scope("experts"):
             y = [w(b, counts_E) for w, b, counts_E in zip(work, buffers, counts, strict=True)]
         with jax.named_scope("combine"):
-            y_GSD = dispatch.combine(y, routing.gates, rows, take)
+            y_GSD = combine(y, routing.gates, rows, take)
         return y_GSD, jnp.concatenate(kept).reshape(G, S, K)
 
     return path
