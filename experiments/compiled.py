@@ -84,19 +84,22 @@ def _examined(folder: None, run: Run, topology: str) -> Mapping[str, float]:
         return examined(run.config, topology)
 
 
-def examined(config: Config, text: str) -> dict[str, float]:
+def examined(config: Config, text: str, profiled: str | None = None) -> dict[str, float]:
     """Of a chip: memory in GiB, and, if the step fits, the bounds of its time in milliseconds.
+
+    Args:
+      profiled: as in `compile.examine`.
 
     Raises:
       ConfigError: see `topology.devices` and `mesh.mesh_shape`.
     """
-    return values_of(examination(config, text), config)
+    return values_of(examination(config, text, profiled), config)
 
 
-def examination(config: Config, text: str) -> Mapping[str, Any]:
-    """All that `compile.examine` finds; errors as `examined`."""
+def examination(config: Config, text: str, profiled: str | None = None) -> Mapping[str, Any]:
+    """All that `compile.examine` finds; arguments and errors as `examined`."""
     topology = Topology.parse(text)
-    return compile.examine(config, devices(topology), topology)
+    return compile.examine(config, devices(topology), topology, profiled=profiled)
 
 
 def values_of(found: Mapping[str, Any], config: Config) -> dict[str, float]:

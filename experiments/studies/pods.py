@@ -129,9 +129,9 @@ _NOTES = """\
 The batch is the paper's 2,048 sequences, and from 4,096 chips on one a chip. Below 64 chips it is
 worked through in parts, and backward computes more again (`model.remat` is "exchanged"): the line
 of linear growth begins at 64. Nothing here ran on a TPU: the step is compiled by the compiler that
-a TPU would use, and bounds follow from what it made of it at the chip's published peak figures,
-every instruction taken to run at the peak of what bounds it and all three to overlap entirely. They
-say how fast this program could be at most.
+a TPU would use, as far as its schedule, and bounds follow from what it made of it at the chip's
+published peak figures, every instruction taken to run at the peak of what bounds it and all three
+to overlap entirely. They say how fast this program could be at most.
 
 The compiler of TPUs has to be there (`make pods` puts it beside the environment)."""
 
@@ -146,7 +146,7 @@ def on(config: Config, size: Size) -> Config:
 
 
 def _compile(config: Config, topology: str, folder: Path | None) -> Mapping[str, float]:
-    return compiled.examined(config, topology)
+    return compiled.examined(config, topology, "fast")
 
 
 def _rows(results: Results) -> dict[str, Mapping[str, float]]:
