@@ -101,9 +101,11 @@ def grouped_here():
 
 
 def layer_of(subject: Subject, mode: str) -> moe.MoE:
+    platform = jax.default_backend()
+    take = kernels.taking(platform)
     paths = {
-        "capacity": moe.with_capacity(GAMMA, tile=kernels.slots_tile(jax.default_backend())),
-        "dropless": moe.dropless(grouped_here()),
+        "capacity": moe.with_capacity(GAMMA, tile=kernels.slots_tile(platform), take=take),
+        "dropless": moe.dropless(grouped_here(), take=take),
     }
     return moe.MoE(rule_of(subject), paths[mode])
 
