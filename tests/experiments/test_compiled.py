@@ -49,7 +49,7 @@ def test_what_a_pod_would_need_is_in_the_report(tmp_path, monkeypatch):
     steps = planned[0].config.train.steps
     found = iter([TPU, TPU, TPU | {"fits": False, "hbm_bytes": 99 * GIB, "bounds": None}])
 
-    def examine(*_):
+    def examine(*_, **__):
         one = next(found)
         return {name: value for name, value in one.items() if value is not None}
 
