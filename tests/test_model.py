@@ -14,6 +14,7 @@ from moepp_jax import mesh as mesh_lib
 from moepp_jax import model as model_lib
 from moepp_jax import state as state_lib
 from moepp_jax.errors import ConfigError
+from moepp_jax.moe import kernels
 from moepp_jax.moe.param import path_of
 from moepp_jax.moe.rules.moepp import MoEPPRule
 from tests import tiny
@@ -359,6 +360,12 @@ def test_a_dense_layer_is_one_swiglu():
     y = block.dense(params, x)
     (w_gate, w_up), w_out = params["w_in"], params["w_out"]
     close(y, (jax.nn.silu(x @ w_gate.T) * (x @ w_up.T)) @ w_out.T, 1e-5)
+
+
+def test_a_platform_has_its_own_arithmetic():
+    by = {name: model_lib.build(tiny.config(), platform=name).block.by for name in ("cpu", "tpu")}
+    assert by == {"cpu": block.PLAIN, "tpu": block.ON_TPU}
+    assert kernels.taking("tpu") != kernels.taking("cpu") == kernels.taking("gpu")
 
 
 # Types
