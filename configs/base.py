@@ -40,8 +40,8 @@ def get_config() -> ConfigDict:
     # The kernel of training and evaluation: "splash" on TPU, "cudnn" on GPU, "xla" anywhere; "auto"
     # is the platform's own, or "xla" where that cannot compute the model, which is then said.
     m.attention = "auto"
-    # What backward computes again, from least to most: "none", "w_in", "dots", "attention",
-    # "routing", "exchanged", "full"; docs/PODS.md says what each keeps and what that costs.
+    # What backward computes again, from least to most: "none", "qkv", "residual", "w_in", "dots",
+    # "attention", "routing", "exchanged", "full"; docs/PODS.md says what each keeps and costs.
     m.remat = "none"
     m.loss_chunk = 256  # tokens of a sequence whose logits exist at once
 

@@ -18,8 +18,17 @@ CHOICES = {
     "model.rope_type": ("linear", "llama3"),
     "model.dtype": ("float32", "bfloat16", "float16"),
     "model.attention": ("auto", "xla", "splash", "cudnn"),
+    # From the one that computes least again in backward to the one that keeps least.
     "model.remat": (
-        *("none", "qkv", "residual", "w_in", "dots", "attention", "routing", "exchanged", "full"),
+        "none",
+        "qkv",
+        "residual",
+        "w_in",
+        "dots",
+        "attention",
+        "routing",
+        "exchanged",
+        "full",
     ),
     "moe.dispatch": ("capacity", "dropless"),
     "moe.eval_dispatch": ("capacity", "dropless"),

@@ -30,6 +30,10 @@ def of_remat(
     return rows
 
 
+# Of a chip's memory. A step that needs more may fit only as the compiler squeezes it, so that it is
+# slower than one that keeps less.
+_ROOMY = 0.9
+
 _COLUMNS = ("hbm_bytes", "fits", "predicted_ms", "mfu_nominal")
 
 
@@ -47,21 +51,17 @@ def fastest(
       examined: as in `of_remat`.
       policies: from the one that keeps most to the one that keeps least.
     """
-    chosen, least = None, float("inf")
+    chosen = None
     for policy in policies:
         changed = config.replace("model", remat=policy)
         found = examined(changed)
-        took = found["predicted_ms"][0] if "predicted_ms" in found and found["fits"] else None
-        if took is not None and took < least:
-            chosen, least = (changed, found), took
-        if took is not None and found["hbm_bytes"] <= _ROOMY * found["hbm_limit_bytes"]:
+        if not found["fits"]:
+            continue
+        if chosen is None or found["predicted_ms"][0] < chosen[1]["predicted_ms"][0]:
+            chosen = changed, found
+        if found["hbm_bytes"] <= _ROOMY * found["hbm_limit_bytes"]:
             break
     return chosen or (changed, found)
-
-
-# Of a chip's memory. A step that needs more may fit only as the compiler squeezes it, so that it is
-# slower than one that keeps less.
-_ROOMY = 0.9
 
 
 def best(rows: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:

@@ -8,11 +8,10 @@ from moepp_jax import flops
 from moepp_jax import mesh as mesh_lib
 from moepp_jax.config import Config
 from moepp_jax.errors import ConfigError
+from moepp_jax.limits import CHOICES
 
 _TRIES = 3
-# From the one that computes least again to the one that keeps least.
-REMAT = ("none", "qkv", "residual", "w_in")
-REMAT += ("dots", "attention", "routing", "exchanged", "full")
+REMAT = CHOICES["model.remat"]
 
 
 def find(
