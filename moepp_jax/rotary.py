@@ -59,7 +59,8 @@ def rotate_by_product(
     """As `rotate`, for TPUs: halves change places in a product with a permutation.
 
     So heads are read and written once, each in one run, as attention's kernel reads them. Halves of
-    a head fill no tile of a TPU: apart, they are written for themselves, in float32, and joined.
+    a head fill no tile of a TPU, whose compiler writes them apart, of heads in float32, and joins
+    them.
 
     The gradient turns back.
     """

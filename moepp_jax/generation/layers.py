@@ -205,7 +205,7 @@ class Layers:
             experts_read += jnp.sum(jnp.any(load_BE > 0, axis=0))
         hidden = rms_norm(outside["final"], x[:, -1], self.config.norm_eps)
         matrix = outside.get("output", outside["embedding"])
-        logits = block.by.product(hidden, matrix, jnp.float32)
+        logits = kernels.product(self.platform)(hidden, matrix, jnp.float32)
         return Work(logits, caches, ffn_experts, experts_read)
 
     def on_any_device(self, flags: Bool[Array, " B"]) -> Bool[Array, ""]:

@@ -16,11 +16,10 @@ The letters of the shapes, here and wherever a name ends in them (`x_GSD`):
 
 Data flows one way: rule.route -> dispatch -> rows.gather -> experts -> rows.combine, and on an
 expert axis the experts are reached by `exchange` (fixed slots) or `transfer` (as many rows as there
-are).
-`layer.local` composes them for the tokens of one device, `layer.routed` tells each token's way too,
-and `layer.sharded` runs them under shard_map on a mesh. What varies between models is the `Rule`
-and a function for each other choice, given when the `layer.MoE` is built, never a flag tested in
-traced code. `rules` holds one rule a file.
+are). `layer.local` composes them for the tokens of one device, `layer.routed` tells each token's
+way too, and `layer.sharded` runs them under shard_map on a mesh. What varies between models is the
+`Rule` and a function for each other choice, given when the `layer.MoE` is built, never a flag
+tested in traced code. `rules` holds one rule a file.
 """
 
 from moepp_jax.moe import rules

@@ -73,10 +73,9 @@ def _split(arrays: Any, axis: str | None, parts: int) -> list[Any]:
     """A tree of arrays of groups, divided evenly into so many parts at most, by whole groups."""
     groups = len(jax.tree.leaves(arrays)[0])
     n = 1 if axis is None else max(n for n in range(1, parts + 1) if groups % n == 0)
-    leaves, tree = jax.tree.flatten(arrays)
-    return [
-        tree.unflatten(part) for part in zip(*(jnp.split(leaf, n) for leaf in leaves), strict=True)
-    ]
+    size = groups // n
+    starts = range(0, groups, size)
+    return [jax.tree.map(lambda a, s=s: a[s : s + size], arrays) for s in starts]
 
 
 def dropless(
@@ -116,31 +115,26 @@ def dropless(
         K, pool = rule.most, rule.pool
         few = 2 * sum(rule.load) < K  # a rule that leaves most choices unused
 
-        def placed(experts_GSK):
-            """Of a part: its rows, how many each expert has, what does its work, what is kept."""
-            experts_TK = experts_GSK.reshape(-1, K)
-            kept_TK = experts_TK < pool.size
-            work = functools.partial(grouped, params)
-            if axis is not None:
-                devices = jax.lax.axis_size(axis)
-                room = worst = devices * len(experts_TK) * min(K, pool.n_ffn // devices)
-                if buffer is not None:
-                    room = min(worst, math.ceil(buffer * experts_TK.size / tile) * tile)
-                if room < worst:
-                    kept_TK &= transfer.admitted(experts_TK, pool.n_ffn, room, axis)
-                    kept_TK = checkpoint_name(kept_TK, "routing")
-                work = _elsewhere(work, moved, room, axis)
-            served_TK = jnp.where(kept_TK, experts_TK, pool.n_ffn)
-            with jax.named_scope("dispatch"):
-                rows, counts_E = dispatch.sorted_rows(served_TK, pool.n_ffn, few)
-            return rows, counts_E, work, kept_TK
-
-        each = map(placed, _split(routing.experts, axis, parts))
-        rows, counts, work, kept = map(list, zip(*each, strict=True))
+        experts = [part.reshape(-1, K) for part in _split(routing.experts, axis, parts)]
+        kept = [experts_TK < pool.size for experts_TK in experts]
+        work = functools.partial(grouped, params)
+        if axis is not None:
+            devices, assignments = jax.lax.axis_size(axis), experts[0].size
+            room = worst = devices * assignments // K * min(K, pool.n_ffn // devices)
+            if buffer is not None:
+                room = min(worst, math.ceil(buffer * assignments / tile) * tile)
+            if room < worst:
+                admitted = [transfer.admitted(e, pool.n_ffn, room, axis) for e in experts]
+                kept = [a & k for a, k in zip(admitted, kept, strict=True)]
+                kept = checkpoint_name(kept, "routing")
+            work = _elsewhere(work, moved, room, axis)
+        served = [jnp.where(k, e, pool.n_ffn) for k, e in zip(kept, experts, strict=True)]
         with jax.named_scope("dispatch"):
+            placed = [dispatch.sorted_rows(served_TK, pool.n_ffn, few) for served_TK in served]
+            rows, counts = map(list, zip(*placed, strict=True))
             buffers = gather(x_GSD, rows, take)
         with jax.named_scope("experts"):
-            y = [w(b, counts_E) for w, b, counts_E in zip(work, buffers, counts, strict=True)]
+            y = [work(rows_RD, counts_E) for rows_RD, counts_E in zip(buffers, counts, strict=True)]
         with jax.named_scope("combine"):
             y_GSD = combine(y, routing.gates, rows, take)
         return y_GSD, jnp.concatenate(kept).reshape(G, S, K)

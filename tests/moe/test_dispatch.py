@@ -13,7 +13,7 @@ from jax.test_util import check_grads
 
 from moepp_jax import moe
 from moepp_jax.moe import dispatch, losses
-from moepp_jax.moe import rows as moves_lib
+from moepp_jax.moe import rows as rows_lib
 
 D = 3
 SETTINGS = settings(max_examples=30, deadline=None)
@@ -175,13 +175,13 @@ def test_statistics(case):
     assert np.all(stats.kept <= np.array(case.capacity) / S + 1e-6)
 
 
-def gather(x_TD, rows, take=moves_lib.taken):
+def gather(x_TD, rows, take=rows_lib.taken):
     """One part, of tokens in one group."""
-    return moves_lib.gather(x_TD[None], [rows], take)[0]
+    return rows_lib.gather(x_TD[None], [rows], take)[0]
 
 
-def combine(y_RD, gates_TK, rows, take=moves_lib.taken):
-    return moves_lib.combine([y_RD], gates_TK[None], [rows], take)[0]
+def combine(y_RD, gates_TK, rows, take=rows_lib.taken):
+    return rows_lib.combine([y_RD], gates_TK[None], [rows], take)[0]
 
 
 def naive_gather(x_TD, rows):
@@ -201,7 +201,7 @@ def naive_combine(y_RD, gates_TK, rows):
 def moves(x, y, gates, d_x, d_y, rows):
     """gather, combine and their gradients: ours, as a TPU is told to make them, and naive ones."""
     out = []
-    on_tpu = {"take": moves_lib.taken_as_they_are}
+    on_tpu = {"take": rows_lib.taken_as_they_are}
     for there, back in [
         (gather, combine),
         (functools.partial(gather, **on_tpu), functools.partial(combine, **on_tpu)),
@@ -266,8 +266,8 @@ def test_parts_read_and_write_what_is_theirs():
 
     def out(x, gates, parts):
         rows = [dispatch.sorted_rows(e.reshape(-1, K), E)[0] for e in jnp.split(experts, parts)]
-        y = [jnp.sin(b) for b in moves_lib.gather(x, rows)]
-        return jnp.sum(d * moves_lib.combine(y, gates, rows))
+        y = [jnp.sin(b) for b in rows_lib.gather(x, rows)]
+        return jnp.sum(d * rows_lib.combine(y, gates, rows))
 
     one, two = (
         jax.jit(jax.value_and_grad(lambda *a, n=n: out(*a, n), (0, 1)))(x, gates) for n in (1, 2)
@@ -278,7 +278,7 @@ def test_parts_read_and_write_what_is_theirs():
 
 def test_combine_sums_in_float32():
     """Of bfloat16 rows, 256 + 1 + 1 is 258, and not 256 as it would be one by one."""
-    rows = moves_lib.Rows(jnp.array([0, 1, 2]), jnp.array([[0, 1, 2]]))
+    rows = rows_lib.Rows(jnp.array([0, 1, 2]), jnp.array([[0, 1, 2]]))
     y = jnp.array([[256.0], [1.0], [1.0]], jnp.bfloat16)
     out = combine(y, jnp.ones((1, 3)), rows)
     assert out.dtype == jnp.bfloat16
@@ -305,7 +305,7 @@ def test_few_rows_move_as_all_do(block, seed, share):
         return jnp.sum(d * combine(y, gates, rows))
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(moves_lib, "_BLOCK", block)
+        patch.setattr(rows_lib, "_BLOCK", block)
         got = jax.jit(jax.value_and_grad(lambda *a: out(*a, True), (0, 1)))(x, gates)
     want = jax.jit(jax.value_and_grad(lambda *a: out(*a, False), (0, 1)))(x, gates)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), got, want)
