@@ -191,7 +191,7 @@ def moe_of(config: Config, dispatch: str, platform: str, mesh: Mesh | None = Non
         sequences = max(1, c.group_size // config.data.seq_len)
     else:
         path = moe_lib.dropless(
-            kernels.grouped_function(platform),
+            kernels.grouped_function(platform, scanned=True),
             kernels.move(platform, mesh),
             c.exchange_buffer or None,
             kernels.buffer_tile(platform),

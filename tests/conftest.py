@@ -54,8 +54,8 @@ def small_blocks():
     """
     chosen = kernels.grouped_function
 
-    def small(platform):
-        grouped = chosen(platform)
+    def small(platform, scanned=False):
+        grouped = chosen(platform, scanned)
         return dataclasses.replace(grouped, block=16) if isinstance(grouped, Blocked) else grouped
 
     with pytest.MonkeyPatch.context() as patch:

@@ -24,7 +24,7 @@ tested in traced code. `rules` holds one rule a file.
 
 from moepp_jax.moe import rules
 from moepp_jax.moe.dispatch import capacity
-from moepp_jax.moe.experts import Pool, swiglu
+from moepp_jax.moe.experts import KEEPING_SWIGLU, Keeping, Pool, swiglu
 from moepp_jax.moe.grouped import Blocked
 from moepp_jax.moe.layer import MoE, Routed, describe, local, routed, sharded
 from moepp_jax.moe.losses import Statistics, heterogeneous_balance, summarise
@@ -34,7 +34,9 @@ from moepp_jax.moe.ragged import Ragged
 from moepp_jax.moe.rule import Loss, Routing, Rule, RuleError
 
 __all__ = [
+    "KEEPING_SWIGLU",
     "Blocked",
+    "Keeping",
     "Loss",
     "MoE",
     "Param",

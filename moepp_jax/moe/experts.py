@@ -64,25 +64,44 @@ def one_swiglu(product: Callable) -> Callable:
     return expert
 
 
-def _swiglu(matrices: Callable, joined: Callable) -> Callable:
-    """`swiglu` that makes the products of x as these say.
+class Keeping(NamedTuple):
+    """An expert function whose gradient is given what forward has kept of its rows.
+
+    Attributes:
+      forward: (params stacked over E, rows (E, B, D)) -> rows (E, B, D), and arrays (E, B, ...).
+      backward: (params, rows, those arrays, the gradient of forward's rows) -> the gradients of
+        params and of rows.
+    """
+
+    forward: Callable
+    backward: Callable
+
+    def function(self) -> Callable:
+        """(params, rows) -> rows, with that gradient."""
+        expert = jax.custom_vjp(lambda params, x: self.forward(params, x)[0])
+
+        def forward(params, x):
+            y, kept = self.forward(params, x)
+            return y, (params, x, kept)
+
+        expert.defvjp(forward, lambda saved, d_y: self.backward(*saved, d_y))
+        return expert
+
+
+def _swiglu(matrices: Callable, joined: Callable) -> Keeping:
+    """`swiglu` that makes the products of x, and keeps them, as these say.
 
     Args:
       matrices: w_in (E, 2, F, D) -> what x is multiplied with, (E, H, D) each.
       joined: their gradients -> that of w_in, in any shape.
     """
 
-    @jax.custom_vjp
-    def swiglu(params, x_EBD):
-        return forward(params, x_EBD)[0]
-
     def forward(params, x_EBD):
         h = [jnp.einsum("...ebd,ehd->...ebh", x_EBD, w) for w in matrices(params["w_in"])]
         h = [checkpoint_name(product, "w_in") for product in h]
-        return jnp.einsum("...ebf,edf->...ebd", _activated(h), params["w_out"]), (params, x_EBD, h)
+        return jnp.einsum("...ebf,edf->...ebd", _activated(h), params["w_out"]), h
 
-    def backward(saved, d_y):
-        params, x_EBD, h = saved
+    def backward(params, x_EBD, h, d_y):
         w_in, w_out = params["w_in"], params["w_out"]
         a, pullback = jax.vjp(_activated, h)
         (d_h,) = pullback(jnp.einsum("...ebd,edf->...ebf", d_y, w_out).astype(a.dtype))
@@ -97,8 +116,7 @@ def _swiglu(matrices: Callable, joined: Callable) -> Callable:
         }
         return d_params, functools.reduce(jnp.add, d_x).astype(x_EBD.dtype)
 
-    swiglu.defvjp(forward, backward)
-    return swiglu
+    return Keeping(forward, backward)
 
 
 def _activated(h: Sequence[Float[Array, "..."]]) -> Float[Array, "..."]:
@@ -127,8 +145,11 @@ def swiglu_apart(
     return _APART(params, x_EBD)
 
 
-_AS_ONE = _swiglu(lambda w_in: [as_one(w_in)], lambda d: d[0])
-_APART = _swiglu(lambda w_in: [w_in[:, 0], w_in[:, 1]], lambda d: jnp.stack(d, axis=1))
+# `swiglu`, for those who keep the products of x themselves.
+KEEPING_SWIGLU = _swiglu(lambda w_in: [as_one(w_in)], lambda d: d[0])
+
+_AS_ONE = KEEPING_SWIGLU.function()
+_APART = _swiglu(lambda w_in: [w_in[:, 0], w_in[:, 1]], lambda d: jnp.stack(d, axis=1)).function()
 
 
 @jax.named_scope("zero_computation")

@@ -11,34 +11,51 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-from moepp_jax.moe.experts import swiglu
+from moepp_jax.moe.experts import Keeping, swiglu
 
 
 @dataclass(frozen=True)
 class Blocked:
     """Any expert function, over blocks of rows; work and time follow the rows that exist.
 
-    An expert has an odd block of one of a few sizes, then full ones. Blocks replace the rows that
-    they have read: of a buffer with room for the worst load, what is empty is not touched, and the
-    rows past the last one come back as they were. The gradient recomputes each block. For CPUs,
-    where `jax.lax.ragged_dot` multiplies every row with every expert.
+    An expert has an odd block of one of a few sizes, and full ones; the odd ones of all experts
+    come first, the smallest before all. Blocks replace the rows that they have read: of a buffer
+    with room for the worst load, what is empty is not touched, and the rows past the last one come
+    back as they were. For CPUs, where `jax.lax.ragged_dot` multiplies every row with every expert.
 
     Attributes:
-      expert: (params stacked over E, rows (E, B, D)) -> rows (E, B, D).
+      expert: (params stacked over E, rows (E, B, D)) -> rows (E, B, D), which the gradient computes
+        again, block by block; or a `Keeping`, whose gradient has what forward kept, in memory for
+        as many rows as the buffer has, and an eighth.
       block: rows of a block, at most. The larger, the less often are parameters' gradients added.
     """
 
-    expert: Callable
+    expert: Callable | Keeping
     block: int = 1024
 
     def __call__(
         self, params, rows_RD: Float[Array, "R D"], counts_E: Int[Array, " E"]
     ) -> Float[Array, "R D"]:
-        return _blocked(
-            self.expert, _sizes(min(self.block, len(rows_RD))), params, rows_RD, counts_E
-        )
+        expert = self.expert if isinstance(self.expert, Keeping) else _Again(self.expert)
+        sizes = _sizes(min(self.block, len(rows_RD)))
+        return _blocked(expert, sizes, params, rows_RD, counts_E)
+
+
+@dataclass(frozen=True)
+class _Again:
+    """As `Keeping`, of an expert function of which nothing is kept."""
+
+    expert: Callable
+
+    def forward(self, params, x):
+        return self.expert(params, x), ()
+
+    def backward(self, params, x, kept, d_y):
+        y, pullback = jax.vjp(self.expert, params, x)
+        return pullback(d_y.astype(y.dtype))
 
 
 @dataclass(frozen=True)
@@ -109,28 +126,47 @@ def _sizes(block: int) -> tuple[int, ...]:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _blocked(expert, sizes, params, rows_RD, counts_E):
-    def of_block(params_e, x, first, mine):
-        y = expert(params_e, x[None])[0].astype(x.dtype)
-        return (), jnp.where(mine[:, None], y, x)
+    def alone(params, x):
+        return expert.forward(params, x)[0], ()
 
-    return _over_blocks(of_block, sizes, params, rows_RD, counts_E, ())[1]
+    return _forward(alone, sizes, params, rows_RD, counts_E, ())[0]
 
 
 def _blocked_fwd(expert, sizes, params, rows_RD, counts_E):
-    return _blocked(expert, sizes, params, rows_RD, counts_E), (params, rows_RD, counts_E)
+    one = jax.tree.map(lambda p: jax.ShapeDtypeStruct((1, *p.shape[1:]), p.dtype), params)
+    row = jax.ShapeDtypeStruct((1, 1, rows_RD.shape[1]), rows_RD.dtype)
+    _, kept = jax.eval_shape(expert.forward, one, row)
+    room = _room(len(rows_RD), len(counts_E), sizes)
+    empty = jax.tree.map(
+        lambda k: _zeros_like(jax.ShapeDtypeStruct((room, *k.shape[2:]), k.dtype), counts_E), kept
+    )
+    y, kept = _forward(expert.forward, sizes, params, rows_RD, counts_E, empty)
+    kept = jax.tree.map(lambda k: checkpoint_name(k, "w_in"), kept)
+    return y, (params, rows_RD, counts_E, kept)
+
+
+def _forward(forward, sizes, params, rows_RD, counts_E, kept):
+    """The experts' rows, and `kept` with what each block keeps."""
+
+    def of_block(params_e, x, first, mine, _):
+        y, of_x = jax.tree.map(lambda a: a[0], forward(params_e, x[None]))
+        return (), jnp.where(mine[:, None], y.astype(x.dtype), x), of_x
+
+    _, rows, kept = _over_blocks(of_block, sizes, params, rows_RD, counts_E, (), written=kept)
+    return rows, kept
 
 
 def _blocked_bwd(expert, sizes, saved, d_out):
-    params, rows_RD, counts_E = saved
+    params, rows_RD, counts_E, kept = saved
 
-    def of_block(params_e, d_y, first, mine):
+    def of_block(params_e, d_y, first, mine, of_x):
         x = _cut(rows_RD, first, len(d_y))
-        _, pullback = jax.vjp(lambda p, x: expert(p, x[None])[0].astype(x.dtype), params_e, x)
-        d_params, d_x = pullback(jnp.where(mine[:, None], d_y, 0))
-        return jax.tree.map(_at_least_float32, d_params), jnp.where(mine[:, None], d_x, d_y)
+        of_mine = x, of_x, jnp.where(mine[:, None], d_y, 0)
+        d_params, d_x = expert.backward(params_e, *jax.tree.map(lambda a: a[None], of_mine))
+        return jax.tree.map(_at_least_float32, d_params), jnp.where(mine[:, None], d_x[0], d_y), ()
 
     zeros = jax.tree.map(lambda p: _zeros_like(_at_least_float32(p), counts_E), params)
-    d_params, d_rows = _over_blocks(of_block, sizes, params, d_out, counts_E, zeros)
+    d_params, d_rows, _ = _over_blocks(of_block, sizes, params, d_out, counts_E, zeros, read=kept)
     return jax.tree.map(lambda d, p: d.astype(p.dtype), d_params, params), d_rows, None
 
 
@@ -140,76 +176,73 @@ _cut = jax.lax.dynamic_slice_in_dim
 _put = functools.partial(jax.lax.dynamic_update_slice_in_dim, axis=0)
 
 
-def _over_blocks(of_block, sizes, params, rows_RD, counts_E, totals):
+def _room(rows: int, experts: int, sizes: tuple[int, ...]) -> int:
+    """The most rows of all blocks: odd ones have up to an eighth more than they need, or 8."""
+    return rows + min(rows, experts * sizes[-1]) // 8 + 8 * experts
+
+
+def _over_blocks(of_block, sizes, params, rows_RD, counts_E, totals, read=(), written=()):
     """Replaces rows block by block, and sums what the blocks of an expert give beside.
 
     Args:
-      of_block: (params of an expert, rows, number of the first one, which are the expert's own) ->
-        (sums, rows). A block may hold other experts' rows, which must come back as they were.
+      of_block: (params of an expert, rows, number of the first one, which are the expert's own,
+        its part of `read`) -> (sums, rows, its part of `written`). A block may hold other experts'
+        rows, which must come back as they were.
       rows_RD: what the first block sees; a later one sees what the blocks before it have left.
+      read: buffers of `_room` rows, in which blocks lie whole, one after the other.
+      written: as `read`.
 
     Returns:
-      The totals, with entry e replaced by the sums of expert e's blocks if it has any; the rows.
+      The totals, with entry e replaced by the sums of expert e's blocks if it has any; the rows;
+      what was written.
     """
-    starts_E = jnp.cumsum(counts_E) - counts_E
-    with_rows_first = jnp.argsort(counts_E == 0, stable=True)
     full = sizes[-1]
+    starts_E = _before(counts_E)
+    odd_E = (counts_E - 1) % full + 1
+    fulls_E = jnp.where(counts_E > 0, (counts_E - odd_E) // full, 0)
+    which_E = jnp.where(counts_E > 0, jnp.searchsorted(jnp.asarray(sizes), odd_E), len(sizes))
+    size_E = jnp.asarray((*sizes, 0))[which_E]
+    places_E = _before(size_E + fulls_E * full)
 
-    def replaced(size, params_e, rows, window, at, count):
-        """Of the rows of a window, those from `at` on; at the buffer's end, from earlier on."""
-        start = jnp.minimum(at - window, len(rows) - size)
-        number = window + start + jnp.arange(size)
-        mine = (number >= at) & (number < at + count)
-        sums, block = of_block(params_e, _cut(rows, start, size), window + start, mine)
-        return sums, _put(rows, block, start)
-
-    def per_expert(i, carry):
-        e = with_rows_first[i]
+    def block(size, e, at, count, place, added, carry):
+        """Of the rows from `at` on; at the buffer's end, from earlier on."""
+        totals, rows, written = carry
         params_e = jax.tree.map(lambda p: _cut(p, e, 1), params)
-        odd = (counts_E[e] - 1) % full + 1
+        start = jnp.minimum(at, len(rows) - size)
+        number = start + jnp.arange(size)
+        mine = (number >= at) & (number < at + count)
+        of_read = jax.tree.map(lambda r: _cut(r, place, size), read)
+        sums, x, of_written = of_block(params_e, _cut(rows, start, size), start, mine, of_read)
+        totals = jax.tree.map(lambda t, s: _put(t, added(t, s, e), e), totals, sums)
+        written = jax.tree.map(lambda w, new: _put(w, new, place), written, of_written)
+        return totals, _put(rows, x, start), written
 
-        def odd_block(of_sizes):
-            # A branch is given a window, not the buffer: of that XLA would make a copy for each.
-            branches = [functools.partial(replaced, size, params_e) for size in of_sizes]
-            fitting = jnp.searchsorted(jnp.asarray(of_sizes), odd)
+    by_size = jnp.argsort(which_E, stable=True)
+    ends = jnp.searchsorted(which_E[by_size], jnp.arange(len(sizes)), side="right")
+    fulls = jnp.cumsum(fulls_E)
 
-            def run(_, carry):
-                totals, rows = carry
-                window = jnp.minimum(starts_E[e], len(rows) - of_sizes[-1])
-                around = _cut(rows, window, of_sizes[-1])
-                sums, around = jax.lax.switch(fitting, branches, around, window, starts_E[e], odd)
-                totals = jax.tree.map(lambda t, s: _put(t, s, e), totals, sums)
-                return totals, _put(rows, around, window)
+    def odd_block(size, i, carry):
+        e = by_size[i]
+        return block(size, e, starts_E[e], odd_E[e], places_E[e], lambda _, s, e: s, carry)
 
-            return run
+    def full_block(i, carry):
+        e = jnp.searchsorted(fulls, i, side="right")
+        earlier = (i - fulls[e] + fulls_E[e]) * full
+        at, place = starts_E[e] + odd_E[e] + earlier, places_E[e] + size_E[e] + earlier
+        return block(full, e, at, full, place, lambda t, s, e: _cut(t, e, 1) + s, carry)
 
-        def full_block(b, carry):
-            totals, rows = carry
-            at = starts_E[e] + odd + b * full
-            sums, rows = replaced(full, params_e, rows, 0, at, full)
-            return jax.tree.map(lambda t, s: _put(t, _cut(t, e, 1) + s, e), totals, sums), rows
-
-        # Loops of no round or one: a conditional that passes the buffer on would copy it.
-        for below, of_sizes in _windows(sizes):
-            here = (odd > below) & (odd <= of_sizes[-1])
-            carry = jax.lax.fori_loop(0, here.astype(jnp.int32), odd_block(of_sizes), carry)
-        return jax.lax.fori_loop(0, (counts_E[e] - odd) // full, full_block, carry)
-
-    return jax.lax.fori_loop(0, jnp.sum(counts_E > 0), per_expert, (totals, rows_RD))
+    # A loop for each size: a conditional in one loop would copy the buffers that it passes on. What
+    # a body computes hangs on its number i, or XLA would compute it before all of the loops.
+    carry, begin = (totals, rows_RD, written), 0
+    for size, end in zip(sizes, ends, strict=True):
+        carry = jax.lax.fori_loop(begin, end, functools.partial(odd_block, size), carry)
+        begin = end
+    return jax.lax.fori_loop(0, fulls[-1], full_block, carry)
 
 
-def _windows(sizes: tuple[int, ...]) -> list[tuple[int, tuple[int, ...]]]:
-    """The sizes of odd blocks in parts, each with the largest size before it, or 0.
-
-    Blocks of a part are cut out of windows of its largest size: few rows out of a small window.
-    """
-    parts, below = [], 0
-    while below < sizes[-1]:
-        largest = min(max(64, 4 * below), sizes[-1])
-        part = tuple(size for size in sizes if below < size <= largest)
-        parts.append((below, part))
-        below = part[-1]
-    return parts
+def _before(count_E: Int[Array, " E"]) -> Int[Array, " E"]:
+    """How many those before each expert have together."""
+    return jnp.cumsum(count_E) - count_E
 
 
 def _at_least_float32(x):

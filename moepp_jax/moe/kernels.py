@@ -10,7 +10,7 @@ from collections.abc import Callable
 from jax.sharding import Mesh
 
 from moepp_jax.moe import exchange, rows, transfer
-from moepp_jax.moe.experts import one_swiglu, swiglu, swiglu_apart
+from moepp_jax.moe.experts import KEEPING_SWIGLU, one_swiglu, swiglu, swiglu_apart
 from moepp_jax.moe.grouped import Apart, Blocked, all_of_few
 from moepp_jax.moe.products import few_weights_first, tokens_first
 from moepp_jax.moe.ragged import Ragged
@@ -25,11 +25,15 @@ def experts_function(platform: str) -> Callable:
     return swiglu_apart if platform == "tpu" else swiglu
 
 
-def grouped_function(platform: str) -> Callable:
+def grouped_function(platform: str, scanned: bool = False) -> Callable:
     """For `paths.dropless`: (params, rows (R, D) sorted by expert, counts (E,)) -> rows.
 
     `jax.lax.ragged_dot` is a kernel on TPU; elsewhere it multiplies every row with every expert. A
     loop of `Blocked` has rounds as there are rows, of which a GPU would tell its host one by one.
+
+    Args:
+      scanned: the layer is one of a scan over layers, into whose stack a CPU copies what is kept
+        for backward, and back. To compute it again takes no longer.
     """
     # The import of kernels takes as long as that of JAX.
     if platform == "gpu":
@@ -40,7 +44,7 @@ def grouped_function(platform: str) -> Callable:
         from moepp_jax.moe.filled import by_blocks
 
         return Ragged(by_blocks)
-    return Blocked(swiglu)
+    return Blocked(swiglu if scanned else KEEPING_SWIGLU)
 
 
 def taking(platform: str) -> Callable:

@@ -15,7 +15,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float
 
 from moepp_jax.moe import dispatch, exchange, transfer
-from moepp_jax.moe.experts import swiglu
+from moepp_jax.moe.experts import KEEPING_SWIGLU, swiglu
 from moepp_jax.moe.grouped import Blocked
 from moepp_jax.moe.rows import combine, gather, taken
 from moepp_jax.moe.rule import Routing, Rule
@@ -94,7 +94,7 @@ def dropless(
     add nothing, and are not among the kept.
 
     Args:
-      grouped: a grouped function of `grouped.py`; by default `Blocked(swiglu)`.
+      grouped: a grouped function of `grouped.py`; by default `Blocked(KEEPING_SWIGLU)`.
       moved: how rows cross the expert axis: `transfer.ragged`, or `transfer.dense`.
       buffer: rows that a device has room for, in units of T K: 1 is what it receives if all
         choices go to FFN experts, evenly. By default there is room for the worst case.
@@ -106,7 +106,7 @@ def dropless(
     Raises:
       ValueError: `buffer` is not positive.
     """
-    grouped = grouped or Blocked(swiglu)
+    grouped = grouped or Blocked(KEEPING_SWIGLU)
     if buffer is not None and buffer <= 0:
         raise ValueError(f"buffer = {buffer} leaves no room for a row: give a number above 0")
 

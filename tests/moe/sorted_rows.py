@@ -67,7 +67,7 @@ def stepped(axes):
 def a_step_is_that_of_blocks(grouped, axes, monkeypatch):
     """In the shard_map of the whole step, of which a kernel says nothing in its types."""
     expected, expected_metrics = stepped(axes)
-    monkeypatch.setattr(kernels, "grouped_function", lambda platform: grouped)
+    monkeypatch.setattr(kernels, "grouped_function", lambda platform, scanned: grouped)
     state, metrics = stepped(axes)
     for a, b in ((metrics, expected_metrics), (state.opt_state, expected.opt_state)):
         jax.tree.map(lambda x, y: cases.close(x, y, 3e-5) if np.any(y) else None, a, b)

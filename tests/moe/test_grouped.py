@@ -6,10 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from jax.test_util import check_grads
 
 from moepp_jax import moe
-from moepp_jax.moe import ragged, triton
+from moepp_jax.moe import grouped, ragged, triton
 from tests.moe import cases
 from tests.oracle import Spec
 
@@ -62,6 +64,8 @@ GROUPED = {
 GROUPED |= {
     "one block": (moe.Blocked(moe.swiglu, 256), moe.swiglu, swiglu_params),
     "blocks of a GELU MLP": (moe.Blocked(gelu_mlp, 4), gelu_mlp, gelu_params),
+    "blocks of 5, kept": (moe.Blocked(moe.KEEPING_SWIGLU, 5), moe.swiglu, swiglu_params),
+    "one block, kept": (moe.Blocked(moe.KEEPING_SWIGLU, 256), moe.swiglu, swiglu_params),
     "ragged": (moe.Ragged(), moe.swiglu, swiglu_params),
     "Triton's kernels, interpreted": (triton.Tiled(interpret=True), moe.swiglu, swiglu_params),
 }
@@ -87,13 +91,18 @@ def compiled(name, R=R):
     return params, *(jax.jit(jax.grad(f, (0, 1), has_aux=True)) for f in (ours, naive))
 
 
-def as_the_plain_loop(name, counts, R=R, tolerance=1e-6):
-    params, ours, naive = compiled(name, R)
+def _arguments(counts, R=R):
+    """Rows, counts, and the gradient of the rows that are returned."""
     rng = np.random.default_rng(1)
     rows, d = (jnp.asarray(rng.normal(size=(R, D)), jnp.float32) for _ in range(2))
-    counts = jnp.array(counts, jnp.int32)
-    gradients, y = ours(params, rows, counts, d)
-    wanted, y_naive = naive(params, rows, counts, d)
+    return rows, jnp.array(counts, jnp.int32), d
+
+
+def as_the_plain_loop(name, counts, R=R, tolerance=1e-6):
+    params, ours, naive = compiled(name, R)
+    arguments = _arguments(counts, R)
+    gradients, y = ours(params, *arguments)
+    wanted, y_naive = naive(params, *arguments)
     cases.close(y, y_naive, 1e-6)
     cases.trees_close(gradients, wanted, tolerance)
 
@@ -104,10 +113,30 @@ def test_values_and_gradients(name, counts):
     as_the_plain_loop(name, counts)
 
 
+@pytest.mark.parametrize("name", ["one block", "one block, kept"])
 @pytest.mark.parametrize("counts", [[3, 70, 600, 20], [256, 1, 200, 243], [0, 0, 700, 0]], ids=str)
-def test_odd_blocks_of_all_sizes_beside_full_ones(counts):
-    """Windows of 64 and 256 rows, in the middle of the buffer and at its end."""
-    as_the_plain_loop("one block", counts, R=700, tolerance=1e-5)  # sums of more terms
+def test_odd_blocks_of_all_sizes_beside_full_ones(counts, name):
+    """In the middle of the buffer and at its end."""
+    as_the_plain_loop(name, counts, R=700, tolerance=1e-5)  # sums of more terms
+
+
+@pytest.mark.parametrize("counts", COUNTS.values(), ids=COUNTS)
+def test_what_is_kept_is_what_would_be_computed_again(counts):
+    kept, again = (
+        compiled(name)[1](jax.tree.map(jnp.asarray, swiglu_params()), *_arguments(counts))
+        for name in ("blocks of 5, kept", "blocks of 5")
+    )
+    jax.tree.map(np.testing.assert_array_equal, kept, again)
+
+
+@given(data=st.data(), experts=st.integers(1, 20), block=st.integers(1, 300))
+def test_there_is_room_for_what_is_kept_of_any_counts(data, experts, block):
+    counts = data.draw(st.lists(st.integers(0, 900), min_size=experts, max_size=experts))
+    rows = sum(counts) + data.draw(st.integers(0, 50))
+    sizes = grouped._sizes(min(block, max(rows, 1)))
+    fulls, odds = zip(*(divmod(max(c - 1, 0), sizes[-1]) for c in counts), strict=True)
+    whole = [min(s for s in sizes if s > odd) for odd, c in zip(odds, counts, strict=True) if c]
+    assert sum(whole) + sum(fulls) * sizes[-1] <= grouped._room(rows, experts, sizes)
 
 
 @pytest.mark.parametrize("counts", COUNTS.values(), ids=COUNTS)
