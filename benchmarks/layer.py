@@ -102,9 +102,9 @@ def grouped_here():
 
 def layer_of(subject: Subject, mode: str) -> moe.MoE:
     platform = jax.default_backend()
-    take = kernels.taking(platform)
+    expert, take = kernels.experts_function(platform), kernels.taking(platform)
     paths = {
-        "capacity": moe.with_capacity(GAMMA, tile=kernels.slots_tile(platform), take=take),
+        "capacity": moe.with_capacity(GAMMA, expert, tile=kernels.slots_tile(platform), take=take),
         "dropless": moe.dropless(grouped_here(), take=take),
     }
     return moe.MoE(rule_of(subject), paths[mode])

@@ -21,7 +21,7 @@ def layers(sizes: Sizes) -> dict[tuple[str, str], Callable]:
     """(kind, name) -> (params, x (G, S, D)) -> y."""
     E, J = sizes.n_ffn, sum(sizes.others)
     dropless = moe.dropless(kernels.grouped_function(jax.default_backend()))
-    slots = moe.with_capacity(GAMMA)
+    slots = _with_capacity()
     vanilla = moe.rules.make("vanilla", moe.Pool(E), top_k=TOP_K)
     ours = moe.rules.make("moepp", sizes.pool, top_k=TOP_K, tau=sizes.tau, residual="none")
     identity = moe.rules.make(
@@ -44,7 +44,11 @@ def layers(sizes: Sizes) -> dict[tuple[str, str], Callable]:
 def alone(sizes: Sizes) -> dict[tuple[str, str], Callable]:
     """As `layers`: MoE++ with capacity, which drops what no one else's layer drops."""
     rule = moe.rules.make("moepp", sizes.pool, top_k=TOP_K, tau=sizes.tau, residual="none")
-    return {("moepp, capacity", "moepp_jax, capacity"): _own(rule, moe.with_capacity(GAMMA))}
+    return {("moepp, capacity", "moepp_jax, capacity"): _own(rule, _with_capacity())}
+
+
+def _with_capacity():
+    return moe.with_capacity(GAMMA, kernels.experts_function(jax.default_backend()))
 
 
 def params_of(kind: str, inputs: Inputs) -> Params:

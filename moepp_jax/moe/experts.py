@@ -138,6 +138,27 @@ def swiglu(
     return _AS_ONE(params, x_EBD)
 
 
+def swiglu_in_turn(
+    params: Mapping[str, Float[Array, "..."]], x_EBD: Float[Array, "E B D"]
+) -> Float[Array, "E B D"]:
+    """`swiglu`, of many rows by products for each expert.
+
+    On CPUs one product for all experts takes longer then, and for few rows it does not: each
+    expert's parameters are copied to be multiplied alone.
+    """
+    if x_EBD.shape[1] < _MANY:
+        return _AS_ONE(params, x_EBD)
+    slices = [slice(e, e + 1) for e in range(len(x_EBD))]
+    return jnp.concatenate(
+        [_AS_ONE(jax.tree.map(lambda p, at=at: p[at], params), x_EBD[at]) for at in slices]
+    )
+
+
+# Rows of an expert. Of 768 numbers, F = 2,048: forward 0.89 of the time at 1,126 and 0.9 at 676,
+# with backward 0.95 and 0.96; at 188 1.1 and 1.08 (AMD EPYC, two cores, jax 0.10.2).
+_MANY = 512
+
+
 def swiglu_apart(
     params: Mapping[str, Float[Array, "..."]], x_EBD: Float[Array, "*n E B D"]
 ) -> Float[Array, "*n E B D"]:

@@ -98,10 +98,11 @@ def plain_swiglu(params, x_EBD):
     return jnp.einsum("ebf,edf->ebd", jax.nn.silu(gate) * linear, params["w_out"])
 
 
-def test_swiglu():
+@pytest.mark.parametrize("rows", [5, 600])
+def test_swiglu(rows):
     """Values without a gradient, values with one, and the gradient."""
     rng = np.random.default_rng(1)
-    x, d = (jnp.asarray(rng.normal(size=(E, 5, D)), jnp.float32) for _ in range(2))
+    x, d = (jnp.asarray(rng.normal(size=(E, rows, D)), jnp.float32) for _ in range(2))
     params = jax.tree.map(jnp.asarray, cases.params(Spec(E))["ffn"])
 
     def values_and_gradients(expert):
@@ -112,8 +113,16 @@ def test_swiglu():
         return jax.jit(expert)(params, x), jax.jit(jax.grad(total, (0, 1), has_aux=True))(params, x)
 
     expected = values_and_gradients(plain_swiglu)
-    for own in (moe.swiglu, experts.swiglu_apart):
-        cases.trees_close(values_and_gradients(own), expected, 1e-6)
+    for own in (moe.swiglu, experts.swiglu_apart, experts.swiglu_in_turn):
+        cases.trees_close(values_and_gradients(own), expected, 1e-6 if rows == 5 else 1e-5)
+
+
+def test_products_are_each_experts_own_where_it_has_many_rows():
+    params = jax.tree.map(jnp.asarray, cases.params(Spec(E))["ffn"])
+    program = jax.make_jaxpr(experts.swiglu_in_turn)
+    few, many = (str(program(params, jnp.zeros((E, rows, D)))) for rows in (5, 600))
+    assert few.count("dot_general") == 2
+    assert many.count("dot_general") == 2 * E
 
 
 EXPERTS_IN_PATHS = {
