@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from jax.test_util import check_grads
 
 from moepp_jax import moe
-from moepp_jax.moe import grouped, ragged, triton
+from moepp_jax.moe import grouped, kernels, ragged, triton
 from tests.moe import cases
 from tests.oracle import Spec
 
@@ -182,3 +182,8 @@ def test_gradients_of_bfloat16_parameters_add_up():
     )
     wanted = jax.tree.map(lambda g: 1024 * g.at[1:].set(0), of_one_row)
     cases.trees_close(jax.tree.map(np.float32, gradient(params)), wanted, 3e-2)
+
+
+def test_a_layer_alone_keeps_what_those_of_a_scan_make_again():
+    alone, scanned = (kernels.grouped_function("cpu", scanned=s) for s in (False, True))
+    assert (alone.expert, scanned.expert) == (moe.KEEPING_SWIGLU, moe.swiglu)
