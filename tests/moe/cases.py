@@ -39,7 +39,7 @@ def as_on_tpu(grouped):
     )
 
 
-DROPLESS = {"blocked": moe.Blocked(moe.swiglu, block=3), "ragged": as_on_tpu(moe.Ragged())}
+DROPLESS = {"blocked": moe.Blocked(moe.KEEPING_SWIGLU, block=3), "ragged": as_on_tpu(moe.Ragged())}
 EXCHANGED = {"capacity": exchange.by_expert, "by device": exchange.by_device}
 PATHS = ("capacity", *DROPLESS)
 
