@@ -156,7 +156,7 @@ def swiglu_in_turn(
 
 
 # Rows of an expert. Of 768 numbers, F = 2,048: forward 0.89 of the time at 676 rows and 0.82 at
-# 376, with backward 0.90 and 0.91; at 282 no less, at 188 0.95 to 1.1 (8 or 16 experts, two cores
+# 376, with backward 0.90 and 0.91; at 282 0.99, at 188 0.95 to 1.1 (8 or 16 experts, two cores
 # of an AMD EPYC, jax 0.10.2).
 _MANY = 256
 
